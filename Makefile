@@ -1,0 +1,30 @@
+# make demo   a 16K-token prompt through a trained model, dense and sparse
+# make test   lint, types and the CPU tests
+# Both build .venv first; PYTHON=... chooses the interpreter.
+
+# torch.compile looks for $CXX, then for g++ alone.
+ifeq ($(origin CXX),default)
+CXX := $(if $(shell command -v g++),g++,$(if $(shell command -v clang++),clang++))
+endif
+ifneq ($(CXX),)
+export CXX
+endif
+
+.PHONY: demo test lint setup clean
+
+demo: setup
+	.venv/bin/flexprefill demo
+
+test: lint
+	.venv/bin/pytest -m 'not gpu'
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+setup:
+	@scripts/setup.sh
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
