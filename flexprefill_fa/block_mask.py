@@ -1,0 +1,139 @@
+"""From index tensors to a BlockMask: the one file that knows FlexAttention's layout laws.
+
+FlexAttention trusts its BlockMask. What it does not check, and what this file therefore holds to:
+
+- The partial and the full list have the same shape and strides: one of the kernels reads both with the strides of the
+  first. Four separate contiguous int32 tensors, indices ascending, at least one column wide.
+- A block is in one list only (in both it counts twice), in the full list when nothing in it is masked.
+- `seq_lengths` is always given, or a length that the block does not divide is rounded up.
+- `compute_q_blocks=False`: the transposed lists serve the backward pass alone and cost time quadratic in blocks.
+- The head dimension of the lists is Hq (or 1), never Hkv.
+- `mask_mod` is a module-level function or closes over tensors: a captured Python number would be a new graph for
+  every value, and a trivial mask_mod makes one backend drop the lists.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, _mask_mod_signature
+
+from flexprefill_fa.grid import positions
+from flexprefill_fa.selection import BlockSelection
+
+MaskMod = _mask_mod_signature
+
+
+def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """The mask of an unpadded prompt without a cached prefix."""
+    return q_idx >= kv_idx
+
+
+def causal_at(position: tuple[Tensor, Tensor, Tensor]) -> MaskMod:
+    """Causal mask with an offset and padding: `position` is what `positions` returns."""
+    offset, start, end = position
+
+    def padded_causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (q_idx + offset[b] >= kv_idx) & (kv_idx >= start[b]) & (kv_idx < end[b])
+
+    return padded_causal
+
+
+def base_mask_mod(query: Tensor, key: Tensor, starts: Tensor | None, lengths: Tensor | None) -> MaskMod:
+    """The cheapest mask_mod that is right for these lengths and this padding."""
+    if needs_position(query, key, starts, lengths):
+        return causal_at(positions(query, key, starts, lengths))
+    return causal
+
+
+def needs_position(query: Tensor, key: Tensor, starts: Tensor | None, lengths: Tensor | None) -> bool:
+    """Whether the mask must know an offset or padding."""
+    return starts is not None or lengths is not None or query.shape[2] != key.shape[2]
+
+
+def both(first: MaskMod, second: Callable[..., Tensor]) -> MaskMod:
+    """The intersection of two mask_mods."""
+
+    def both_masks(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return first(b, h, q_idx, kv_idx) & second(b, h, q_idx, kv_idx)
+
+    return both_masks
+
+
+def looked_up(mask_mod: MaskMod, keep: Tensor, block_size: int) -> MaskMod:
+    """`mask_mod` restricted to the kept blocks by a lookup in `keep`, bool `[B, Hq, nq, nk]`.
+
+    Uncompiled `flex_attention` ignores the block lists and evaluates the mask_mod alone: with this one it still
+    computes the same attention.
+    """
+
+    # Literal block sizes: a captured Python number would be a guard, a captured tensor a load for every pair.
+    def selected_128(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, q_idx, kv_idx) & keep[b, h, q_idx // 128, kv_idx // 128]
+
+    def selected_64(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, q_idx, kv_idx) & keep[b, h, q_idx // 64, kv_idx // 64]
+
+    return selected_128 if block_size == 128 else selected_64
+
+
+def assemble(
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    full_kv_num_blocks: Tensor,
+    full_kv_indices: Tensor,
+    *,
+    block_size: int,
+    mask_mod: MaskMod,
+    q_len: int,
+    kv_len: int,
+) -> BlockMask:
+    """A BlockMask of the four index tensors, as a selector operator returns them."""
+    return BlockMask.from_kv_blocks(
+        kv_num_blocks,
+        kv_indices,
+        full_kv_num_blocks,
+        full_kv_indices,
+        BLOCK_SIZE=block_size,
+        mask_mod=mask_mod,
+        seq_lengths=(q_len, kv_len),
+        compute_q_blocks=False,
+    )
+
+
+def check_layout(selection: BlockSelection) -> None:
+    """Check a selection that did not come from our own operators against the layout laws.
+
+    Raises:
+        ValueError: if a tensor has another shape, dtype or memory layout than FlexAttention needs.
+    """
+    grid = selection.grid
+    counts = {"kv_num_blocks": selection.kv_num_blocks, "full_kv_num_blocks": selection.full_kv_num_blocks}
+    indices = {"kv_indices": selection.kv_indices, "full_kv_indices": selection.full_kv_indices}
+    batch, heads = selection.kv_num_blocks.shape[:2]
+    width = selection.kv_indices.shape[-1]
+    if not 1 <= width <= grid.kv_blocks:
+        raise ValueError(f"kv_indices must be 1 to {grid.kv_blocks} blocks wide, got {width}")
+    for name, tensor in {**counts, **indices}.items():
+        shape = (batch, heads, grid.q_blocks) + ((width,) if name in indices else ())
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32, got {tensor.dtype}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def to_block_mask(selection: BlockSelection, mask_mod: MaskMod) -> BlockMask:
+    """The BlockMask of a selection."""
+    check_layout(selection)
+    return assemble(
+        selection.kv_num_blocks,
+        selection.kv_indices,
+        selection.full_kv_num_blocks,
+        selection.full_kv_indices,
+        block_size=selection.block_size,
+        mask_mod=mask_mod,
+        q_len=selection.q_len,
+        kv_len=selection.kv_len,
+    )

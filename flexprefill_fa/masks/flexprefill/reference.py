@@ -1,0 +1,268 @@
+"""FlexPrefill's selection in plain PyTorch: the specification that the Triton kernels are tested against.
+
+One batch element at a time, in the element's own coordinates: wholly padded leading key blocks are dropped, so
+position 0 is the first position of the first block that holds a real key, and the element has `n` positions of which
+the first `pad` take no part. Shapes in comments: H query heads, R last queries, M real queries, D head dim,
+nb key blocks, nq query blocks that hold a real query, B block size. Scores, means and sums are fp32.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexprefill_fa.grid import Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks
+from flexprefill_fa.masks.flexprefill.config import FlexPrefillConfig
+from flexprefill_fa.selection import index_lists
+
+
+@dataclass(frozen=True)
+class Element:
+    """One batch element in its own coordinates."""
+
+    query: Tensor  # [H, M, D], the real queries, fp32
+    key: Tensor  # [H, n, D], repeated per query head, fp32
+    pad: int  # leading positions without a real key, fewer than B
+    row_first: Tensor  # [nq], position of each row block's first query, padded or not
+    row_last: Tensor  # [nq], position of its last real query
+    scale: float
+    block_size: int
+
+    @property
+    def n(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def nb(self) -> int:
+        return cdiv(self.n, self.block_size)
+
+    def block_mean(self, values: Tensor, first: int) -> Tensor:
+        """Mean over each block of values [H, m, D] whose item 0 stands `first` positions into a block."""
+        size = self.block_size
+        count = values.shape[1]
+        padded = F.pad(values, (0, 0, first, -(first + count) % size)).unflatten(1, (-1, size))
+        real = F.pad(values.new_ones(count), (first, -(first + count) % size)).unflatten(0, (-1, size)).sum(-1)
+        return padded.sum(2) / real[:, None]
+
+    def visible(self) -> Tensor:
+        """bool [nq, nb]: block J starts no later than the last real query of row block I."""
+        blocks = torch.arange(self.nb, device=self.key.device) * self.block_size
+        return blocks <= self.row_last[:, None]
+
+    def always_kept(self) -> Tensor:
+        """bool [nq, nb]: the first block and the block(s) on the diagonal."""
+        blocks = torch.arange(self.nb, device=self.key.device)
+        first = torch.div(self.row_first, self.block_size, rounding_mode="floor")[:, None]
+        last = torch.div(self.row_last, self.block_size, rounding_mode="floor")[:, None]
+        return ((blocks == 0) | (blocks == first) | (blocks == last)) & self.visible()
+
+
+def last_query_scores(element: Element) -> tuple[Tensor, Tensor]:
+    """Step 1: `vertical` [H, n] by key position and `slash` [H, n] by offset (query - key position); each sums to 1."""
+    last = element.query[:, -element.block_size :]  # [H, R, D]
+    rows, n = last.shape[1], element.n
+    scores = last @ element.key.mT * element.scale  # [H, R, n]
+    key_position = torch.arange(n, device=last.device)
+    query_position = n - rows + torch.arange(rows, device=last.device)
+    masked = (key_position > query_position[:, None]) | (key_position < element.pad)
+    probability = scores.masked_fill(masked, float("-inf")).softmax(-1)
+    vertical = probability.mean(1)
+    # Shear: with the rows reversed, row i moves right by i, so that column c holds offset n - 1 - c throughout.
+    wide = F.pad(probability.flip(1), (0, rows)).flatten(1)
+    sheared = wide[:, : rows * (n + rows - 1)].unflatten(1, (rows, n + rows - 1))
+    slash = sheared.sum(1)[:, :n].flip(1) / rows
+    return vertical, slash
+
+
+def block_sums(values: Tensor, block_size: int) -> Tensor:
+    """[H, n] -> [H, nb], the sum over each block."""
+    return F.pad(values, (0, -values.shape[1] % block_size)).unflatten(1, (-1, block_size)).sum(-1)
+
+
+def js_distance(element: Element, vertical: Tensor, variant: str) -> Tensor:
+    """Step 2: sqrt of the Jensen-Shannon divergence [H] between pooled and true attention of the last queries."""
+    mean_query = element.query[:, -element.block_size :].mean(1)  # [H, D]
+    mean_key = element.block_mean(element.key[:, element.pad :], element.pad)  # [H, nb, D]
+    pooled = ((mean_query[:, None] @ mean_key.mT).squeeze(1) * element.scale).softmax(-1)  # [H, nb]
+    true = block_sums(vertical, element.block_size)
+    middle = (pooled + true) / 2
+    terms = torch.stack((pooled * (pooled / middle).log(), true * (true / middle).log()))
+    if variant == "paper":  # 0 ln 0 = 0
+        return terms.nan_to_num(nan=0.0).sum((0, -1)).div(2).clamp(min=0).sqrt()
+    # As released: a zero, or a divergence that rounds below zero, gives NaN, and NaN is below no tau.
+    return (terms[0].sum(-1) / 2 + terms[1].sum(-1) / 2).sqrt()
+
+
+def pooled_attention(element: Element) -> Tensor:
+    """Algorithm 4's block scores [H, nq, nb]: softmax over causal blocks of mean query times mean key."""
+    into_block = int(-element.row_first[0]) + element.n - element.query.shape[1]
+    mean_query = element.block_mean(element.query, into_block)  # [H, nq, D]
+    mean_key = element.block_mean(element.key[:, element.pad :], element.pad)  # [H, nb, D]
+    scores = mean_query @ mean_key.mT * element.scale
+    return scores.masked_fill(~element.visible(), float("-inf")).softmax(-1)
+
+
+def coverage_prefix(scores: Tensor, threshold: float, *, keep_crossing: bool) -> tuple[Tensor, Tensor]:
+    """How many of the largest scores [H, m] reach the threshold, and the order (largest first, stable).
+
+    With keep_crossing the shortest prefix whose sum is at least the threshold, else the longest whose sum is at most.
+    """
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    total = ordered.cumsum(-1)
+    threshold32 = torch.tensor(threshold, dtype=torch.float32)
+    count = (total < threshold32).sum(-1) + 1 if keep_crossing else (total <= threshold32).sum(-1)
+    return count.clamp(max=scores.shape[-1]), order
+
+
+def first_of(order: Tensor, count: Tensor) -> Tensor:
+    """bool like order: True at the first `count` items of each row of an order."""
+    ranked = torch.arange(order.shape[-1], device=order.device) < count[..., None]
+    return torch.zeros_like(ranked).scatter(-1, order, ranked)
+
+
+def top(scores: Tensor, count: Tensor) -> Tensor:
+    """bool like scores: True at the `count` largest of each row, lower index first among equals."""
+    return first_of(scores.argsort(dim=-1, descending=True, stable=True), count)
+
+
+def query_aware_blocks(element: Element, config: FlexPrefillConfig) -> tuple[Tensor, Tensor]:
+    """Algorithm 4: block scores [H, nq, nb] and the blocks that its threshold over the whole head keeps."""
+    scores = pooled_attention(element)
+    nq = scores.shape[1]
+    count, order = coverage_prefix(scores.flatten(1), config.gamma * nq, keep_crossing=config.variant == "paper")
+    return scores, first_of(order, count).unflatten(1, (nq, -1)) & element.visible()
+
+
+def published_blocks(element: Element, config: FlexPrefillConfig, vertical: Tensor, slash: Tensor, aware: Tensor):
+    """The released selection [H, nq, nb]: whole columns and whole block diagonals, as many as the counts say."""
+    size, nb = config.block_size, element.nb
+    least = cdiv(config.min_budget, size)
+    most = nb if config.max_budget is None else min(cdiv(config.max_budget, size), nb)
+
+    def budget(token_scores: Tensor) -> Tensor:
+        tokens, _ = coverage_prefix(token_scores, config.gamma, keep_crossing=False)
+        blocks = (tokens + 1) // 128 + 1  # 128 whatever the block size, as released
+        return torch.where(aware, least, blocks.clamp(least, most))
+
+    column_scores = block_sums(vertical, size)
+    column_scores[:, 0] = float("inf")
+    columns = top(column_scores, budget(vertical))  # [H, nb]
+    # Offsets are grouped from the far end, which misaligns them with the blocks when n is no multiple of B.
+    diagonal_scores = block_sums(slash.flip(1), size).flip(1)
+    diagonal_scores[:, 0] = float("inf")
+    diagonals = top(diagonal_scores, budget(slash))  # [H, nb], item t: t blocks below the main diagonal
+
+    keep = columns[:, None].expand(-1, len(element.row_last), -1)
+    blocks = torch.arange(nb, device=vertical.device)
+    for position in (element.row_first, element.row_last):
+        below = torch.div(position, size, rounding_mode="floor")[:, None] - blocks  # [nq, nb]
+        keep = keep | (diagonals[:, below.clamp(0, nb - 1)] & (below >= 0))
+    if aware.any():
+        keep = keep | (aware[:, None, None] & query_aware_blocks(element, config)[1])
+    return (keep | element.always_kept()) & element.visible()
+
+
+def offset_window_sums(element: Element, values: Tensor) -> Tensor:
+    """[H, n] by offset -> [H, nq, nb], the sum over the offsets that pass through each cell."""
+    size, nb = element.block_size, element.nb
+    padded = F.pad(values, (2 * size, 2 * size))
+    sums = values.new_zeros(values.shape[0], len(element.row_last), nb)
+    blocks = torch.arange(nb, device=values.device) * size
+    for row, (first, last) in enumerate(zip(element.row_first.tolist(), element.row_last.tolist(), strict=True)):
+        low = first - blocks - size + 1  # [nb], the smallest offset from the row block's first query into block J
+        window = torch.arange(last - first + size, device=values.device)
+        offsets = (low[:, None] + window).clamp(-2 * size, element.n + 2 * size - 1)
+        sums[:, row] = padded[:, offsets + 2 * size].sum(-1)
+    return sums
+
+
+def paper_blocks(element: Element, config: FlexPrefillConfig, vertical: Tensor, slash: Tensor, aware: Tensor):
+    """The printed algorithms [H, nq, nb]: cells hit by the covering tokens and offsets, then per-row budgets."""
+    size = config.block_size
+
+    def covering(token_scores: Tensor) -> Tensor:
+        count, order = coverage_prefix(token_scores, config.gamma, keep_crossing=True)
+        return first_of(order, count).float()
+
+    scores = block_sums(vertical, size)[:, None] + offset_window_sums(element, slash)  # [H, nq, nb]
+    columns = block_sums(covering(vertical), size) > 0
+    keep = columns[:, None] | (offset_window_sums(element, covering(slash)) > 0)
+    if aware.any():
+        aware_scores, aware_keep = query_aware_blocks(element, config)
+        keep = torch.where(aware[:, None, None], aware_keep, keep)
+        scores = torch.where(aware[:, None, None], aware_scores, scores)
+
+    visible, always = element.visible(), element.always_kept()
+    keep = (keep | always) & visible
+    least = visible.sum(-1).clamp(max=cdiv(config.min_budget, size))  # [nq]
+    candidates = scores.masked_fill(keep | ~visible, float("-inf"))
+    keep = keep | (top(candidates, (least - keep.sum(-1)).clamp(min=0)) & visible)
+    if config.max_budget is not None:
+        room = (config.max_budget // size - always.sum(-1)).clamp(min=0)  # [nq]
+        droppable = keep & ~always
+        best = top(scores.masked_fill(~droppable, float("-inf")), room.expand(keep.shape[:-1]))
+        keep = always | (droppable & best)
+    return keep
+
+
+def _element(
+    query: Tensor, key: Tensor, start: int, end: int, grid: Grid, scale: float
+) -> tuple[Element, slice, slice] | None:
+    """The element's tensors and the rows and columns of the absolute grid that it fills; None without a real query."""
+    size = grid.block_size
+    base = start // size * size
+    q_first, q_end = max(start - grid.offset, 0), end - grid.offset
+    if q_end <= q_first:
+        return None
+    rows = slice(q_first // size, cdiv(q_end, size))
+    row_first = grid.offset - base + torch.arange(rows.start, rows.stop, device=key.device) * size
+    element = Element(
+        query=query[:, q_first:q_end].float(),
+        key=key[:, base:end].float().repeat_interleave(query.shape[0] // key.shape[0], 0),
+        pad=start - base,
+        row_first=row_first,
+        row_last=torch.clamp(row_first + size - 1, max=end - base - 1),
+        scale=scale,
+        block_size=size,
+    )
+    return element, rows, slice(base // size, cdiv(end, size))
+
+
+def select_element(element: Element, config: FlexPrefillConfig) -> tuple[Tensor, Tensor]:
+    """Kept blocks [H, nq, nb] and JS distance [H] of one batch element."""
+    heads = element.query.shape[0]
+    if element.n - element.pad <= config.dense_tokens or element.query.shape[1] == 1:
+        return element.visible().expand(heads, -1, -1), torch.zeros(heads, device=element.key.device)
+    vertical, slash = last_query_scores(element)
+    distance = js_distance(element, vertical, config.variant)
+    if config.keeps_everything:
+        return element.visible().expand(heads, -1, -1), distance
+    blocks = published_blocks if config.variant == "published" else paper_blocks
+    return blocks(element, config, vertical, slash, distance < config.tau), distance
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    config: FlexPrefillConfig,
+    scale: float | None = None,
+    all_partial: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The four index tensors and the JS distances, see `BlockSelection`. all_partial leaves the full list empty."""
+    batch, heads, q_len, dim = query.shape
+    grid = Grid(q_len, key.shape[2], config.block_size)
+    ranges = real_ranges(starts, lengths, batch, grid.kv_len, key.device)
+    keep = torch.zeros(batch, heads, grid.q_blocks, grid.kv_blocks, dtype=torch.bool, device=query.device)
+    distance = torch.zeros(batch, heads, device=query.device)
+    for b, (start, end) in enumerate(ranges.tolist()):
+        found = _element(query[b], key[b], start, end, grid, 1 / math.sqrt(dim) if scale is None else scale)
+        if found is not None:
+            element, rows, columns = found
+            keep[b, :, rows, columns], distance[b] = select_element(element, config)
+    keep &= visible_blocks(grid, ranges)[:, None]
+    full = keep & unmasked_blocks(grid, ranges)[:, None] & (not all_partial)
+    return *index_lists(keep & ~full), *index_lists(full), distance

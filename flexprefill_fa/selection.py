@@ -1,0 +1,141 @@
+"""BlockSelection: which key blocks each query block computes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
+from flexprefill_fa.validation import check_query_key
+
+_RECALL_BYTES = 256 * 2**20  # scores held at a time by `BlockSelection.recall`
+
+
+def index_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending index lists of a bool `[B, H, nq, nk]`: counts int32 `[B, H, nq]`, indices int32 `[B, H, nq, nk]`.
+
+    Entries past a row's count are 0.
+    """
+    count = keep.sum(-1, dtype=torch.int32)
+    width = keep.shape[-1]
+    columns = torch.arange(width, dtype=torch.int32, device=keep.device)
+    indices = torch.where(keep, columns, width).sort(-1).values  # kept columns first, the rest behind them
+    return count, torch.where(indices < width, indices, 0).to(torch.int32).contiguous()
+
+
+def _scatter_lists(count: Tensor, indices: Tensor, width: int) -> Tensor:
+    """The inverse of `index_lists`; what lies past the counts may be uninitialised."""
+    valid = torch.arange(indices.shape[-1], device=indices.device) < count[..., None]
+    dense = torch.zeros(*count.shape, width + 1, dtype=torch.bool, device=indices.device)
+    dense.scatter_(-1, torch.where(valid, indices, width).long(), True)
+    return dense[..., :width].contiguous()
+
+
+@dataclass(frozen=True, repr=False)
+class BlockSelection:
+    """The blocks that a selector kept for one attention call, in FlexAttention's two lists.
+
+    A block is in the full list when no pair in it is masked, else in the partial list; never in both. Counts are
+    int32 `[B, Hq, nq]`, indices int32 `[B, Hq, nq, W]`, ascending; entries past a count mean nothing.
+
+    Attributes:
+        kv_num_blocks, kv_indices: the partial blocks, where the mask is evaluated.
+        full_kv_num_blocks, full_kv_indices: the full blocks.
+        js_distance: float32 `[B, Hq]`, the Jensen-Shannon distance of FlexPrefill's pattern test (NaN: not defined
+            for that head); zeros where a selector has no such test.
+        q_len, kv_len: lengths in tokens; queries are the last `q_len` of the keys.
+        block_size: tokens per block.
+        starts, lengths: int `[B]`, first real key and number of real keys of each element, None without padding.
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    full_kv_num_blocks: Tensor
+    full_kv_indices: Tensor
+    js_distance: Tensor
+    q_len: int
+    kv_len: int
+    block_size: int
+    starts: Tensor | None = None
+    lengths: Tensor | None = None
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.q_len, self.kv_len, self.block_size)
+
+    @property
+    def ranges(self) -> Tensor:
+        """int32 `[B, 2]`: (start, end) of each element's real tokens."""
+        batch, device = self.kv_num_blocks.shape[0], self.kv_num_blocks.device
+        return real_ranges(self.starts, self.lengths, batch, self.kv_len, device)
+
+    def kept_blocks(self) -> Tensor:
+        """int64 `[B, Hq]`: number of blocks kept by each head."""
+        return (self.kv_num_blocks + self.full_kv_num_blocks).sum(-1)
+
+    def density(self) -> Tensor:
+        """float32 `[B, Hq]`: kept blocks / blocks that dense causal attention computes."""
+        causal = visible_blocks(self.grid, self.ranges).sum((-2, -1))
+        return self.kept_blocks() / causal.clamp(min=1)[:, None]
+
+    def to_dense(self) -> Tensor:
+        """bool `[B, Hq, nq, nk]`: True where a block is kept."""
+        width = self.grid.kv_blocks
+        return _scatter_lists(self.kv_num_blocks, self.kv_indices, width) | _scatter_lists(
+            self.full_kv_num_blocks, self.full_kv_indices, width
+        )
+
+    def recall(self, query: Tensor, key: Tensor, *, scale: float | None = None) -> Tensor:
+        """Share of the exact attention probability that falls in kept blocks.
+
+        Computes dense causal attention scores, a few row blocks at a time: for inspection, not for the hot path.
+
+        Args:
+            query: `[B, Hq, q_len, D]`. key: `[B, Hkv, kv_len, D]`. The tensors the selection was made from.
+            scale: score scale, default 1/sqrt(D).
+
+        Returns:
+            float32 `[B, Hq]`, the mean over the rows that hold a real query (0 for an element without one).
+        """
+        check_query_key(query, key)
+        expected = (self.q_len, self.kv_len, *self.kv_num_blocks.shape[:2])
+        if (query.shape[2], key.shape[2], query.shape[0], query.shape[1]) != expected:
+            raise ValueError(
+                "recall needs the query and key the selection was made from: expected (q_len, kv_len, batch, heads) = "
+                f"{expected}, got {(query.shape[2], key.shape[2], query.shape[0], query.shape[1])}"
+            )
+        batch, heads, _, dim = query.shape
+        groups = heads // key.shape[1]
+        factor = dim**-0.5 if scale is None else scale
+        keep = self.to_dense()
+        start, end = self.ranges[:, :1], self.ranges[:, 1:]
+        positions = torch.arange(self.kv_len, device=query.device)
+        real_key = (positions >= start) & (positions < end)  # [B, Lkv]
+        keys = key.float().unsqueeze(2)  # [B, Hkv, 1, Lkv, D]
+        total = torch.zeros(batch, heads, device=query.device)
+        step = max(1, _RECALL_BYTES // (4 * batch * heads * self.kv_len * self.block_size)) * self.block_size
+        for first in range(0, self.q_len, step):
+            rows = query[:, :, first : first + step].float()
+            count = rows.shape[2]
+            position = self.grid.offset + first + torch.arange(count, device=query.device)
+            scores = rows.unflatten(1, (-1, groups)) @ keys.mT * factor  # [B, Hkv, G, rows, Lkv]
+            visible = (positions <= position[:, None]) & real_key[:, None]  # [B, rows, Lkv]
+            scores = scores.flatten(1, 2).masked_fill(~visible[:, None], float("-inf"))
+            probability = scores.softmax(-1).nan_to_num_(0.0)  # a padded row sees nothing: 0 / 0
+            row_block = torch.arange(first, first + count, device=query.device) // self.block_size
+            kept = keep[:, :, row_block].repeat_interleave(self.block_size, -1)[..., : self.kv_len]
+            real_row = (position >= start) & (position < end)  # [B, rows]
+            total += ((probability * kept).sum(-1) * real_row[:, None]).sum(-1)
+        position = self.grid.offset + torch.arange(self.q_len, device=query.device)
+        real_rows = ((position >= start) & (position < end)).sum(-1)
+        return total / real_rows.clamp(min=1)[:, None]
+
+    def __repr__(self) -> str:
+        batch, heads = self.kv_num_blocks.shape[:2]
+        density = self.density()
+        padded = "" if self.starts is None and self.lengths is None else ", padded"
+        return (
+            f"BlockSelection(batch={batch}, heads={heads}, q_len={self.q_len}, kv_len={self.kv_len}, "
+            f"block_size={self.block_size}{padded}, density={density.mean():.3f} "
+            f"[{density.min():.3f}, {density.max():.3f}], {self.kv_num_blocks.device})"
+        )
