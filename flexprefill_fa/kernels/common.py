@@ -1,0 +1,68 @@
+"""Shared by the Triton kernels: launch helpers and small device functions."""
+
+# Triton's kernels and launches are not what a type checker sees in them.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Lengths vary from call to call; specialising on them would compile a kernel for every alignment.
+LENGTHS = ["q_len", "kv_len", "offset", "length", "blocks"]
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Launch on the tensor's GPU, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor with adjacent items in its last dimension."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def head_slices(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(width, count) of the slices in which a score tile reads the head dim, so that the tiles fit in shared memory."""
+    padded = max(16, triton.next_power_of_2(head_dim))
+    width = min(padded, 32 if dtype == torch.float32 else 128 if padded <= 128 else 64)
+    return width, padded // width
+
+
+@triton.jit
+def real_range(ranges, batch):
+    """(start, end) of a batch element's real tokens."""
+    return tl.load(ranges + batch * 2), tl.load(ranges + batch * 2 + 1)
+
+
+@triton.jit
+def denormal_exp(x):
+    """Exponential that keeps denormal results: squaring exp(x / 2) avoids the hardware's flush to zero."""
+    root = tl.exp(0.5 * x)
+    return root * root
+
+
+@triton.jit
+def bits_of(values):
+    """Non-negative fp32 as int32 of the same order."""
+    return values.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def top_of_row(bits, count):
+    """Which items are among the `count` largest of a row: bits int32 `[N]`, -1 marks items that do not compete.
+
+    Lower index first among equals. The threshold is found by bisection over bit patterns, without a sort.
+    """
+    threshold = 0
+    for step in tl.static_range(31):
+        candidate = threshold | (1 << (30 - step))
+        enough = tl.sum((bits >= candidate).to(tl.int32), 0) >= count
+        threshold = tl.where(enough, candidate, threshold)
+    above = bits > threshold
+    ties = bits == threshold
+    rank = tl.cumsum(ties.to(tl.int32), 0)
+    room = count - tl.sum(above.to(tl.int32), 0)
+    return above | (ties & (rank <= room))
