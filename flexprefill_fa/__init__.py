@@ -1,0 +1,16 @@
+"""Block-sparse prefill attention for long prompts, on PyTorch FlexAttention."""
+
+from flexprefill_fa.attention import sparse_prefill_attention
+from flexprefill_fa.masks import FlexPrefillConfig, create_flexprefill_block_mask, get_selector, select_blocks
+from flexprefill_fa.selection import BlockSelection
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockSelection",
+    "FlexPrefillConfig",
+    "create_flexprefill_block_mask",
+    "get_selector",
+    "select_blocks",
+    "sparse_prefill_attention",
+]
