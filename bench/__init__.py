@@ -1,0 +1,1 @@
+"""Benchmarks and the needle model: part of a checkout, not of the installed package."""

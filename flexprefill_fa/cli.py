@@ -1,0 +1,239 @@
+"""The `flexprefill` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from flexprefill_fa import __version__, reporting
+from flexprefill_fa.loading import (
+    UsageError,
+    first_line,
+    load_model,
+    read_prompt,
+    require_kernels,
+    resolve_device,
+    resolve_dtype,
+)
+from flexprefill_fa.masks import SelectorConfig, get_selector
+from flexprefill_fa.progress import WorkProgress
+
+if TYPE_CHECKING:
+    from flexprefill_fa.demo import Answer
+    from flexprefill_fa.generation import Measurement
+
+app = typer.Typer(
+    help="Block-sparse prefill attention for long prompts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Gamma = Annotated[float | None, typer.Option(help="Share of the attention probability to cover, in (0, 1].")]
+Tau = Annotated[float | None, typer.Option(help="Jensen-Shannon distance below which a head is query-aware.")]
+MinBudget = Annotated[int | None, typer.Option(help="Tokens that every query row keeps at least.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed prefills of each kind; the median is reported.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `flexprefill` script."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Block-sparse prefill attention for long prompts."""
+    if show_version:
+        typer.echo(f"flexprefill {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens.")] = 16384,
+    needles: Annotated[int, typer.Option(help="How many numbers are hidden in it.")] = 8,
+    seed: Annotated[int, typer.Option(help="Chooses the source text, the numbers and their places.")] = 0,
+    gamma: Gamma = 0.9,
+    tau: Tau = 0.1,
+    min_budget: MinBudget = 512,
+    dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU, bfloat16 on a GPU) or as named.")] = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 1,
+    as_json: Json = False,
+) -> None:
+    """Find a number hidden in a long prompt, with dense and with sparse prefill.
+
+    Exits with 0 only if both answers are right.
+    """
+    from flexprefill_fa.demo import run_demo
+
+    with _one_line_errors():
+        config = make_config("flexprefill", gamma=gamma, tau=tau, min_budget=min_budget)
+        where, weights = resolve_device(device), resolve_dtype(dtype)
+        require_kernels(where)
+        result = run_demo(
+            config,
+            tokens=tokens,
+            needles=needles,
+            seed=seed,
+            dtype=weights,
+            device=where,
+            progress=WorkProgress(),
+            repeats=repeats,
+        )
+    dense, sparse = result.dense, result.sparse
+    both_right = dense.correct and sparse.correct
+    conditions = reporting.conditions(where, result.dtype)
+    prompt = {"tokens": tokens, "needles": needles, "seed": seed, "key": result.key, "answer": result.expected}
+    if as_json:
+        report = {"prompt": prompt, **reporting.selector_settings(config), **conditions}
+        for name, answer in (("dense", dense), ("sparse", sparse)):
+            fields = reporting.measurement_fields(answer.measurement)
+            report[name] = {"answer": answer.text, "correct": answer.correct, **fields}
+        report["speedup"] = reporting.speedup(dense.measurement, sparse.measurement)
+        report["ok"] = both_right
+        typer.echo(json.dumps(report))
+    else:
+        console = Console(highlight=False)
+        console.print(
+            f"{tokens} tokens of Python source with {needles} hidden numbers; {result.key} is {result.expected}."
+        )
+        answers = {"dense": _verdict(dense), "sparse": _verdict(sparse)}
+        title = _title(conditions)
+        console.print(reporting.result_table(title, sparse.measurement, dense.measurement, answers))
+        _print_layers(console, sparse.measurement, tokens, config)
+    raise typer.Exit(0 if both_right else 1)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="A local folder with a causal language model in Hugging Face format.")],
+    prompt_file: Annotated[str, typer.Option(help="The prompt, UTF-8 text; - reads standard input.")],
+    selector: Annotated[str, typer.Option(help="Which selector chooses the blocks.")] = "flexprefill",
+    gamma: Gamma = None,
+    tau: Tau = None,
+    min_budget: MinBudget = None,
+    max_budget: Annotated[int | None, typer.Option(help="Tokens that a query row keeps at most.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
+    variant: Annotated[str | None, typer.Option(help="published or paper.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    compare: Annotated[str | None, typer.Option(help="'dense' answers with dense prefill too.")] = None,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Measure recall: one more prefill, with exact attention.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 1,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with sparse prefill, greedily, with any local Hugging Face model.
+
+    The text goes to stdout, the measurements to stderr. Options of the selector default to its own settings.
+    """
+    with _one_line_errors():
+        if compare not in (None, "dense"):
+            raise UsageError(f"compare must be dense, got {compare!r}")
+        settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
+        config = make_config(selector, **settings, block_size=block_size, variant=variant)
+        where, weights = resolve_device(device), resolve_dtype(dtype)
+        require_kernels(where)
+        text = read_prompt(prompt_file)
+        progress = WorkProgress()
+        with progress.task("loading the model"):
+            network, tokenizer = load_model(model, weights, where)
+        from flexprefill_fa.generation import encode, measure_dense, measure_sparse
+
+        input_ids = encode(tokenizer, text, where)
+        tokens = input_ids.shape[1]
+        limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and tokens + max_new_tokens > limit:
+            _warn(f"prompt and answer take up to {tokens + max_new_tokens} tokens, the model was made for {limit}")
+        sparse = measure_sparse(network, input_ids, config, max_new_tokens, progress, repeats=repeats, recall=recall)
+        dense = measure_dense(network, input_ids, max_new_tokens, progress, repeats=repeats) if compare else None
+    sparse_text, dense_text = (
+        str(tokenizer.decode(m.token_ids, skip_special_tokens=True)) if m else "" for m in (sparse, dense)
+    )
+    conditions = reporting.conditions(where, network.dtype)
+    if as_json:
+        report = {"model": model, "prompt": {"tokens": tokens}, **reporting.selector_settings(config), **conditions}
+        report["sparse"] = {"text": sparse_text, **reporting.measurement_fields(sparse)}
+        if dense:
+            report["dense"] = {"text": dense_text, **reporting.measurement_fields(dense)}
+            report["same_tokens"] = sparse.token_ids == dense.token_ids
+            report["speedup"] = reporting.speedup(dense, sparse)
+        typer.echo(json.dumps(report))
+        return
+    typer.echo(sparse_text)
+    console = Console(stderr=True, highlight=False)
+    console.print(reporting.result_table(f"{tokens} tokens, {_title(conditions)}", sparse, dense))
+    _print_layers(console, sparse, tokens, config)
+    if dense:
+        same = sparse.token_ids == dense.token_ids
+        console.print("Dense prefill gives the same tokens." if same else "Dense prefill gives other tokens:")
+        if not same:
+            console.print(dense_text, markup=False)
+
+
+def make_config(selector: str, **options: Any) -> Any:
+    """The config of a selector from the options that were given; None means its own default.
+
+    Raises:
+        UsageError: for an unknown selector, an option that it does not have, or a value out of range.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        kind: Any = get_selector(selector)
+        names = [field.name for field in dataclasses.fields(kind)]
+        for name in given:
+            if name not in names:
+                raise UsageError(f"selector {selector} has no {name}, only {', '.join(names)}")
+        return kind(**given)
+    except (ValueError, TypeError) as error:
+        raise UsageError(first_line(error)) from error
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except torch.OutOfMemoryError as error:
+        typer.echo(f"error: {first_line(error)}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _warn(message: str) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+def _title(conditions: dict[str, Any]) -> str:
+    return f"{conditions['processor']}, {conditions['dtype']}, torch {conditions['torch']}"
+
+
+def _verdict(answer: Answer) -> Text:
+    return Text(f"{answer.text} {'right' if answer.correct else 'wrong'}", style="green" if answer.correct else "red")
+
+
+def _print_layers(console: Console, sparse: Measurement, tokens: int, config: SelectorConfig) -> None:
+    if sparse.layers:
+        console.print(reporting.layer_table(sparse))
+    else:
+        console.print(
+            f"Every block was kept: prompts of up to {config.dense_tokens} tokens run dense, this has {tokens}."
+        )

@@ -1,0 +1,158 @@
+"""Prompts, devices and local models for the command line, with one line for whatever a user may get wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+
+
+class UsageError(Exception):
+    """Something the user can put right, told in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def read_prompt(path: str) -> str:
+    """The text of a UTF-8 file, or of standard input for "-".
+
+    Raises:
+        UsageError: if it cannot be read, is empty or is not UTF-8.
+    """
+    name = "standard input" if path == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read the prompt file {name}: {error.strerror or error}") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the prompt file {name} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}"
+        ) from error
+    if not text.strip():
+        raise UsageError(f"the prompt file {name} is empty")
+    return text
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UsageError: for another name, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"device {name} was asked for, but torch {torch.__version__} finds no CUDA GPU here")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UsageError(f"device {name} was asked for, but there are only {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def require_kernels(device: torch.device) -> None:
+    """Check that FlexAttention's kernels can be built for a device: on the CPU, with a C++ compiler, for AVX2.
+
+    Raises:
+        UsageError: naming what is missing.
+    """
+    if device.type != "cpu":
+        return
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UsageError(
+            f"sparse prefill on the CPU needs a C++ compiler: {compiler} is not here (install it or set CXX)"
+        )
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX") or capability == "AVX":
+        raise UsageError(f"sparse prefill on the CPU needs AVX2, and torch finds {capability}")
+
+
+def resolve_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name, None for "auto".
+
+    Raises:
+        UsageError: for another name.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise UsageError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES.get(name)
+
+
+def require_transformers() -> None:
+    """Check that Hugging Face transformers is here, and keep its own bars and notes off the terminal.
+
+    Raises:
+        UsageError: naming the extra to install.
+    """
+    try:
+        import transformers
+
+        import flexprefill_fa.integrations.transformers  # noqa: F401 (it knows which versions it can serve)
+    except ImportError as error:
+        raise UsageError(
+            f"this command needs Hugging Face transformers: pip install 'flexprefill-fa[hf]' ({first_line(error)})"
+        ) from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | None, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A local Hugging Face causal language model with dense (SDPA) attention, and its tokenizer.
+
+    Args:
+        path: a folder with config.json, weights and tokenizer. Nothing is downloaded, no code from it is run.
+        dtype: of the weights; None keeps the checkpoint's.
+        device: where the model goes.
+
+    Raises:
+        UsageError: if the folder or a file in it is missing or cannot be used.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"no model folder at {path}: --model takes a local folder in Hugging Face format")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"the model folder {path} has no config.json")
+    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise UsageError(f"the model folder {path} has no tokenizer (such as tokenizer.json)")
+    require_transformers()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    # A broken folder raises nearly anything, depending on which file is broken.
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:
+        raise UsageError(f"cannot load the tokenizer in {path}: {first_line(error)}") from error
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", attn_implementation="sdpa", **options
+        )
+        model = model.to(device).eval()
+    except Exception as error:
+        raise UsageError(f"cannot load the model in {path}: {first_line(error)}") from error
+    return model, tokenizer
