@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
 from flexprefill_fa.validation import check_query_key
 
-_RECALL_BYTES = 256 * 2**20  # scores held at a time by `BlockSelection.recall`
+_RECALL_BYTES = 16 * 2**20  # scores held at a time by `BlockSelection.recall`
 
 
 def index_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,28 +108,34 @@ class BlockSelection:
         batch, heads, _, dim = query.shape
         groups = heads // key.shape[1]
         factor = dim**-0.5 if scale is None else scale
-        keep = self.to_dense()
+        size = self.block_size
+        padded = self.starts is not None or self.lengths is not None
+        keep = self.to_dense().unflatten(1, (-1, groups))  # [B, Hkv, G, nq, nk]
         start, end = self.ranges[:, :1], self.ranges[:, 1:]
-        positions = torch.arange(self.kv_len, device=query.device)
-        real_key = (positions >= start) & (positions < end)  # [B, Lkv]
-        keys = key.float().unsqueeze(2)  # [B, Hkv, 1, Lkv, D]
-        total = torch.zeros(batch, heads, device=query.device)
-        step = max(1, _RECALL_BYTES // (4 * batch * heads * self.kv_len * self.block_size)) * self.block_size
+        positions = torch.arange(self.grid.kv_blocks * size, device=query.device)
+        real_key = (positions >= start) & (positions < end)  # [B, nk * block]
+        queries = (query.float() * factor).unflatten(1, (-1, groups))  # [B, Hkv, G, Lq, D]
+        keys = F.pad(key.float(), (0, 0, 0, len(positions) - self.kv_len))
+        total = torch.zeros(batch, *keep.shape[1:3], device=query.device)
+        step = max(1, _RECALL_BYTES // (4 * batch * groups * self.kv_len * size)) * size
         for first in range(0, self.q_len, step):
-            rows = query[:, :, first : first + step].float()
-            count = rows.shape[2]
-            position = self.grid.offset + first + torch.arange(count, device=query.device)
-            scores = rows.unflatten(1, (-1, groups)) @ keys.mT * factor  # [B, Hkv, G, rows, Lkv]
-            visible = (positions <= position[:, None]) & real_key[:, None]  # [B, rows, Lkv]
-            scores = scores.flatten(1, 2).masked_fill(~visible[:, None], float("-inf"))
-            probability = scores.softmax(-1).nan_to_num_(0.0)  # a padded row sees nothing: 0 / 0
-            row_block = torch.arange(first, first + count, device=query.device) // self.block_size
-            kept = keep[:, :, row_block].repeat_interleave(self.block_size, -1)[..., : self.kv_len]
+            last = min(first + step, self.q_len)
+            position = self.grid.offset + torch.arange(first, last, device=query.device)
+            seen = -(-(self.grid.offset + last) // size)  # key blocks that these rows can see
+            visible = (positions[: seen * size] <= position[:, None]) & real_key[:, None, : seen * size]
             real_row = (position >= start) & (position < end)  # [B, rows]
-            total += ((probability * kept).sum(-1) * real_row[:, None]).sum(-1)
+            row_block = torch.arange(first, last, device=query.device) // size
+            masked = 0 if padded else (self.grid.offset + first) // size * size  # columns before it are visible to all
+            for head in range(key.shape[1]):  # one kv group at a time: the scores stay small
+                scores = queries[:, head, :, first:last].flatten(1, 2) @ keys[:, head, : seen * size].mT
+                scores = scores.unflatten(1, (groups, -1))  # [B, G, rows, keys]
+                scores[..., masked:].masked_fill_(~visible[:, None, :, masked:], float("-inf"))
+                mass = scores.softmax(-1).unflatten(-1, (-1, size)).sum(-1)  # [B, G, rows, blocks]
+                kept = mass.nan_to_num_(0.0).mul_(keep[:, head][:, :, row_block, :seen]).sum(-1)  # a padded row: 0 / 0
+                total[:, head] += (kept * real_row[:, None]).sum(-1)
         position = self.grid.offset + torch.arange(self.q_len, device=query.device)
         real_rows = ((position >= start) & (position < end)).sum(-1)
-        return total / real_rows.clamp(min=1)[:, None]
+        return total.flatten(1) / real_rows.clamp(min=1)[:, None]
 
     def __repr__(self) -> str:
         batch, heads = self.kv_num_blocks.shape[:2]

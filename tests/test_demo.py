@@ -1,0 +1,114 @@
+"""The demo on a short prompt: both answers right, sparse prefill really sparse, and honest exit codes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+import flexprefill_fa.demo
+from flexprefill_fa.cli import app
+from flexprefill_fa.demo import Answer, DemoResult
+from flexprefill_fa.generation import LayerReport, Measurement
+from flexprefill_fa.progress import WorkProgress
+
+SMALL = ("demo", "--tokens", "1536", "--needles", "4", "--min-budget", "128", "--device", "cpu")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_json_report() -> None:
+    result = run(*SMALL, "--gamma", "0.9", "--repeats", "2", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["ok"] is True
+    assert report["prompt"] | {"tokens": 1536, "needles": 4, "seed": 0} == report["prompt"]
+    for name in ("dense", "sparse"):
+        assert report[name]["correct"] is True
+        assert report[name]["answer"] == report["prompt"]["answer"]
+        assert report[name]["prefill_seconds"] > 0
+    sparse = report["sparse"]
+    assert sparse["compile_seconds"] >= 0
+    assert 0 < sparse["density"] < 0.95
+    assert len(sparse["layers"]) == 6
+    assert all(0.5 < layer["recall"] <= 1 for layer in sparse["layers"])
+    assert report["dtype"] == "float32"
+    assert report["selector"] == "flexprefill"
+
+
+@pytest.fixture
+def canned(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Result]:
+    """Run `flexprefill demo` with a made-up result whose sparse answer is given."""
+
+    def invoke(sparse_text: str) -> Result:
+        layers = tuple(LayerReport(layer, 0.1 * layer, 0.9, 0.8) for layer in range(3))
+        dense = Answer("0123456", True, Measurement([1, 2], 3.0))
+        sparse = Answer(sparse_text, sparse_text == "0123456", Measurement([1, 2], 1.5, 7.25, layers))
+        result = DemoResult("#word", "0123456", torch.float32, dense, sparse)
+        monkeypatch.setattr("flexprefill_fa.demo.run_demo", lambda *_, **__: result)
+        return run("demo", "--device", "cpu")
+
+    return invoke
+
+
+def test_tables(canned: Callable[[str], Result]) -> None:
+    result = canned("0123456")
+    assert result.exit_code == 0, result.output
+    rows = {row.split()[1]: row.split() for row in result.stdout.splitlines() if row.startswith("│")}
+    assert [cell for cell in rows["dense"] if cell != "│"] == ["dense", "0123456", "right", "3.00", "-", "-", "1.00x"]
+    assert [cell for cell in rows["sparse"] if cell != "│"] == [
+        "sparse",
+        "0123456",
+        "right",
+        "1.50",
+        "7.2",
+        "0.100",
+        "2.00x",
+    ]
+    assert [cell for cell in rows["2"] if cell != "│"] == ["2", "0.200", "0.900", "0.800"]
+    assert result.stderr == ""
+
+
+def test_exit_code_1_when_an_answer_is_wrong(canned: Callable[[str], Result]) -> None:
+    result = canned("123")
+    assert result.exit_code == 1
+    assert "123 wrong" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tokens", "50"), "tokens must be at least"),
+        (("--needles", "0"), "needles must be at least 1, got 0"),
+        (("--gamma", "0"), "gamma must be in (0, 1], got 0"),
+        (("--device", "tpu"), "device must be auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_wrong_flag_values(options: tuple[str, str], message: str) -> None:
+    result = run("demo", "--device", "cpu", *options)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_without_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(flexprefill_fa.demo, "CHECKOUT", tmp_path)
+    result = run("demo")
+    assert result.exit_code == 2
+    assert "part of the source checkout" in result.stderr
+
+
+def test_progress_bar_only_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with WorkProgress(Console(stderr=True, force_terminal=False)).task("working", 2) as advance:
+        assert advance is None
+    assert capsys.readouterr().err == ""
+    with WorkProgress(Console(stderr=True, force_terminal=True)).task("working", 2) as advance:
+        assert advance is not None
+        advance()
+    captured = capsys.readouterr()
+    assert "working" in captured.err and captured.out == ""

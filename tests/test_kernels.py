@@ -1,0 +1,129 @@
+"""The Triton kernels, by Triton's interpreter, against the plain reference.
+
+The interpreter multiplies bf16 matrices wrongly (it reads their bits as integers), so bf16 is tested on the GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle_flexprefill import oracle_select
+from workloads import random_qk, structured_qk
+
+from flexprefill_fa import BlockSelection, FlexPrefillConfig
+from flexprefill_fa.masks.flexprefill import reference
+
+if torch.cuda.is_available():
+    pytest.skip("with a GPU the kernels run there, see test_gpu.py", allow_module_level=True)
+kernels = pytest.importorskip("flexprefill_fa.masks.flexprefill.kernels")
+coverage = pytest.importorskip("flexprefill_fa.kernels.coverage").coverage
+
+NEAR_TIE = 1e-5
+PADDING = {"none": (None, None), "left": ([0, 70], None), "right": (None, [300, 233]), "both": ([64, 5], [200, 300])}
+CASES = [  # kv_len, q_len, head_dim, block_size, dtype, padding, workload, tau
+    (321, 321, 80, 64, torch.float16, "none", structured_qk, 0.6),
+    (330, 330, 16, 64, torch.float32, "left", structured_qk, 0.6),
+    (300, 300, 32, 64, torch.float32, "right", random_qk, 0.0),
+    (320, 320, 16, 64, torch.float16, "both", structured_qk, 0.6),
+    (333, 129, 16, 64, torch.float32, "none", random_qk, 0.6),
+    (330, 127, 24, 64, torch.float32, "left", structured_qk, 0.0),
+    (300, 1, 16, 64, torch.float32, "none", random_qk, 0.0),
+    (400, 400, 160, 128, torch.float32, "none", structured_qk, 0.6),
+]
+
+
+def as_tensor(values: list[int] | None) -> torch.Tensor | None:
+    return None if values is None else torch.tensor(values)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c[:6])))
+@pytest.mark.parametrize("variant", ["published", "paper"])
+def test_kernels_select_what_the_reference_selects(case: tuple, variant: str) -> None:
+    kv_len, q_len, head_dim, block_size, dtype, padding, make, tau = case
+    starts, lengths = PADDING[padding]
+    batch = 1 if padding == "none" else 2
+    query, key = (x.to(dtype) for x in make(batch, 2, 1, q_len, kv_len, head_dim, seed=kv_len))
+    settings: dict[str, Any] = {
+        "gamma": 0.8,
+        "tau": tau,
+        "min_budget": block_size,
+        "max_budget": 4 * block_size if tau else None,
+        "block_size": block_size,
+        "variant": variant,
+    }
+    place = as_tensor(starts), as_tensor(lengths)
+    expected = reference.select(query, key, *place, FlexPrefillConfig(**settings))
+    got = kernels.select(query, key, *place, FlexPrefillConfig(**settings), zero_tails=True)
+    if not all(torch.equal(a, b) for a, b in zip(got[:4], expected[:4], strict=True)):
+        # Only a decision that fp32 summation order can turn may differ.
+        margin = oracle_select(query, key, starts=starts, lengths=lengths, **settings).margin
+        dense = [
+            BlockSelection(*x[:4], x[4], q_len, kv_len, block_size).to_dense()  # pyright: ignore[reportCallIssue]
+            for x in (got, expected)
+        ]
+        unequal = (dense[0] != dense[1]).any(-1).any(-1).numpy()
+        assert (margin[unequal] < NEAR_TIE).all(), (unequal, margin)
+    torch.testing.assert_close(got[4], expected[4], atol=1e-5, rtol=1e-4, equal_nan=True)
+
+
+def test_everything_partial_and_everything_kept() -> None:
+    query, key = random_qk(1, 2, 1, 200, 200, 16)
+    config = FlexPrefillConfig(gamma=1.0, min_budget=64, block_size=64)
+    for all_partial in (False, True):
+        got = kernels.select(query, key, None, None, config, all_partial=all_partial, zero_tails=True)
+        expected = reference.select(query, key, None, None, config, all_partial=all_partial)
+        assert all(torch.equal(a, b) for a, b in zip(got[:4], expected[:4], strict=True))
+    assert got[2].sum() == 0 and got[0].sum() == 2 * 4 * 5 // 2
+
+
+def test_lists_are_written_into_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels leave unwritten is never read: poisoned scratch memory changes nothing."""
+    query, key = structured_qk(1, 2, 1, 300, 300, 16)
+    config = FlexPrefillConfig(gamma=0.8, tau=0.6, min_budget=64, block_size=64)
+    expected = kernels.select(query, key, None, None, config, zero_tails=True)
+    clean = torch.empty
+
+    def poisoned(*shape, **kwargs):
+        tensor = clean(*shape, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    got = kernels.select(query, key, None, None, config, zero_tails=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("keep_crossing", [False, True])
+def test_coverage_equals_a_sorted_cumulative_sum(keep_crossing: bool) -> None:
+    scores = torch.rand(6, 301) ** 8
+    scores[1] = 0.25  # ties: the first ones in order
+    scores[2, 5:] = 0
+    scores[3] = 0  # never reaches its threshold
+    scores[4] = torch.randint(0, 4, (301,)) / 8  # ties at the crossing value, sums exact
+    threshold = scores.double().sum(-1).mul(0.7).float()
+    threshold[1], threshold[3], threshold[4] = 20.0, 1.0, 9.0
+    counts, member = coverage(scores, threshold, keep_crossing=keep_crossing, mark=True)
+    for row in range(6):
+        expected, order = reference.coverage_prefix(
+            scores[row : row + 1].double(), threshold[row].item(), keep_crossing=keep_crossing
+        )
+        assert counts[row] == expected[0]
+        assert torch.equal(member[row] != 0, reference.first_of(order, expected)[0])
+
+
+def test_kernels_compile_for_a_smaller_gpu() -> None:
+    """For sm_80, without one: every kernel fits in the 163 KB of shared memory of an A100."""
+    script = Path(__file__).with_name("cross_compile.py")
+    root = script.parents[1]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
+    run = subprocess.run([sys.executable, str(script), "80"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len({row["kernel"] for row in rows}) == 12
+    too_large = [row for row in rows if row["shared"] > 163 * 1024]
+    assert not too_large
