@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from flexprefill_fa.backends import kernel_options, resolve_backend
 from flexprefill_fa.block_mask import assemble, both, causal, causal_at, needs_position
 from flexprefill_fa.grid import positions, real_ranges
-from flexprefill_fa.masks.selector import SelectOperator, SelectorConfig, select_blocks
+from flexprefill_fa.masks.selector import SelectOperator, SelectorConfig, check_selector, select_blocks
 from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import check_padding, check_query_key, check_scale, check_value
 
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # Compiled variants per code object: dtypes, head dims, padding forms, batch 1 or more, backends. Beyond the limit
 # fullgraph compilation raises; torch's default of 8 is too few for one process that serves several models.
 _RECOMPILE_LIMIT = 64
+# The largest square mask that dense attention may build: 64 MB per batch element.
+_MAX_DENSE_MASK_TOKENS = 8192
 
 
 def select_and_attend(
@@ -110,6 +112,8 @@ def run_compiled(
     else:
         region = _compiled_select_and_attend
         limits = _compile_limits()
+        if query.device.type == "cpu":
+            key, value = _unshared(query, key), _unshared(query, _unshared(key, value))
     with limits:
         return region(
             query,
@@ -125,6 +129,12 @@ def run_compiled(
         )
 
 
+def _unshared(first: Tensor, second: Tensor) -> Tensor:
+    """`second` in memory of its own: torch 2.11's CPU kernel fails on views of one buffer."""
+    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    return second.clone() if same else second
+
+
 @contextlib.contextmanager
 def _compile_limits() -> Iterator[None]:
     with (
@@ -132,6 +142,21 @@ def _compile_limits() -> Iterator[None]:
         fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]  # added by torch
     ):
         yield
+
+
+def dense_mask_fits(
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    mask_mod: Callable[..., Tensor] | None = None,
+) -> bool:
+    """Whether `dense_attention` needs no mask for this call, or one small enough to hold."""
+    return (
+        (mask_mod is None and not needs_position(query, key, starts, lengths))
+        or query.shape[2] * key.shape[2] <= _MAX_DENSE_MASK_TOKENS**2
+        or query.shape[2] == 1
+    )
 
 
 def dense_attention(
@@ -187,7 +212,8 @@ def sparse_prefill_attention(
 
     Args:
         query: `[B, Hq, Lq, D]`, fp32, bf16 or fp16; the last Lq positions of the keys.
-        key, value: `[B, Hkv, Lkv, D]`, Hq a multiple of Hkv.
+        key, value: `[B, Hkv, Lkv, D]`, Hq a multiple of Hkv. Padded rows must be finite: they get weight 0, and
+            0 x NaN is NaN.
         config: the selector and its settings, e.g. `FlexPrefillConfig(gamma=0.95)`.
         scale: score scale for selection and attention, default 1/sqrt(D).
         lengths: number of real keys of each batch element, int `[B]`; starts: position of its first real key.
@@ -198,11 +224,12 @@ def sparse_prefill_attention(
         return_selection: also return the `BlockSelection`.
 
     Returns:
-        `[B, Hq, Lq, D]`, or (that, BlockSelection). Rows of padded queries are finite and mean nothing.
+        `[B, Hq, Lq, D]`, or (that, BlockSelection). Rows of padded queries mean nothing.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, inputs that require grad, or a backend that cannot run.
     """
+    check_selector(config)
     check_query_key(query, key)
     check_value(key, value)
     check_scale(scale)
@@ -216,6 +243,7 @@ def sparse_prefill_attention(
         position_in_graph=torch.compiler.is_compiling() and needs_position(query, key, starts, lengths),
     )
     short = query.shape[2] == 1 or key.shape[2] <= config.dense_tokens
+    short = short and dense_mask_fits(query, key, starts, lengths)
     if short and backend == "auto" and mask_mod is None and score_mod is None:
         logger.debug("dense attention: %d queries, %d keys", query.shape[2], key.shape[2])
         out = dense_attention(query, key, value, starts, lengths, scale)

@@ -84,8 +84,6 @@ def resolve_backend(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     device = query.device.type
-    if device not in ("cuda", "cpu"):
-        raise ValueError(f"sparse prefill runs on CUDA and CPU tensors, got {query.device}")
     limits = {"has_score_mod": has_score_mod, "position_in_graph": position_in_graph}
     if backend == "FLASH":
         problem = flash_problem(query, block_size, **limits)

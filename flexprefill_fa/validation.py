@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cuda", "cpu")
 BLOCK_SIZES = (64, 128)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
@@ -31,6 +32,7 @@ def check_integer(name: str, value: object, low: int) -> None:
 
 def check_block_size(block_size: object) -> None:
     """A block size that every backend and kernel knows."""
+    check_integer("block_size", block_size, 1)
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
 
@@ -67,6 +69,8 @@ def check_query_key(query: Tensor, key: Tensor) -> None:
     _check_tensor("key", key)
     if query.device != key.device:
         raise ValueError(f"query and key must be on one device, got {query.device} and {key.device}")
+    if query.device.type not in DEVICES:
+        raise ValueError(f"sparse prefill runs on {' and '.join(DEVICES)} tensors, got {query.device}")
     if query.dtype != key.dtype:
         raise TypeError(f"query and key must have one dtype, got {query.dtype} and {key.dtype}")
     if query.shape[0] != key.shape[0]:

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexprefill_fa.attention import dense_attention, run_compiled
+from flexprefill_fa.attention import dense_attention, dense_mask_fits, run_compiled
 from flexprefill_fa.backends import kernel_options, resolve_backend
 from flexprefill_fa.block_mask import needs_position
 from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
 from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig
 from flexprefill_fa.selection import BlockSelection
+from flexprefill_fa.validation import check_query_key, check_value
 
 MINIMUM_VERSION = (5, 17)
-# Fewer queries than this are a decode step or a verification chunk: dense. One constant, known to mask and attention.
-MIN_QUERY_TOKENS = 128
 
 try:
     import transformers
@@ -35,7 +34,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMU
     )
 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
-from transformers.masking_utils import causal_mask_function, sdpa_mask  # noqa: E402
+from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask  # noqa: E402
 
 # A decode step or a verification chunk has fewer queries than this.
 MIN_QUERY_TOKENS = 128
@@ -83,6 +82,8 @@ def default_plan() -> LayerPlan:
 
 
 _DEFAULT_PLAN = default_plan()
+_INTERSECTION = and_masks(causal_mask_function).__code__
+_KEEP_ALL = LayerPlan(FlexPrefillConfig(gamma=1.0), 1, None)
 PLAN_ATTRIBUTE = "_sparse_prefill_plan"
 
 
@@ -204,6 +205,8 @@ def flexprefill_attention(
     if dropout:
         raise ValueError(f"layer {layer}: sparse prefill is for inference, got dropout {dropout}; call model.eval()")
 
+    check_query_key(query, key)
+    check_value(key, value)
     plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE, None) or _DEFAULT_PLAN
     starts, lengths = (None, None) if not isinstance(attention_mask, Tensor) else _padding(attention_mask)
     mask_mod = None
@@ -212,8 +215,10 @@ def flexprefill_attention(
             raise ValueError(f"layer {layer}: packed sequences need the model to pass position_ids to its attention")
         mask_mod = _same_sequence(_sequence_ids(position_ids, query.shape[0]))
     if kv_len < plan.min_prompt_tokens:
-        out = dense_attention(query, key, value, starts, lengths, scaling, mask_mod)
-        return out.transpose(1, 2).contiguous(), None
+        if dense_mask_fits(query, key, starts, lengths, mask_mod):
+            out = dense_attention(query, key, value, starts, lengths, scaling, mask_mod)
+            return out.transpose(1, 2).contiguous(), None
+        plan = _KEEP_ALL  # dense all the same, without an n x n mask
     backend = resolve_backend(
         "auto",
         query,
@@ -239,6 +244,15 @@ def flexprefill_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _other_mask(mask_function: Callable, arguments: dict[str, Any]) -> bool:
+    """Whether a mask function that comes without a padding mask is another one than that of packed sequences."""
+    config = arguments.get("config")
+    local = arguments.get("local_size") or getattr(config, "attention_chunk_size", None)
+    # Packing intersects masks; unions (images that see themselves both ways) carry another function's code.
+    intersects = torch.compiler.is_compiling() or mask_function.__code__ is _INTERSECTION
+    return bool(local) or not intersects
+
+
 def flexprefill_mask(
     batch_size: int,
     q_length: int,
@@ -255,6 +269,10 @@ def flexprefill_mask(
     Returns:
         None for a causal prompt without padding, the padding mask `[B, kv]` where there is one, a mark for packed
         sequences, and what SDPA wants for decode steps and short chunks.
+
+    Raises:
+        ValueError: for masks that sparse prefill does not serve. That each row's real tokens are one run is checked by
+            reading the mask back, once per forward pass; a compiled model is not checked.
     """
     if q_length < MIN_QUERY_TOKENS:
         return sdpa_mask(
@@ -274,7 +292,7 @@ def flexprefill_mask(
         )
     if mask_function is not causal_mask_function:
         packed = attention_mask is None and q_length == kv_length and not use_vmap
-        if not packed:
+        if not packed or _other_mask(mask_function, kwargs):
             raise ValueError(
                 "sparse prefill serves causal masks, padding and packed sequences; this model asks for another mask: "
                 "use attn_implementation='sdpa'"
@@ -289,7 +307,10 @@ def flexprefill_mask(
         return None
     # Real tokens must be one run: from the first to the last there is no gap.
     if not torch.equal(mask.int().diff(dim=-1).abs().sum(-1) + mask[:, 0].int() + mask[:, -1].int(), _two(mask)):
-        raise ValueError("sparse prefill needs each row's real tokens to be one run in attention_mask, got gaps")
+        raise ValueError(
+            "sparse prefill needs each row's real tokens in attention_mask to be one run, "
+            "got a row with gaps or without any"
+        )
     return mask
 
 

@@ -10,11 +10,13 @@ Importing this module registers the attention implementation "flexprefill". Prom
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig
+from flexprefill_fa.masks.selector import check_selector
 from flexprefill_fa.validation import check_integer
 
 from .hf_attention import (
@@ -60,6 +62,10 @@ def _check_model(model: Any) -> dict[int, nn.Module]:
     layers = _attention_layers(model)
     if not layers:
         raise ValueError(f"{name} has no attention layer that sparse prefill knows")
+    if getattr(config, "attention_chunk_size", None):
+        raise ValueError(
+            f"{name} cannot run sparse prefill: it attends in chunks ({config.attention_chunk_size} tokens)"
+        )
     softcap = getattr(config, "attn_logit_softcapping", None)
     for index, module in layers.items():
         problem = unsupported(
@@ -73,32 +79,42 @@ def _check_model(model: Any) -> dict[int, nn.Module]:
 
 
 class SparsePrefill:
-    """Sparse prefill switched on for a model; a context manager, or call `disable()`."""
+    """Sparse prefill switched on for a model; a context manager, or call `disable()`.
+
+    Several may be on for one model: the latest counts, and they may be switched off in any order.
+    """
+
+    _stacks: ClassVar[WeakKeyDictionary[PreTrainedModel, list[SparsePrefill]]] = WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel, layers: dict[int, nn.Module], plans: dict[int, LayerPlan]) -> None:
         self._model = model
         self._layers = layers
         self._plans = plans
-        self._before = {index: getattr(module, PLAN_ATTRIBUTE, None) for index, module in layers.items()}
-        self._implementation: str = model.config._attn_implementation or "eager"
-        self._active = False
+        below = self._stacks.get(model)
+        implementation = below[0]._implementation if below else model.config._attn_implementation
+        self._implementation: str = implementation or "eager"  # of the model without any
 
     def _enable(self) -> None:
         self._model.set_attn_implementation(NAME)
+        self._stacks.setdefault(self._model, []).append(self)
+        self._apply()
+
+    def _apply(self) -> None:
         for index, module in self._layers.items():
             setattr(module, PLAN_ATTRIBUTE, self._plans[index])
-        self._active = True
 
     def disable(self) -> None:
-        """Give the model back its attention implementation and settings of before; a second call does nothing."""
-        if not self._active:
+        """Give the model back what it had without this; a second call does nothing."""
+        stack = self._stacks.get(self._model, [])
+        if self not in stack:
             return
-        self._active = False
-        for index, module in self._layers.items():
-            if self._before[index] is None:
-                delattr(module, PLAN_ATTRIBUTE)
-            else:
-                setattr(module, PLAN_ATTRIBUTE, self._before[index])
+        stack.remove(self)
+        if stack:
+            stack[-1]._apply()
+            return
+        del self._stacks[self._model]
+        for module in self._layers.values():
+            delattr(module, PLAN_ATTRIBUTE)
         self._model.set_attn_implementation(self._implementation)
 
     @property
@@ -137,8 +153,7 @@ def enable_sparse_prefill(
         TypeError, ValueError: for a model or a setting that cannot be served; the model is then unchanged.
     """
     config = FlexPrefillConfig() if config is None else config
-    if not callable(getattr(config, "operator", None)):
-        raise TypeError(f"config must be a selector config such as FlexPrefillConfig, got {type(config).__name__}")
+    check_selector(config)
     if min_prompt_tokens is None:
         min_prompt_tokens = config.dense_tokens + 1
     check_integer("min_prompt_tokens", min_prompt_tokens, 1)

@@ -37,6 +37,13 @@ class SelectorConfig(Protocol):
         ...
 
 
+def check_selector(config: object) -> None:
+    """A selector's config, or a TypeError that says what was expected."""
+    if isinstance(config, type) or not callable(getattr(config, "operator", None)):
+        got = config.__name__ if isinstance(config, type) else type(config).__name__
+        raise TypeError(f"config must be a selector config such as FlexPrefillConfig(), got {got}")
+
+
 def select_blocks(
     query: Tensor,
     key: Tensor,
@@ -62,6 +69,7 @@ def select_blocks(
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
     """
+    check_selector(config)
     check_query_key(query, key)
     check_scale(scale)
     starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
