@@ -70,7 +70,7 @@ def check_query_key(query: Tensor, key: Tensor) -> None:
     if query.device != key.device:
         raise ValueError(f"query and key must be on one device, got {query.device} and {key.device}")
     if query.device.type not in DEVICES:
-        raise ValueError(f"sparse prefill runs on {' and '.join(DEVICES)} tensors, got {query.device}")
+        raise ValueError(f"sparse prefill runs on CUDA and CPU tensors, got {query.device}")
     if query.dtype != key.dtype:
         raise TypeError(f"query and key must have one dtype, got {query.dtype} and {key.dtype}")
     if query.shape[0] != key.shape[0]:

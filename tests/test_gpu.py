@@ -30,12 +30,12 @@ def by_reference(query, key, config, starts=None, lengths=None):
 
 
 def assert_nearly_equal(got: BlockSelection, expected: BlockSelection) -> None:
-    """Equal but for ties that fp32 summation order decides: few heads, and few blocks in them."""
+    """Equal but for a tie that fp32 summation order decides: at most one head, and few of its blocks."""
     differs = got.to_dense() != expected.to_dense()
-    share = differs.sum((-2, -1)) / expected.kept_blocks().clamp(min=1)
-    unequal = (share > 0).float().mean().item()
-    assert unequal <= 0.15, f"{unequal:.0%} of the heads differ"
-    assert share.max().item() <= 0.03, f"a head differs in {share.max().item():.1%} of its blocks"
+    share = (differs.sum((-2, -1)) / expected.kept_blocks().clamp(min=1)).flatten()
+    print({"unequal_heads": (share > 0).sum().item(), "heads": share.numel(), "largest_share": share.max().item()})
+    assert (share > 0).sum() <= 1, share[share > 0]
+    assert share.max() <= 0.02, share.max()
 
 
 @pytest.mark.parametrize("n", [4096, 32768])
@@ -88,7 +88,8 @@ TRITON_ONLY = [
     (2, 4, 2, 2000, 2000, 128, torch.float32, 64, [5, 900], None),
     (1, 2, 2, 2000, 2000, 256, torch.bfloat16, 128, None, None),
     (1, 2, 1, 2000, 2000, 256, torch.bfloat16, 64, None, None),
-    (1, 2, 2, 1500, 1500, 96, torch.float16, 128, None, None),
+    (1, 2, 2, 1500, 1500, 112, torch.float16, 128, None, None),
+    (1, 2, 1, 700, 1500, 192, torch.bfloat16, 64, None, None),
     (1, 2, 2, 1500, 1500, 16, torch.float16, 64, None, None),
 ]
 
@@ -141,21 +142,51 @@ def test_one_graph_serves_every_length() -> None:
     counters.clear()
     for n, gamma in ((1500, 0.9), (2048, 0.8), (4000, 0.7), (700, 0.95)):
         query, key = (x.to("cuda", torch.bfloat16) for x in structured_qk(2, 4, 2, n, n, 128))
-        sparse_prefill_attention(query, key, key.clone(), FlexPrefillConfig(gamma=gamma, min_budget=128))
+        config = FlexPrefillConfig(gamma=gamma, min_budget=128)
+        value = torch.randn_like(key)
+        out, selection = sparse_prefill_attention(query, key, value, config, return_selection=True)
+        assert selection.density().max() < 1
+        expected, _, real = causal_oracle(query, key, value, selection)
+        assert relative_error(out, expected, real) < 0.01
+        dense, _, _ = causal_oracle(query, key, value, None, ranges=selection.ranges)
+        assert relative_error(dense, expected, real) > 0.05
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_selection_waits_for_nothing_and_can_be_captured() -> None:
+CAPTURED = [
+    ({"tau": 0.3}, False),
+    ({"tau": 0.3, "max_budget": 1024}, True),
+    ({"tau": 0.3, "variant": "paper"}, False),
+    ({"tau": 0.3, "variant": "paper", "max_budget": 1024}, True),
+]
+
+
+@pytest.mark.parametrize(("settings", "padded"), CAPTURED, ids=str)
+def test_selection_waits_for_nothing_and_can_be_captured(settings: dict, padded: bool) -> None:
     """No synchronisation in the selector: a CUDA graph captures it, and a replay follows new inputs."""
-    config = FlexPrefillConfig(min_budget=256, tau=0.3)
-    query, key = (x.to("cuda", torch.bfloat16) for x in structured_qk(1, 4, 2, 3000, 3000, 128, seed=1))
-    other_query, other_key = (x.to("cuda", torch.bfloat16) for x in structured_qk(1, 4, 2, 3000, 3000, 128, seed=2))
-    expected = select_blocks(other_query, other_key, config).to_dense()
+    config = FlexPrefillConfig(min_budget=256, **settings)
+    query, key = (x.to("cuda", torch.bfloat16) for x in structured_qk(2, 4, 2, 3000, 3000, 128, seed=1))
+    other_query, other_key = (x.to("cuda", torch.bfloat16) for x in structured_qk(2, 4, 2, 3000, 3000, 128, seed=2))
+    place = {"starts": torch.tensor([0, 200], device="cuda")} if padded else {}
+    expected = select_blocks(other_query, other_key, config, **place).to_dense()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = select_blocks(query, key, config)
+        captured = select_blocks(query, key, config, **place)
     query.copy_(other_query)
     key.copy_(other_key)
     graph.replay()
     assert torch.equal(captured.to_dense(), expected)
+
+
+def test_a_warm_call_waits_for_nothing() -> None:
+    """Selection and attention together never wait for the GPU."""
+    query, key = (x.to("cuda", torch.bfloat16) for x in structured_qk(1, 4, 2, 3000, 3000, 128, seed=1))
+    config = FlexPrefillConfig(min_budget=256)
+    sparse_prefill_attention(query, key, key.clone(), config)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sparse_prefill_attention(query, key, key.clone(), config)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

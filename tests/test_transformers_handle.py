@@ -86,6 +86,37 @@ def test_disable_without_a_context(llama: PreTrainedModel) -> None:
     assert state(llama) == before
 
 
+def test_handles_switched_off_in_any_order(llama: PreTrainedModel) -> None:
+    before = state(llama)
+    first = enable_sparse_prefill(llama, FlexPrefillConfig(gamma=1.0, min_budget=1), statistics="density")
+    second = enable_sparse_prefill(llama, SPARSE, statistics="density")
+    first.disable()
+    assert llama.config._attn_implementation == NAME
+    run(llama)
+    assert first.statistics == {} and all((layer.density < 1).any() for layer in second.statistics.values())
+    second.disable()
+    assert state(llama) == before
+
+
+def test_gradients_are_refused(llama: PreTrainedModel) -> None:
+    with enable_sparse_prefill(llama, SPARSE), pytest.raises(ValueError, match=r"requires grad.*torch\.no_grad"):
+        llama(prompt(1, 400))
+
+
+def test_a_long_dense_prompt_with_padding_builds_no_square_mask(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a limit it runs FlexAttention over every block instead; the result is the same."""
+    padded = torch.ones(1, 400).long()
+    padded[0, :100] = 0
+    with enable_sparse_prefill(llama, SPARSE, min_prompt_tokens=1000):
+        expected = run(llama, attention_mask=padded).logits
+        monkeypatch.setattr("flexprefill_fa.attention._MAX_DENSE_MASK_TOKENS", 200)
+        monkeypatch.setattr("flexprefill_fa.attention.dense_attention", None)
+        got = run(llama, attention_mask=padded).logits
+    torch.testing.assert_close(got[:, 100:], expected[:, 100:], atol=1e-5, rtol=1e-5)
+
+
 def test_statistics(llama: PreTrainedModel) -> None:
     with enable_sparse_prefill(llama, SPARSE, statistics="recall") as handle:
         assert handle.statistics == {}
@@ -163,6 +194,12 @@ def test_layers_that_cannot_be_served(name: str, fields: dict[str, Any], message
         run(model)
 
 
+def test_chunked_attention_is_refused(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama.config, "attention_chunk_size", 64, raising=False)
+    with pytest.raises(ValueError, match="it attends in chunks"):
+        enable_sparse_prefill(llama)
+
+
 def test_other_models_are_refused() -> None:
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
@@ -195,7 +232,7 @@ def test_calls_that_are_refused(llama: PreTrainedModel) -> None:
     gaps = torch.ones(1, 400).long()
     gaps[0, 100:110] = 0
     with enable_sparse_prefill(llama, SPARSE):
-        with pytest.raises(ValueError, match="one run in attention_mask, got gaps"):
+        with pytest.raises(ValueError, match="to be one run, got a row with gaps"):
             run(llama, attention_mask=gaps)
         with pytest.raises(
             ValueError, match=r"takes a padding mask \[batch, keys\] or none, got .* \(1, 1, 400, 400\)"
