@@ -167,7 +167,7 @@ def test_selection_waits_for_nothing_and_can_be_captured(settings: dict, padded:
     config = FlexPrefillConfig(min_budget=256, **settings)
     query, key = (x.to("cuda", torch.bfloat16) for x in structured_qk(2, 4, 2, 3000, 3000, 128, seed=1))
     other_query, other_key = (x.to("cuda", torch.bfloat16) for x in structured_qk(2, 4, 2, 3000, 3000, 128, seed=2))
-    place = {"starts": torch.tensor([0, 200], device="cuda")} if padded else {}
+    place: dict[str, Any] = {"starts": torch.tensor([0, 200], device="cuda")} if padded else {}
     expected = select_blocks(other_query, other_key, config, **place).to_dense()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
