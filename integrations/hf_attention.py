@@ -286,11 +286,18 @@ def flexprefill_mask(
             use_vmap=use_vmap,
             **kwargs,
         )
-    if isinstance(q_offset, Tensor):
+    # Only a static cache has more keys than were seen, and counts what it has seen on the device.
+    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
         raise ValueError(
             "sparse prefill does not serve static caches yet: use a dynamic cache (cache_implementation=None)"
         )
     if mask_function is not causal_mask_function:
+        if kwargs.get("local_size"):
+            window = kwargs["local_size"]
+            raise ValueError(
+                f"this model asks for another mask than sparse prefill serves (a sliding window of {window} tokens): "
+                "use attn_implementation='sdpa'"
+            )
         packed = attention_mask is None and q_length == kv_length and not use_vmap
         if not packed or _other_mask(mask_function, kwargs):
             raise ValueError(

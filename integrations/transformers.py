@@ -67,9 +67,11 @@ def _check_model(model: Any) -> dict[int, nn.Module]:
             f"{name} cannot run sparse prefill: it attends in chunks ({config.attention_chunk_size} tokens)"
         )
     softcap = getattr(config, "attn_logit_softcapping", None)
+    # Where all layers share one window, only the config knows it.
+    window = None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
     for index, module in layers.items():
         problem = unsupported(
-            getattr(module, "sliding_window", None), softcap, getattr(module, "sinks", None), None, None
+            getattr(module, "sliding_window", window), softcap, getattr(module, "sinks", None), None, None
         )
         if problem is None and not module.is_causal:
             problem = "it is not causal"

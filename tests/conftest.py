@@ -12,6 +12,7 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # one kernel per graph: a pool of workers has no use
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -149,12 +149,13 @@ def test_generate_with_left_padding(model: PreTrainedModel) -> None:
     def generate(ids: Tensor, mask: Tensor | None) -> Tensor:
         return model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]  # type: ignore[operator, index]
 
-    dense = generate(ids, mask)
+    dense, dense_logits = generate(ids, mask), logits(model, ids, attention_mask=mask)
     with enable_sparse_prefill(model, EVERYTHING, statistics="density") as sparse:
         assert torch.equal(generate(ids, mask), dense)
         assert len(sparse.statistics) == 2
     with enable_sparse_prefill(model, SPARSE, statistics="density") as sparse:
         together = generate(ids, mask)
+        assert (logits(model, ids, attention_mask=mask) - dense_logits)[mask.bool()].abs().max() > 0.01
         assert all((layer.density < 1).any() for layer in sparse.statistics.values())
         for row, start in enumerate((0, 128)):
             twice = ids[row, start:].expand(2, -1)
