@@ -1,193 +1,21 @@
 """Sparse prefill attention in one call: select, build the BlockMask, run compiled FlexAttention."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch.fx.experimental._config as fx_config
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.compiler import is_compiling
 
 from flexprefill_fa.backends import kernel_options, resolve_backend
-from flexprefill_fa.block_mask import assemble, both, causal, causal_at, needs_position
-from flexprefill_fa.grid import positions, real_ranges
-from flexprefill_fa.masks.selector import SelectOperator, SelectorConfig, check_selector, select_blocks
+from flexprefill_fa.block_mask import check_layout, needs_position
+from flexprefill_fa.dense import dense_attention, dense_mask_fits
+from flexprefill_fa.masks.selector import SelectorConfig, check_selector, select_blocks
+from flexprefill_fa.region import run_attend, run_select_and_attend
 from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import check_padding, check_query_key, check_scale, check_value
 
 logger = logging.getLogger(__name__)
-
-# Compiled variants per code object: dtypes, head dims, padding forms, batch 1 or more, backends. Beyond the limit
-# fullgraph compilation raises; torch's default of 8 is too few for one process that serves several models.
-_RECOMPILE_LIMIT = 64
-# The largest square mask that dense attention may build: 64 MB per batch element.
-_MAX_DENSE_MASK_TOKENS = 8192
-
-
-def select_and_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    position: tuple[Tensor, Tensor, Tensor] | None,
-    operator: SelectOperator,
-    settings: Tensor,
-    *,
-    block_size: int,
-    scale: float | None,
-    mask_mod: Callable[..., Tensor] | None,
-    score_mod: Callable[..., Tensor] | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Selection and attention as one region for `torch.compile(fullgraph=True)`; see `sparse_prefill_attention`.
-
-    Only for tracing: run eagerly, FlexAttention would compute every block. The BlockMask is built inside the region,
-    from the operator's outputs, so that one dynamic graph serves every length, and the settings come as a tensor, so
-    that it serves every setting. `position` is what `positions` returns, or None to compute it here where the mask
-    needs it: the FLASH kernel cannot read a tensor that the same graph computes, and the CPU kernel does not compile
-    with one of dynamic shape from outside.
-
-    Returns:
-        The output `[B, Hq, Lq, D]` and the operator's index tensors and JS distances.
-    """
-    lists = operator(query, key, starts, lengths, settings, scale, block_size, mask_mod is not None, False)
-    if position is None and needs_position(query, key, starts, lengths):
-        position = positions(query, key, starts, lengths)
-    base = causal if position is None else causal_at(position)
-    block_mask = assemble(
-        *lists[:4],
-        block_size=block_size,
-        mask_mod=base if mask_mod is None else both(base, mask_mod),
-        q_len=query.shape[2],
-        kv_len=key.shape[2],
-    )
-    out = flex_attention(  # pyright: ignore[reportCallIssue]
-        query,
-        key,
-        value,
-        score_mod=score_mod,
-        block_mask=block_mask,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options=options or None,  # pyright: ignore[reportArgumentType]  # built by kernel_options()
-    )
-    assert isinstance(out, Tensor)  # flex_attention returns more only when asked to
-    return out, lists
-
-
-_compiled_select_and_attend = torch.compile(select_and_attend, fullgraph=True, dynamic=True)
-
-
-def run_compiled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    config: SelectorConfig,
-    settings: Tensor,
-    **arguments: Any,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """`select_and_attend` on checked arguments, compiled with as few graphs as possible.
-
-    Two forms: a whole prompt without padding (plain causal mask), and everything else (a mask that reads offset and
-    padding from a tensor). Sizes that happen to be equal are not taken for the same size (`use_duck_shape`): batch 2
-    with 2 key heads would otherwise be a graph of its own.
-    """
-    position = None
-    if needs_position(query, key, starts, lengths):
-        ranges = real_ranges(starts, lengths, query.shape[0], key.shape[2], query.device)
-        starts, lengths = ranges[:, 0].contiguous(), ranges[:, 1] - ranges[:, 0]
-        if arguments["options"].get("BACKEND") == "FLASH":
-            position = positions(query, key, starts, lengths)
-            for vector in position:  # a size known to the compiler: that kernel takes no symbolic ones
-                torch._dynamo.mark_static(vector, 0)
-    if torch.compiler.is_compiling():  # the caller's graph is the region
-        region = select_and_attend
-        limits = contextlib.nullcontext()
-    else:
-        region = _compiled_select_and_attend
-        limits = _compile_limits()
-        if query.device.type == "cpu":
-            key, value = _unshared(query, key), _unshared(query, _unshared(key, value))
-    with limits:
-        return region(
-            query,
-            key,
-            value,
-            starts,
-            lengths,
-            position,
-            config.operator(),
-            settings,
-            block_size=config.block_size,
-            **arguments,
-        )
-
-
-def _unshared(first: Tensor, second: Tensor) -> Tensor:
-    """`second` in memory of its own: torch 2.11's CPU kernel fails on views of one buffer."""
-    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    return second.clone() if same else second
-
-
-@contextlib.contextmanager
-def _compile_limits() -> Iterator[None]:
-    with (
-        torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
-        fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]  # added by torch
-    ):
-        yield
-
-
-def dense_mask_fits(
-    query: Tensor,
-    key: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    mask_mod: Callable[..., Tensor] | None = None,
-) -> bool:
-    """Whether `dense_attention` needs no mask for this call, or one small enough to hold."""
-    return (
-        (mask_mod is None and not needs_position(query, key, starts, lengths))
-        or query.shape[2] * key.shape[2] <= _MAX_DENSE_MASK_TOKENS**2
-        or query.shape[2] == 1
-    )
-
-
-def dense_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    scale: float | None,
-    mask_mod: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    """Dense causal attention by SDPA, for short prompts and decode steps. Rows of padded queries mean nothing.
-
-    Padding, a cached prefix or a mask_mod needs a mask `[B, 1, Lq, Lkv]`: keep Lq or Lkv short.
-    """
-    gqa = query.shape[1] != key.shape[1]
-    q_len, kv_len = query.shape[2], key.shape[2]
-    if starts is None and lengths is None and mask_mod is None and (q_len == kv_len or q_len == 1):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=q_len > 1, scale=scale, enable_gqa=gqa)
-    ranges = real_ranges(starts, lengths, query.shape[0], kv_len, query.device)
-    kv_position = torch.arange(kv_len, device=query.device)
-    q_position = kv_len - q_len + torch.arange(q_len, device=query.device)
-    # A padded query sees at least one key (its own position or, before the first real key, key 0): never 0 / 0.
-    real = (kv_position >= ranges[:, :1]) & (kv_position < ranges[:, 1:])
-    alone = (q_position < ranges[:, :1])[:, :, None] & (kv_position == 0)
-    mask = (kv_position <= q_position[:, None]) & real[:, None]
-    if mask_mod is not None:
-        batch = torch.arange(query.shape[0], device=query.device)[:, None, None]
-        mask = mask & mask_mod(batch, 0, torch.arange(q_len, device=query.device)[:, None], kv_position)
-    mask = mask | alone
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=gqa)
 
 
 def sparse_prefill_attention(
@@ -240,7 +68,7 @@ def sparse_prefill_attention(
         config.block_size,
         has_score_mod=score_mod is not None,
         has_mask_mod=mask_mod is not None,
-        position_in_graph=torch.compiler.is_compiling() and needs_position(query, key, starts, lengths),
+        position_in_graph=is_compiling() and needs_position(query, key, starts, lengths),
     )
     short = query.shape[2] == 1 or key.shape[2] <= config.dense_tokens
     short = short and dense_mask_fits(query, key, starts, lengths)
@@ -252,7 +80,7 @@ def sparse_prefill_attention(
         return out, select_blocks(query, key, config, lengths=lengths, starts=starts, scale=scale)
     logger.debug("sparse attention by %s: %d queries, %d keys", resolved, query.shape[2], key.shape[2])
     options = kernel_options(resolved, query, config.block_size)
-    out, lists = run_compiled(
+    out, lists = run_select_and_attend(
         query,
         key,
         value,
@@ -268,3 +96,66 @@ def sparse_prefill_attention(
     if not return_selection:
         return out
     return out, BlockSelection(*lists, query.shape[2], key.shape[2], config.block_size, starts, lengths)
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: BlockSelection,
+    *,
+    scale: float | None = None,
+    mask_mod: Callable[..., Tensor] | None = None,
+    score_mod: Callable[..., Tensor] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention over the blocks of a given selection, compiled as `sparse_prefill_attention` is.
+
+    Args:
+        query, key, value, scale, score_mod, backend: as for `sparse_prefill_attention`.
+        selection: the blocks to compute, for these lengths and this padding.
+        mask_mod: a further mask; the selection must have been made with `all_partial=True`, because FlexAttention
+            evaluates no mask in full blocks.
+
+    Returns:
+        `[B, Hq, Lq, D]`. Rows of padded queries mean nothing.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, or a backend that cannot run.
+    """
+    check_query_key(query, key)
+    check_value(key, value)
+    check_scale(scale)
+    expected = (selection.q_len, selection.kv_len, *selection.kv_num_blocks.shape[:2])
+    got = (query.shape[2], key.shape[2], query.shape[0], query.shape[1])
+    if got != expected:
+        raise ValueError(f"the selection is for (q_len, kv_len, batch, heads) = {expected}, got tensors of {got}")
+    check_layout(selection)
+    starts, lengths = selection.starts, selection.lengths
+    resolved = resolve_backend(
+        backend,
+        query,
+        selection.block_size,
+        has_score_mod=score_mod is not None,
+        has_mask_mod=mask_mod is not None,
+        position_in_graph=is_compiling() and needs_position(query, key, starts, lengths),
+    )
+    lists = (
+        selection.kv_num_blocks,
+        selection.kv_indices,
+        selection.full_kv_num_blocks,
+        selection.full_kv_indices,
+    )
+    return run_attend(
+        query,
+        key,
+        value,
+        lists,
+        starts,
+        lengths,
+        block_size=selection.block_size,
+        scale=scale,
+        mask_mod=mask_mod,
+        score_mod=score_mod,
+        options=kernel_options(resolved, query, selection.block_size),
+    )

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexprefill_fa.attention import dense_attention, dense_mask_fits, run_compiled
 from flexprefill_fa.backends import kernel_options, resolve_backend
 from flexprefill_fa.block_mask import needs_position
+from flexprefill_fa.dense import dense_attention, dense_mask_fits
 from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
 from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig
+from flexprefill_fa.region import run_select_and_attend
 from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import check_query_key, check_value
 
@@ -226,7 +227,7 @@ def flexprefill_attention(
         has_mask_mod=mask_mod is not None,
         position_in_graph=torch.compiler.is_compiling() and needs_position(query, key, starts, lengths),
     )
-    out, lists = run_compiled(
+    out, lists = run_select_and_attend(
         query,
         key,
         value,

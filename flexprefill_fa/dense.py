@@ -1,0 +1,105 @@
+"""Dense causal attention: for prompts too short to gain from sparsity, and as the yardstick."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flexprefill_fa.backends import kernel_options, resolve_backend
+from flexprefill_fa.block_mask import needs_position
+from flexprefill_fa.grid import real_ranges
+from flexprefill_fa.region import run_attend_causal
+from flexprefill_fa.validation import check_query_key, check_scale, check_value
+
+# The largest square mask that dense attention may build: 64 MB per batch element.
+_MAX_DENSE_MASK_TOKENS = 8192
+_BLOCK_SIZE = 128  # of FlexAttention's all-causal mask
+_SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
+DENSE_KERNELS = ("sdpa", *_SDPA, "FLASH", "TRITON", "CPU")
+
+
+def dense_mask_fits(
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    mask_mod: Callable[..., Tensor] | None = None,
+) -> bool:
+    """Whether `dense_attention` needs no mask for this call, or one small enough to hold."""
+    return (
+        (mask_mod is None and not needs_position(query, key, starts, lengths))
+        or query.shape[2] * key.shape[2] <= _MAX_DENSE_MASK_TOKENS**2
+        or query.shape[2] == 1
+    )
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    scale: float | None,
+    mask_mod: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """Dense causal attention by SDPA, for short prompts and decode steps. Rows of padded queries mean nothing.
+
+    Padding, a cached prefix or a mask_mod needs a mask `[B, 1, Lq, Lkv]`: keep Lq or Lkv short.
+    """
+    gqa = query.shape[1] != key.shape[1]
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if starts is None and lengths is None and mask_mod is None and (q_len == kv_len or q_len == 1):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=q_len > 1, scale=scale, enable_gqa=gqa)
+    ranges = real_ranges(starts, lengths, query.shape[0], kv_len, query.device)
+    kv_position = torch.arange(kv_len, device=query.device)
+    q_position = kv_len - q_len + torch.arange(q_len, device=query.device)
+    # A padded query sees at least one key (its own position or, before the first real key, key 0): never 0 / 0.
+    real = (kv_position >= ranges[:, :1]) & (kv_position < ranges[:, 1:])
+    alone = (q_position < ranges[:, :1])[:, :, None] & (kv_position == 0)
+    mask = (kv_position <= q_position[:, None]) & real[:, None]
+    if mask_mod is not None:
+        batch = torch.arange(query.shape[0], device=query.device)[:, None, None]
+        mask = mask & mask_mod(batch, 0, torch.arange(q_len, device=query.device)[:, None], kv_position)
+    mask = mask | alone
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=gqa)
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, kernel: str = "sdpa", *, scale: float | None = None
+) -> Tensor:
+    """Dense causal attention of a whole prompt by a named kernel.
+
+    Args:
+        query: `[B, Hq, L, D]`. key, value: `[B, Hkv, L, D]`.
+        kernel: "sdpa" (PyTorch's choice), "sdpa_flash" or "sdpa_cudnn"; "FLASH", "TRITON" or "CPU" for FlexAttention
+            over every causal block.
+        scale: score scale, default 1/sqrt(D).
+
+    Returns:
+        `[B, Hq, L, D]`.
+
+    Raises:
+        ValueError: for an unknown kernel, or one that cannot run this call.
+    """
+    check_query_key(query, key)
+    check_value(key, value)
+    check_scale(scale)
+    if kernel not in DENSE_KERNELS:
+        raise ValueError(f"kernel must be one of {DENSE_KERNELS}, got {kernel!r}")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"dense causal attention needs as many queries as keys, got {query.shape[2]} and {key.shape[2]}"
+        )
+    gqa = query.shape[1] != key.shape[1]
+    if kernel == "sdpa":
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+    if kernel in _SDPA:
+        if not query.is_cuda:
+            raise ValueError(f"kernel={kernel!r} needs a CUDA GPU, got tensors on {query.device}")
+        with sdpa_kernel(_SDPA[kernel]):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+    resolved = resolve_backend(kernel, query, _BLOCK_SIZE)
+    options = kernel_options(resolved, query, _BLOCK_SIZE)
+    return run_attend_causal(query, key, value, block_size=_BLOCK_SIZE, scale=scale, options=options)

@@ -1,0 +1,214 @@
+"""What `torch.compile` sees of sparse prefill: selection, BlockMask and FlexAttention as one region."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as fx_config
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from flexprefill_fa.block_mask import assemble, both, causal, causal_at, needs_position
+from flexprefill_fa.grid import cdiv, positions, real_ranges
+from flexprefill_fa.masks.selector import SelectOperator, SelectorConfig
+
+# Compiled variants per code object: dtypes, head dims, padding forms, batch 1 or more, backends. Beyond the limit
+# fullgraph compilation raises; torch's default of 8 is too few for one process that serves several models.
+_RECOMPILE_LIMIT = 64
+
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]
+Position = tuple[Tensor, Tensor, Tensor]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: Lists,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    position: Position | None,
+    *,
+    block_size: int,
+    scale: float | None,
+    mask_mod: Callable[..., Tensor] | None,
+    score_mod: Callable[..., Tensor] | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention over the blocks in `lists`, `[B, Hq, Lq, D]`. Only for tracing, as `select_and_attend`."""
+    if position is None and needs_position(query, key, starts, lengths):
+        position = positions(query, key, starts, lengths)
+    base = causal if position is None else causal_at(position)
+    block_mask = assemble(
+        *lists,
+        block_size=block_size,
+        mask_mod=base if mask_mod is None else both(base, mask_mod),
+        q_len=query.shape[2],
+        kv_len=key.shape[2],
+    )
+    out = flex_attention(  # pyright: ignore[reportCallIssue]
+        query,
+        key,
+        value,
+        score_mod=score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=options or None,  # pyright: ignore[reportArgumentType]  # built by kernel_options()
+    )
+    assert isinstance(out, Tensor)  # flex_attention returns more only when asked to
+    return out
+
+
+def select_and_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    position: Position | None,
+    operator: SelectOperator,
+    settings: Tensor,
+    *,
+    block_size: int,
+    scale: float | None,
+    mask_mod: Callable[..., Tensor] | None,
+    score_mod: Callable[..., Tensor] | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Selection and attention as one region for `torch.compile(fullgraph=True)`; see `sparse_prefill_attention`.
+
+    Only for tracing: run eagerly, FlexAttention would compute every block. The BlockMask is built inside the region,
+    from the operator's outputs, so that one dynamic graph serves every length, and the settings come as a tensor, so
+    that it serves every setting. `position` is what `positions` returns, or None to compute it here where the mask
+    needs it: the FLASH kernel cannot read a tensor that the same graph computes, and the CPU kernel does not compile
+    with one of dynamic shape from outside.
+
+    Returns:
+        The output `[B, Hq, Lq, D]` and the operator's index tensors and JS distances.
+    """
+    lists = operator(query, key, starts, lengths, settings, scale, block_size, mask_mod is not None, False)
+    out = attend(
+        query,
+        key,
+        value,
+        lists[:4],
+        starts,
+        lengths,
+        position,
+        block_size=block_size,
+        scale=scale,
+        mask_mod=mask_mod,
+        score_mod=score_mod,
+        options=options,
+    )
+    return out, lists
+
+
+def attend_causal(
+    query: Tensor, key: Tensor, value: Tensor, *, block_size: int, scale: float | None, options: dict[str, Any]
+) -> Tensor:
+    """Dense causal attention of a whole prompt by FlexAttention, `[B, Hq, L, D]`. Only for tracing."""
+    blocks = cdiv(query.shape[2], block_size)
+    row = torch.arange(blocks, dtype=torch.int32, device=query.device)
+    full = row[None, :].expand(blocks, blocks).contiguous()
+    diagonal = row[:, None].expand(blocks, blocks).contiguous()
+    count = torch.ones_like(row)
+    lists = (count[None, None], diagonal[None, None], row[None, None], full[None, None])
+    arguments: dict[str, Any] = {"block_size": block_size, "scale": scale, "options": options}
+    return attend(query, key, value, lists, None, None, None, mask_mod=None, score_mod=None, **arguments)
+
+
+_compiled_attend = torch.compile(attend, fullgraph=True, dynamic=True)
+_compiled_select_and_attend = torch.compile(select_and_attend, fullgraph=True, dynamic=True)
+_compiled_attend_causal = torch.compile(attend_causal, fullgraph=True, dynamic=True)
+
+
+def run_select_and_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    config: SelectorConfig,
+    settings: Tensor,
+    **arguments: Any,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """`select_and_attend` on checked arguments, compiled with as few graphs as possible.
+
+    Two forms: a whole prompt without padding (plain causal mask), and everything else (a mask that reads offset and
+    padding from a tensor). Sizes that happen to be equal are not taken for the same size (`use_duck_shape`): batch 2
+    with 2 key heads would otherwise be a graph of its own.
+    """
+    place = _place(query, key, starts, lengths, arguments["options"])
+    arguments["block_size"] = config.block_size
+    if torch.compiler.is_compiling():  # the caller's graph is the region
+        return select_and_attend(query, key, value, *place, config.operator(), settings, **arguments)
+    key, value = _apart(query, key, value)
+    with _compile_limits():
+        return _compiled_select_and_attend(query, key, value, *place, config.operator(), settings, **arguments)
+
+
+def run_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: Lists,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    **arguments: Any,
+) -> Tensor:
+    """`attend` on checked arguments, compiled as `run_select_and_attend` is."""
+    place = _place(query, key, starts, lengths, arguments["options"])
+    if torch.compiler.is_compiling():
+        return attend(query, key, value, lists, *place, **arguments)
+    key, value = _apart(query, key, value)
+    with _compile_limits():
+        return _compiled_attend(query, key, value, lists, *place, **arguments)
+
+
+def run_attend_causal(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+    """`attend_causal` on checked arguments, compiled as `run_select_and_attend` is."""
+    if torch.compiler.is_compiling():
+        return attend_causal(query, key, value, **arguments)
+    key, value = _apart(query, key, value)
+    with _compile_limits():
+        return _compiled_attend_causal(query, key, value, **arguments)
+
+
+def _place(
+    query: Tensor, key: Tensor, starts: Tensor | None, lengths: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None, Position | None]:
+    """`starts`, `lengths` and `position` as the regions take them."""
+    position = None
+    if needs_position(query, key, starts, lengths):
+        ranges = real_ranges(starts, lengths, query.shape[0], key.shape[2], query.device)
+        starts, lengths = ranges[:, 0].contiguous(), ranges[:, 1] - ranges[:, 0]
+        if options.get("BACKEND") == "FLASH":
+            position = positions(query, key, starts, lengths)
+            for vector in position:  # a size known to the compiler: that kernel takes no symbolic ones
+                torch._dynamo.mark_static(vector, 0)
+    return starts, lengths, position
+
+
+def _apart(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value in memory of their own: torch 2.11's CPU kernel fails on views of one buffer."""
+    if query.device.type != "cpu":
+        return key, value
+
+    def shared(a: Tensor, b: Tensor) -> bool:
+        return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+    if shared(query, value) or shared(key, value):
+        value = value.clone()
+    return (key.clone() if shared(query, key) else key), value
+
+
+@contextlib.contextmanager
+def _compile_limits() -> Iterator[None]:
+    with (
+        torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
+        fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]  # added by torch
+    ):
+        yield
