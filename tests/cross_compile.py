@@ -13,20 +13,32 @@ from triton.compiler import ASTSource
 
 from flexprefill_fa.kernels import coverage, pooling
 from flexprefill_fa.kernels.common import head_slices
-from flexprefill_fa.masks.flexprefill.kernels import last_query, paper, pattern, published, rows
-from flexprefill_fa.masks.flexprefill.kernels.pooled_attention import ROWS, _pooled_attention_kernel, columns
+from flexprefill_fa.masks.flexprefill.kernels import last_query, merge, paper, pattern, published, rows
+from flexprefill_fa.masks.flexprefill.kernels.pooled_attention import _pooled_attention_kernel, tile_options
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-FLOATS = {"scale", "tau"}
-POINTERS = {
-    "ranges": "*i32", "aware": "*i32", "active": "*i32", "thresholds": "*fp32", "counts": "*i32", "member": "*i8",
-    "scores": "*fp32", "means": "*fp32", "maxima": "*fp32", "sums": "*fp32", "vertical": "*fp32", "slash": "*fp32",
-    "slash_upper": "*fp32", "slash_lower": "*fp32", "mean_key": "*fp32", "mean_query": "*fp32", "column_sums": "*fp32",
-    "distance": "*fp32", "diagonal_sums": "*fp32", "column_tokens": "*i32", "diagonal_tokens": "*i32",
-    "columns": "*i8", "diagonals": "*i8", "pooled": "*i8", "pooled_scores": "*fp32", "mass": "*fp32", "hit": "*i8",
-    "diagonal_mass": "*fp32", "diagonal_hit": "*i8", "partial_counts": "*i32", "partial_indices": "*i32",
-    "full_counts": "*i32", "full_indices": "*i32",
+FLOATS = {"scale", "tau", "gamma", "gamma_rest"}
+INT_POINTERS = {
+    "ranges", "aware", "active", "counts", "values", "cuts", "tokens", "above", "ties", "partial_counts",
+    "partial_indices", "full_counts", "full_indices",
 }  # fmt: skip
+FLOAT_POINTERS = {
+    "thresholds", "scores", "means", "maxima", "sums", "totals", "lse", "vertical", "slash", "carry", "mean_key",
+    "mean_query", "columns", "column_sums", "diagonals", "diagonal_sums", "logits", "distance", "pooled_scores",
+    "mass", "diagonal_mass", "goals",
+}  # fmt: skip
+BYTE_POINTERS = {"kept", "chosen", "hit", "diagonal_hit"}
+# The same name for another type of data in one kernel.
+EXCEPTIONS = {("_merge_kernel", "tokens"): "*fp32", ("_paper_rows_kernel", "columns"): "*i8"}
+
+
+def _type_of(kernel: str, name: str) -> str:
+    if (kernel, name) in EXCEPTIONS:
+        return EXCEPTIONS[kernel, name]
+    for names, pointer in ((INT_POINTERS, "*i32"), (FLOAT_POINTERS, "*fp32"), (BYTE_POINTERS, "*i8")):
+        if name in names:
+            return pointer
+    return "fp32" if name in FLOATS else "i32"
 
 
 def shared_memory(kernel: triton.JITFunction, arch: int, dtype: torch.dtype, options: dict, constants: dict) -> int:
@@ -35,10 +47,10 @@ def shared_memory(kernel: triton.JITFunction, arch: int, dtype: torch.dtype, opt
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("query", "key", "values"):
+        elif name in ("query", "key") or (kernel is pooling._block_mean_kernel and name == "values"):
             signature[name] = TYPES[dtype]
         else:
-            signature[name] = POINTERS.get(name, "fp32" if name in FLOATS else "i32")
+            signature[name] = _type_of(kernel.fn.__name__, name)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).metadata.shared
 
@@ -47,23 +59,33 @@ def variants(dtype: torch.dtype, dim: int, block: int):
     """(kernel, launch options, constants) of everything one selection launches."""
     slice_width, slices = head_slices(dim, dtype)
     padded = max(16, triton.next_power_of_2(dim))
-    tile = {"D": dim, "SLICE": slice_width, "SLICES": slices, "BLOCK": block, "TILES": last_query.TILES}
-    yield last_query._lse_kernel, last_query.launch_options(slices), tile
-    yield last_query._sums_kernel, last_query.launch_options(slices), tile
-    yield pooling._block_mean_kernel, {}, {"D": dim, "BLOCK_D": padded, "BLOCK": block}
-    for flag in (True, False):
-        constants = {"D": dim, "BLOCK_D": padded, "BLOCK": block, "TILE": pattern.TILE, "PUBLISHED": flag}
-        yield pattern._pattern_kernel, {}, constants
-        constants = {"KEEP_CROSSING": flag, "MARK": flag, "TILE": 4096}
-        yield coverage._coverage_kernel, {"num_warps": 8}, constants
+    tile = {"D": dim, "SLICE": slice_width, "SLICES": slices, "BLOCK": block}
+    yield last_query._lse_kernel, last_query.launch_options(8, slices), tile
+    yield last_query._combine_kernel, {}, {"BLOCK": block, "SPLITS": last_query.MAX_SPLITS}
+    for heads in (1, 2, 4):
+        group = {"KEYS": last_query.KEYS, "ROWS": min(last_query.KEYS, block // heads), "HEADS": heads}
+        yield last_query._sums_kernel, last_query.launch_options(4, slices), {**tile, **group}
     constants = {"D": dim, "BLOCK_D": padded, "BLOCK": block}
-    yield _pooled_attention_kernel, {"num_stages": 2}, {**constants, "ROWS": ROWS, "COLUMNS": columns(dim)}
-    yield published._diagonal_sums_kernel, {}, {"BLOCK": block}
+    yield pooling._block_mean_kernel, {}, {**constants, "ALL": False}
+    yield merge._merge_kernel, {}, {**constants, "KEYS": last_query.KEYS, "ROWS": 32}
+    for flag in (True, False):
+        yield pattern._pattern_kernel, {"num_warps": 8}, {"BLOCK": block, "WIDTH": 1024, "PUBLISHED": flag}
+        short = {"ALL": flag, "LINE_TILE": coverage.SHORT_TILE // 2, "TILE": coverage.SHORT_TILE}
+        yield coverage._short_kernel, {"num_warps": coverage.SHORT_WARPS}, {"KEEP_CROSSING": flag, **short}
+        tiles = {"ALL": flag, "LINE_TILE": coverage.TILE, "TILE": coverage.TILE}
+        constants = {"KEEP_CROSSING": flag, **tiles}
+        for kernel in (coverage._digit_kernel, coverage._cut_kernel):
+            yield kernel, {"num_warps": coverage.WARPS}, {**constants, "SPLITS": 128}
+        yield coverage._ties_kernel, {"num_warps": coverage.WARPS}, tiles
+    for q_blocks in (64, 1024):
+        shape = tile_options(dim, q_blocks)
+        options = {"num_stages": 2, "num_warps": shape.pop("num_warps")}
+        yield _pooled_attention_kernel, options, {"D": dim, "BLOCK_D": padded, "BLOCK": block, **shape}
     yield published._choose_kernel, {"num_warps": 8}, {"BLOCK": block, "WIDTH": 1024}
     yield paper._diagonal_windows_kernel, {}, {"BLOCK": block}
     yield paper._column_hits_kernel, {}, {"BLOCK": block}
     row = {"HAS_AWARE": True, "BLOCK": block, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True, "DENSE": False}
-    yield rows._published_rows_kernel, {"num_warps": 4}, row
+    yield rows._published_rows_kernel, {"num_warps": 4}, {**row, "CHUNK": rows.CHUNK}
     yield rows._paper_rows_kernel, {"num_warps": 4}, {**row, "LIMITED": True}
 
 

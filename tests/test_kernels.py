@@ -97,8 +97,8 @@ def test_lists_are_written_into_poisoned_memory(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("keep_crossing", [False, True])
-def test_coverage_equals_a_sorted_cumulative_sum(keep_crossing: bool) -> None:
+def coverage_cases() -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [6, 301] and thresholds: heavy tails, ties, zeros, a sum that is never reached."""
     scores = torch.rand(6, 301) ** 8
     scores[1] = 0.25  # ties: the first ones in order
     scores[2, 5:] = 0
@@ -106,13 +106,52 @@ def test_coverage_equals_a_sorted_cumulative_sum(keep_crossing: bool) -> None:
     scores[4] = torch.randint(0, 4, (301,)) / 8  # ties at the crossing value, sums exact
     threshold = scores.double().sum(-1).mul(0.7).float()
     threshold[1], threshold[3], threshold[4] = 20.0, 1.0, 9.0
-    counts, member = coverage(scores, threshold, keep_crossing=keep_crossing, mark=True)
+    return scores, threshold
+
+
+def members(scores: torch.Tensor, prefix: Any) -> torch.Tensor:
+    bits, place = scores.view(torch.int32), torch.arange(scores.shape[1])
+    value, cut = prefix.value[:, None], prefix.cut[:, None]
+    return (bits > value) | ((bits == value) & (place <= cut))
+
+
+@pytest.mark.parametrize("keep_crossing", [False, True])
+@pytest.mark.parametrize("shared", [False, True], ids=["one program per row", "many programs"])
+def test_coverage_equals_a_sorted_cumulative_sum(
+    keep_crossing: bool, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shared:
+        for name, value in (("SHORT", 0), ("LINE", 64), ("TILE", 64)):
+            monkeypatch.setattr(f"flexprefill_fa.kernels.coverage.{name}", value)
+    scores, threshold = coverage_cases()
+    prefix = coverage(scores, threshold, keep_crossing=keep_crossing)
+    member = members(scores, prefix)
     for row in range(6):
         expected, order = reference.coverage_prefix(
             scores[row : row + 1].double(), threshold[row].item(), keep_crossing=keep_crossing
         )
-        assert counts[row] == expected[0]
-        assert torch.equal(member[row] != 0, reference.first_of(order, expected)[0])
+        assert prefix.length[row] == expected[0]
+        assert torch.equal(member[row], reference.first_of(order, expected)[0])
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["one program per row", "many programs"])
+def test_coverage_reads_the_causal_part_alone(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of a causal matrix: what lies behind a line's width may hold anything; rows left out are not touched."""
+    if shared:
+        for name, value in (("SHORT", 0), ("TILE", 32)):
+            monkeypatch.setattr(f"flexprefill_fa.kernels.coverage.{name}", value)
+    lines, line, first_width = 17, 19, 3
+    scores = torch.rand(3, lines, line) ** 4
+    causal = torch.arange(line) < first_width + torch.arange(lines)[:, None]
+    poisoned = torch.where(causal, scores, float("inf"))
+    goal = (scores * causal).sum((-2, -1)) * 0.6
+    active = torch.tensor([1, 0, 1], dtype=torch.int32)
+    prefix = coverage(poisoned.flatten(1), goal, keep_crossing=True, active=active, line=line, first_width=first_width)
+    clean = torch.where(causal, scores, 0).flatten(1)
+    for row in (0, 2):
+        expected, order = reference.coverage_prefix(clean[row : row + 1].double(), goal[row].item(), keep_crossing=True)
+        assert prefix.length[row] == expected[0]
+        assert torch.equal(members(clean, prefix)[row], reference.first_of(order, expected)[0])
 
 
 def test_kernels_compile_for_a_smaller_gpu() -> None:
@@ -124,6 +163,6 @@ def test_kernels_compile_for_a_smaller_gpu() -> None:
     run = subprocess.run([sys.executable, str(script), "80"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len({row["kernel"] for row in rows}) == 12
+    assert len({row["kernel"] for row in rows}) == 16
     too_large = [row for row in rows if row["shared"] > 163 * 1024]
     assert not too_large

@@ -4,19 +4,41 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import contextlib
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Lengths vary from call to call; specialising on them would compile a kernel for every alignment.
-LENGTHS = ["q_len", "kv_len", "offset", "length", "blocks"]
+# Lengths, and what follows from them, vary from call to call; specialising on them would compile a kernel for each.
+LENGTHS = [
+    "q_len", "kv_len", "offset", "length", "blocks", "q_blocks", "kv_blocks", "tiles", "splits", "all_rows", "least",
+    "most", "dense_tokens", "lines", "line", "first_width", "width", "step",
+]  # fmt: skip
+LOG2E = 1.4426950408889634
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launch on the tensor's GPU, whichever is current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.lru_cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs_at_once(device: torch.device) -> int:
+    """Large programs that the device runs at the same time; a few for the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def unpadded_ranges(batch: int, kv_len: int, device: torch.device) -> Tensor:
+    """`real_ranges` of a batch without padding, by one small launch."""
+    return torch.arange(0, kv_len + 1, kv_len, dtype=torch.int32, device=device).expand(batch, 2).contiguous()
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -54,13 +76,16 @@ def bits_of(values):
 def top_of_row(bits, count):
     """Which items are among the `count` largest of a row: bits int32 `[N]`, -1 marks items that do not compete.
 
-    Lower index first among equals. The threshold is found by bisection over bit patterns, without a sort.
+    Lower index first among equals. The threshold is found two bits of its pattern at a time, without a sort.
     """
     threshold = 0
-    for step in tl.static_range(31):
-        candidate = threshold | (1 << (30 - step))
-        enough = tl.sum((bits >= candidate).to(tl.int32), 0) >= count
-        threshold = tl.where(enough, candidate, threshold)
+    way = tl.arange(0, 4)
+    for step in tl.static_range(16):
+        candidate = threshold | (way << (30 - 2 * step))
+        # Bit 31 is the sign: of the highest digit only 0 and 1 are patterns of non-negative numbers.
+        possible = (way > 0) & ((step > 0) | (way < 2))
+        enough = tl.sum((bits[None, :] >= candidate[:, None]).to(tl.int32), 1) >= count
+        threshold |= tl.sum((enough & possible).to(tl.int32), 0) << (30 - 2 * step)
     above = bits > threshold
     ties = bits == threshold
     rank = tl.cumsum(ties.to(tl.int32), 0)

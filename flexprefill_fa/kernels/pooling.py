@@ -16,6 +16,7 @@ from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
 def _block_mean_kernel(
     values,  # [B, H, length, D]
     ranges,  # [B, 2]
+    active,  # [B * H] int32, rows with 0 are skipped
     means,  # [B, H, blocks, D] fp32
     stride_b,
     stride_h,
@@ -27,9 +28,13 @@ def _block_mean_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALL: tl.constexpr,
 ):
     """mean[I] = sum of the real tokens of block I / their number; token i stands at position offset + i."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if not ALL:
+        if tl.load(active + row) == 0:
+            return
     batch, head = row // heads, row % heads
     start, end = real_range(ranges, batch)
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -41,12 +46,13 @@ def _block_mean_kernel(
     tl.store(means + (row * blocks + block) * D + dim, tl.sum(tile, 0) / count, mask=dim < D)
 
 
-def block_mean(values: Tensor, ranges: Tensor, offset: int, block_size: int) -> Tensor:
+def block_mean(values: Tensor, ranges: Tensor, offset: int, block_size: int, active: Tensor | None = None) -> Tensor:
     """fp32 `[B, H, blocks, D]`: the mean over each block's real tokens (0 for a block without any).
 
     Args:
         values: `[B, H, L, D]`, unit stride in D; token i stands at position offset + i.
         ranges: int32 `[B, 2]`, (start, end) of each element's real positions.
+        active: int32 `[B * H]`, rows with 0 are left out (their means are undefined).
     """
     batch, heads, length, dim = values.shape
     blocks = cdiv(length, block_size)
@@ -55,6 +61,7 @@ def block_mean(values: Tensor, ranges: Tensor, offset: int, block_size: int) -> 
         _block_mean_kernel[(blocks, batch * heads)](
             values,
             ranges,
+            ranges if active is None else active,
             means,
             values.stride(0),
             values.stride(1),
@@ -66,5 +73,6 @@ def block_mean(values: Tensor, ranges: Tensor, offset: int, block_size: int) -> 
             D=dim,
             BLOCK_D=triton.next_power_of_2(dim),
             BLOCK=block_size,
+            ALL=active is None,
         )
     return means

@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+MAX_BLOCKS = 2**15 - 1  # key blocks per row: two counts share an int32
+
 
 @triton.jit
 def row_geometry(start, end, row_block, offset, kv_len, BLOCK: tl.constexpr):
@@ -16,36 +18,54 @@ def row_geometry(start, end, row_block, offset, kv_len, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _write_list(keep, block, counts, indices, target, blocks, ZERO_TAIL: tl.constexpr):
-    number = keep.to(tl.int32)
-    place = tl.cumsum(number, 0) - 1
-    count = tl.sum(number, 0)
-    tl.store(counts + target, count)
-    tl.store(indices + target * blocks + place, block, mask=number != 0)
-    if ZERO_TAIL:
-        tl.store(indices + target * blocks + block, tl.zeros_like(block), mask=(block >= count) & (block < blocks))
-
-
-@triton.jit
-def write_row(
-    keep,  # [WIDTH] bool
-    block,  # [WIDTH] int32, 0 ... WIDTH - 1
+def write_blocks(
+    keep,  # [N] bool
+    block,  # [N] int32, consecutive
+    written,  # int32: partial blocks << 16 | full blocks that this row has written before
     start,
     end,
     row_first,
+    target,
+    blocks,
+    partial_indices,
+    full_indices,
+    BLOCK: tl.constexpr,
+    ALL_PARTIAL: tl.constexpr,
+):
+    """Append the kept ones of some blocks to the row's lists, and count them.
+
+    Full list: blocks wholly below the causal boundary and wholly real; partial list: the rest. Both counts share one
+    number, so that one scan places both.
+    """
+    full = keep & (block * BLOCK + BLOCK - 1 <= row_first) & (block * BLOCK >= start) & (block * BLOCK + BLOCK <= end)
+    if ALL_PARTIAL:
+        full = keep & (block < 0)
+    partial = keep & (full == 0)
+    number = full.to(tl.int32) | (partial.to(tl.int32) << 16)
+    place = written + tl.cumsum(number, 0) - number
+    tl.store(full_indices + target * blocks + (place & 0xFFFF), block, mask=full)
+    tl.store(partial_indices + target * blocks + (place >> 16), block, mask=partial)
+    return written + tl.sum(number, 0)
+
+
+@triton.jit
+def finish_row(
+    written,
     target,
     blocks,
     partial_counts,
     partial_indices,
     full_counts,
     full_indices,
-    BLOCK: tl.constexpr,
-    ALL_PARTIAL: tl.constexpr,
+    WIDTH: tl.constexpr,
     ZERO_TAILS: tl.constexpr,
 ):
-    """Full list: blocks wholly below the causal boundary and wholly real; partial list: the rest."""
-    full = keep & (block * BLOCK + BLOCK - 1 <= row_first) & (block * BLOCK >= start) & (block * BLOCK + BLOCK <= end)
-    if ALL_PARTIAL:
-        full = keep & (block < 0)
-    _write_list(keep & (full == 0), block, partial_counts, partial_indices, target, blocks, ZERO_TAILS)
-    _write_list(full, block, full_counts, full_indices, target, blocks, ZERO_TAILS)
+    """Store the counts, and zeros behind the lists where whole outputs are to be compared."""
+    tl.store(partial_counts + target, written >> 16)
+    tl.store(full_counts + target, written & 0xFFFF)
+    if ZERO_TAILS:
+        block = tl.arange(0, WIDTH)
+        zeros = tl.zeros_like(block)
+        inside = block < blocks
+        tl.store(partial_indices + target * blocks + block, zeros, mask=inside & (block >= (written >> 16)))
+        tl.store(full_indices + target * blocks + block, zeros, mask=inside & (block >= (written & 0xFFFF)))

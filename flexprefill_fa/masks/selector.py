@@ -28,6 +28,10 @@ class SelectorConfig(Protocol):
         """Prompts of at most this many tokens keep every block."""
         ...
 
+    def expected_density(self, tokens: int) -> float:
+        """Kept blocks / causal blocks that a prompt of this length usually comes to, in [0, 1]."""
+        ...
+
     def settings(self) -> Tensor:
         """The numbers as a float64 tensor on the CPU, for `operator`."""
         ...

@@ -2,16 +2,17 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from flexprefill_fa.grid import Grid, cdiv, real_ranges
-from flexprefill_fa.kernels.common import unit_stride
-from flexprefill_fa.kernels.coverage import coverage
+from flexprefill_fa.kernels.common import unit_stride, unpadded_ranges
+from flexprefill_fa.kernels.coverage import Prefix, coverage
 from flexprefill_fa.kernels.pooling import block_mean
+from flexprefill_fa.kernels.row_lists import MAX_BLOCKS
 from flexprefill_fa.masks.flexprefill.config import FlexPrefillConfig
 from flexprefill_fa.masks.flexprefill.kernels import paper, published, rows
 from flexprefill_fa.masks.flexprefill.kernels.last_query import last_query_scores
+from flexprefill_fa.masks.flexprefill.kernels.merge import merge_parts
 from flexprefill_fa.masks.flexprefill.kernels.pattern import head_pattern
 from flexprefill_fa.masks.flexprefill.kernels.pooled_attention import pooled_attention
 
@@ -28,40 +29,50 @@ def select(
     all_partial: bool = False,
     zero_tails: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same as `reference.select`; entries past the counts are unwritten unless zero_tails."""
+    """The same as `reference.select`; entries past the counts are unwritten unless zero_tails.
+
+    Raises:
+        ValueError: for more key blocks than the row writer can count.
+    """
     query, key = unit_stride(query), unit_stride(key)
     batch, heads, q_len, dim = query.shape
     size = config.block_size
     grid = Grid(q_len, key.shape[2], size)
+    if grid.kv_blocks > MAX_BLOCKS:
+        raise ValueError(f"at most {MAX_BLOCKS} key blocks of {size} tokens can be selected from, got {grid.kv_blocks}")
     scale = 1 / math.sqrt(dim) if scale is None else scale
     is_published = config.variant == "published"
     device = query.device
-    ranges = real_ranges(starts, lengths, batch, grid.kv_len, device)
+    if starts is None and lengths is None:
+        ranges = unpadded_ranges(batch, grid.kv_len, device)
+    else:
+        ranges = real_ranges(starts, lengths, batch, grid.kv_len, device)
     lists = rows.empty_lists(batch, heads, grid, device)
     outputs = {"dense_tokens": config.dense_tokens, "all_partial": all_partial, "zero_tails": zero_tails}
 
-    vertical, slash = last_query_scores(query, key, ranges, size, scale)  # [B * Hq, Lkv]
     mean_key = block_mean(key, ranges, 0, size)
-    distance, aware, column_sums = head_pattern(
-        query,
-        mean_key,
+    parts = last_query_scores(query, key, ranges, size, scale)
+    scores = merge_parts(parts, mean_key, ranges, heads=heads, block_size=size, scale=scale)
+    distance, aware, goals = head_pattern(
+        scores.logits,
+        scores.columns,
         ranges,
-        vertical,
-        kv_len=grid.kv_len,
+        heads=heads,
+        offset=grid.offset,
         block_size=size,
-        scale=scale,
         tau=config.tau,
+        gamma=config.gamma,
         dense_tokens=config.dense_tokens,
         published=is_published,
     )
-    distance = distance.view(batch, heads)
+    js_distance = distance.view(batch, heads)
     if config.keeps_everything:
-        rows.write_published_rows(ranges, aware, aware, aware, None, lists, grid, dense=True, **outputs)
-        return *lists, distance
+        rows.write_published_rows(ranges, aware, aware, None, None, lists, grid, dense=True, **outputs)
+        return *lists, js_distance
 
     pooled_scores = pooled = None
     if config.tau > 0:
-        mean_query = block_mean(query, ranges, grid.offset, size)
+        mean_query = block_mean(query, ranges, grid.offset, size, active=aware)
         pooled_scores = pooled_attention(
             mean_query,
             mean_key,
@@ -72,20 +83,22 @@ def select(
             block_size=size,
             scale=scale,
         )
-        row_blocks = _real_row_blocks(ranges, grid).repeat_interleave(heads)  # nq
-        threshold = (row_blocks.double() * config.gamma).float()
-        _, pooled = coverage(
-            pooled_scores.flatten(1), threshold, keep_crossing=not is_published, mark=True, active=aware
+        pooled = coverage(
+            pooled_scores.flatten(1),
+            goals[2],
+            keep_crossing=not is_published,
+            active=aware,
+            line=grid.kv_blocks,
+            first_width=grid.offset // size + 2,
         )
 
-    gamma = torch.full((batch * heads,), config.gamma, dtype=torch.float32, device=device)
     least = cdiv(config.min_budget, size)
+    tokens = coverage(scores.tokens.flatten(0, 1), goals[:2].flatten(), keep_crossing=not is_published)
     if is_published:
-        columns, diagonals = published.choose(
-            slash,
-            column_sums,
-            coverage(vertical, gamma, keep_crossing=False, mark=False)[0],
-            coverage(slash, gamma, keep_crossing=False, mark=False)[0],
+        chosen = published.choose(
+            scores.columns,
+            scores.diagonals,
+            tokens.length,
             aware,
             ranges,
             heads=heads,
@@ -93,20 +106,18 @@ def select(
             most=_NO_LIMIT if config.max_budget is None else cdiv(config.max_budget, size),
             block_size=size,
         )
-        rows.write_published_rows(ranges, aware, columns, diagonals, pooled, lists, grid, dense=False, **outputs)
-        return *lists, distance
+        rows.write_published_rows(ranges, aware, chosen, pooled_scores, pooled, lists, grid, dense=False, **outputs)
+        return *lists, js_distance
 
-    _, kept_tokens = coverage(vertical, gamma, keep_crossing=True, mark=True)
-    _, kept_offsets = coverage(slash, gamma, keep_crossing=True, mark=True)
-    assert kept_tokens is not None and kept_offsets is not None  # asked for by mark
-    columns = paper.column_hits(kept_tokens, blocks=grid.kv_blocks, block_size=size)
+    by_token, by_offset = (Prefix(*(part.chunk(2)[kind] for part in tokens)) for kind in range(2))
+    columns = paper.column_hits(scores.tokens[0], by_token, ranges, heads=heads, blocks=grid.kv_blocks, block_size=size)
     mass, hit = paper.diagonal_windows(
-        slash, kept_offsets, ranges, heads=heads, offset=grid.offset, blocks=grid.kv_blocks, block_size=size
+        scores.tokens[1], by_offset, ranges, heads=heads, offset=grid.offset, blocks=grid.kv_blocks, block_size=size
     )
     rows.write_paper_rows(
         ranges,
         aware,
-        column_sums,
+        scores.columns,
         columns,
         mass,
         hit,
@@ -118,12 +129,4 @@ def select(
         most=None if config.max_budget is None else config.max_budget // size,
         **outputs,
     )
-    return *lists, distance
-
-
-def _real_row_blocks(ranges: Tensor, grid: Grid) -> Tensor:
-    """int32 `[B]`: number of row blocks that hold a real query."""
-    start, end = ranges.unbind(1)
-    size = grid.block_size
-    first = (start - grid.offset).clamp(min=0) // size
-    return ((end - grid.offset + size - 1) // size - first).clamp(min=0)
+    return *lists, js_distance

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
 
-ROWS = 16
 
-
-def columns(head_dim: int) -> int:
-    """Key blocks at a time, so that the tiles fit in 163 KB of shared memory."""
-    return 64 if head_dim <= 128 else 32
+def tile_options(head_dim: int, q_blocks: int) -> dict[str, int]:
+    """Row blocks and key blocks of a tile: large ones where there is work for them, within 163 KB of shared memory."""
+    large = q_blocks >= 256 and head_dim <= 128
+    return {"ROWS": 64 if large else 16, "COLUMNS": 64 if head_dim <= 128 else 32, "num_warps": 8 if large else 4}
 
 
 @triton.jit
@@ -29,17 +28,17 @@ def _tile(mean_query, mean_key, row_block, block, row_inside, visible, scale, D:
         mask=(tl.max(visible.to(tl.int32), 0) > 0)[:, None] & (dim < D)[None, :],
         other=0.0,
     )
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.dot(queries, tl.trans(keys), input_precision="tf32x3") * scale
     return tl.where(visible, scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "q_blocks", "kv_blocks"])
+@triton.jit(do_not_specialize=LENGTHS)
 def _pooled_attention_kernel(
     mean_query,  # [B, Hq, q_blocks, D] fp32
     mean_key,  # [B, Hkv, kv_blocks, D] fp32
     ranges,
     aware,  # [B * Hq] int32
-    scores,  # [B * Hq, q_blocks, kv_blocks] fp32, out; rows of heads that are not query-aware stay unwritten
+    scores,  # [B * Hq, q_blocks, kv_blocks] fp32, out
     heads,
     groups,
     offset,
@@ -65,10 +64,13 @@ def _pooled_attention_kernel(
         row_last = tl.minimum(tl.minimum(row_first + BLOCK, kv_len), end) - 1
         row_inside = (row_block < q_blocks) & (row_last >= tl.maximum(row_first, start))
         lane = tl.arange(0, COLUMNS)
+        width = tl.minimum(
+            kv_blocks, offset // BLOCK + tl.program_id(0) * ROWS + ROWS + 1
+        )  # columns that may be causal
 
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        for first in range(0, kv_blocks, COLUMNS):
+        for first in range(0, width, COLUMNS):
             block = first + lane
             visible = row_inside[:, None] & (block >= start // BLOCK) & (block[None, :] * BLOCK <= row_last[:, None])
             tile = _tile(mean_query, mean_key, row_block, block, row_inside, visible, scale, D, BLOCK_D)
@@ -78,7 +80,7 @@ def _pooled_attention_kernel(
             highest = higher
         base = tl.where(row_inside, highest, 0.0)
         norm = tl.where(row_inside, total, 1.0)
-        for first in range(0, kv_blocks, COLUMNS):
+        for first in range(0, width, COLUMNS):
             block = first + lane
             visible = row_inside[:, None] & (block >= start // BLOCK) & (block[None, :] * BLOCK <= row_last[:, None])
             tile = _tile(mean_query, mean_key, row_block, block, row_inside, visible, scale, D, BLOCK_D)
@@ -100,12 +102,16 @@ def pooled_attention(
     block_size: int,
     scale: float,
 ) -> Tensor:
-    """fp32 `[B * Hq, nq, nk]`, 0 where not causal; undefined for heads that are not query-aware."""
+    """fp32 `[B * Hq, nq, nk]`, 0 where not causal.
+
+    Undefined for heads that are not query-aware, and in row block I from column offset // B + I + 2 on.
+    """
     batch, heads, q_blocks, dim = mean_query.shape
     kv_heads, kv_blocks = mean_key.shape[1], mean_key.shape[2]
     scores = torch.empty(batch * heads, q_blocks, kv_blocks, dtype=torch.float32, device=mean_query.device)
     with on_device(mean_query):
-        _pooled_attention_kernel[(triton.cdiv(q_blocks, ROWS), batch * heads)](
+        options = tile_options(dim, q_blocks)
+        _pooled_attention_kernel[(triton.cdiv(q_blocks, options["ROWS"]), batch * heads)](
             mean_query,
             mean_key,
             ranges,
@@ -121,8 +127,7 @@ def pooled_attention(
             D=dim,
             BLOCK_D=max(16, triton.next_power_of_2(dim)),
             BLOCK=block_size,
-            ROWS=ROWS,
-            COLUMNS=columns(dim),
             num_stages=2,
+            **options,
         )
     return scores

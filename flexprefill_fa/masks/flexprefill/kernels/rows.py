@@ -10,9 +10,10 @@ from torch import Tensor
 
 from flexprefill_fa.grid import Grid
 from flexprefill_fa.kernels.common import LENGTHS, bits_of, on_device, real_range, top_of_row
-from flexprefill_fa.kernels.row_lists import row_geometry, write_row
+from flexprefill_fa.kernels.coverage import Prefix, in_prefix
+from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_blocks
 
-_UNSPECIALISED = [*LENGTHS, "q_blocks", "kv_blocks", "least", "most", "dense_tokens"]
+CHUNK = 512  # blocks of a row at a time
 
 
 @triton.jit
@@ -21,13 +22,14 @@ def _always_kept(block, start, row_first, row_last, BLOCK: tl.constexpr):
     return (block == start // BLOCK) | (block == row_first // BLOCK) | (block == row_last // BLOCK)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=LENGTHS)
 def _published_rows_kernel(
     ranges,
     aware,  # [rows] int32
-    columns,  # [rows, kv_blocks] int8, by absolute block
-    diagonals,  # [rows, kv_blocks] int8, by blocks below the main diagonal
-    pooled,  # [rows, q_blocks, kv_blocks] int8: Algorithm 4's blocks, defined for query-aware heads
+    chosen,  # [2, rows, kv_blocks] int8: columns by absolute block, diagonals by blocks below the main one
+    pooled_scores,  # [rows, q_blocks, kv_blocks] fp32, defined for query-aware heads
+    values,  # [rows] int32, Algorithm 4's prefix
+    cuts,  # [rows] int32
     partial_counts,
     partial_indices,
     full_counts,
@@ -42,34 +44,46 @@ def _published_rows_kernel(
     HAS_AWARE: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
     ALL_PARTIAL: tl.constexpr,
     ZERO_TAILS: tl.constexpr,
 ):
     row_block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, end = real_range(ranges, row // heads)
     row_first, row_last = row_geometry(start, end, row_block, offset, kv_len, BLOCK)
-    block = tl.arange(0, WIDTH)
-    visible = (block >= start // BLOCK) & (block * BLOCK <= row_last)
-    keep = visible
     queries = end - tl.maximum(start, offset)
     dense = (end - start <= dense_tokens) | (queries <= 1) | DENSE
-    if dense == 0:
-        kept = tl.load(columns + row * kv_blocks + block, mask=visible, other=0) != 0
-        for kind in tl.static_range(2):
-            below = (row_first if kind == 0 else row_last) // BLOCK - block
-            kept |= tl.load(diagonals + row * kv_blocks + below, mask=visible & (below >= 0), other=0) != 0
-        if HAS_AWARE:
-            if tl.load(aware + row) != 0:
-                source = pooled + (row * q_blocks + row_block) * kv_blocks + block
-                kept |= tl.load(source, mask=visible, other=0) != 0
-        keep = visible & (kept | _always_kept(block, start, row_first, row_last, BLOCK))
-    write_row(
-        keep, block, start, end, row_first, row * q_blocks + row_block, kv_blocks, partial_counts, partial_indices,
-        full_counts, full_indices, BLOCK, ALL_PARTIAL, ZERO_TAILS,
-    )  # fmt: skip
+    target = row * q_blocks + row_block
+    aware_row = 0
+    if HAS_AWARE:
+        aware_row = tl.load(aware + row)
+    written = 0
+    for first in range(start // BLOCK, (row_last + BLOCK) // BLOCK, CHUNK):
+        block = first + tl.arange(0, CHUNK)
+        visible = block * BLOCK <= row_last
+        keep = visible
+        if dense == 0:
+            kept = tl.load(chosen + row * kv_blocks + block, mask=visible, other=0) != 0
+            diagonals = chosen + (tl.num_programs(1) + row) * kv_blocks
+            for kind in tl.static_range(2):
+                below = (row_first if kind == 0 else row_last) // BLOCK - block
+                kept |= tl.load(diagonals + below, mask=visible & (below >= 0), other=0) != 0
+            if HAS_AWARE:
+                if aware_row != 0:
+                    place = row_block * kv_blocks + block
+                    scores = tl.load(pooled_scores + row * q_blocks * kv_blocks + place, mask=visible, other=0.0)
+                    kept |= in_prefix(bits_of(scores), place, tl.load(values + row), tl.load(cuts + row))
+            keep = visible & (kept | _always_kept(block, start, row_first, row_last, BLOCK))
+        written = write_blocks(
+            keep, block, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices, BLOCK,
+            ALL_PARTIAL,
+        )  # fmt: skip
+    finish_row(
+        written, target, kv_blocks, partial_counts, partial_indices, full_counts, full_indices, WIDTH, ZERO_TAILS
+    )
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=LENGTHS)
 def _paper_rows_kernel(
     ranges,
     aware,  # [rows] int32
@@ -78,7 +92,8 @@ def _paper_rows_kernel(
     diagonal_mass,  # [2, rows, kv_blocks + 2] fp32
     diagonal_hit,  # [2, rows, kv_blocks + 2] int8
     pooled_scores,  # [rows, q_blocks, kv_blocks] fp32, defined for query-aware heads
-    pooled,  # [rows, q_blocks, kv_blocks] int8
+    values,  # [rows] int32, Algorithm 4's prefix
+    cuts,  # [rows] int32
     partial_counts,
     partial_indices,
     full_counts,
@@ -117,9 +132,9 @@ def _paper_rows_kernel(
         scores += tl.load(diagonal_mass + at, mask=visible, other=0.0)
         if HAS_AWARE:
             if tl.load(aware + row) != 0:
-                source = (row * q_blocks + row_block) * kv_blocks + block
-                kept = tl.load(pooled + source, mask=visible, other=0) != 0
-                scores = tl.load(pooled_scores + source, mask=visible, other=0.0)
+                place = row_block * kv_blocks + block
+                scores = tl.load(pooled_scores + row * q_blocks * kv_blocks + place, mask=visible, other=0.0)
+                kept = in_prefix(bits_of(scores), place, tl.load(values + row), tl.load(cuts + row))
         always = visible & _always_kept(block, start, row_first, row_last, BLOCK)
         keep = visible & (kept | always)
         missing = tl.minimum(least, tl.sum(visible.to(tl.int32), 0)) - tl.sum(keep.to(tl.int32), 0)
@@ -130,10 +145,13 @@ def _paper_rows_kernel(
             room = tl.maximum(most - tl.sum(always.to(tl.int32), 0), 0)
             if tl.sum(droppable.to(tl.int32), 0) > room:
                 keep = always | top_of_row(tl.where(droppable, bits_of(scores), -1), room)
-    write_row(
-        keep, block, start, end, row_first, row * q_blocks + row_block, kv_blocks, partial_counts, partial_indices,
-        full_counts, full_indices, BLOCK, ALL_PARTIAL, ZERO_TAILS,
-    )  # fmt: skip
+    target = row * q_blocks + row_block
+    written = write_blocks(
+        keep, block, 0, start, end, row_first, target, kv_blocks, partial_indices, full_indices, BLOCK, ALL_PARTIAL
+    )
+    finish_row(
+        written, target, kv_blocks, partial_counts, partial_indices, full_counts, full_indices, WIDTH, ZERO_TAILS
+    )
 
 
 def empty_lists(batch: int, heads: int, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,16 +170,22 @@ def row_constants(grid: Grid, all_partial: bool, zero_tails: bool) -> dict[str, 
         "WIDTH": width,
         "ALL_PARTIAL": all_partial,
         "ZERO_TAILS": zero_tails,
-        "num_warps": 4 if width <= 1024 else 8,
     }
+
+
+def _pooled_arguments(scores: Tensor | None, prefix: Prefix | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 4's scores and prefix as the kernels take them; something to point at where there are none."""
+    if scores is None or prefix is None:
+        return unused, unused, unused
+    return scores, prefix.value, prefix.cut
 
 
 def write_published_rows(
     ranges: Tensor,
     aware: Tensor,
-    columns: Tensor,
-    diagonals: Tensor,
-    pooled: Tensor | None,
+    chosen: Tensor,
+    pooled_scores: Tensor | None,
+    pooled: Prefix | None,
     lists: tuple[Tensor, Tensor, Tensor, Tensor],
     grid: Grid,
     *,
@@ -174,8 +198,9 @@ def write_published_rows(
     batch, heads = lists[0].shape[:2]
     with on_device(ranges):
         _published_rows_kernel[(grid.q_blocks, batch * heads)](
-            ranges, aware, columns, diagonals, aware if pooled is None else pooled, *lists, heads, grid.offset,
+            ranges, aware, chosen, *_pooled_arguments(pooled_scores, pooled, aware), *lists, heads, grid.offset,
             grid.kv_len, grid.q_blocks, grid.kv_blocks, dense_tokens, DENSE=dense, HAS_AWARE=pooled is not None,
+            CHUNK=min(CHUNK, triton.next_power_of_2(grid.kv_blocks)), num_warps=4,
             **row_constants(grid, all_partial, zero_tails),
         )  # fmt: skip
 
@@ -188,7 +213,7 @@ def write_paper_rows(
     diagonal_mass: Tensor,
     diagonal_hit: Tensor,
     pooled_scores: Tensor | None,
-    pooled: Tensor | None,
+    pooled: Prefix | None,
     lists: tuple[Tensor, Tensor, Tensor, Tensor],
     grid: Grid,
     *,
@@ -200,11 +225,11 @@ def write_paper_rows(
 ) -> None:
     """Fill the lists with the printed algorithms' selection."""
     batch, heads = lists[0].shape[:2]
-    none = pooled is None or pooled_scores is None
     with on_device(ranges):
         _paper_rows_kernel[(grid.q_blocks, batch * heads)](
-            ranges, aware, column_sums, columns, diagonal_mass, diagonal_hit, aware if none else pooled_scores,
-            aware if none else pooled, *lists, heads, grid.offset, grid.kv_len, grid.q_blocks, grid.kv_blocks,
-            dense_tokens, least, most or 0, DENSE=False, HAS_AWARE=not none, LIMITED=most is not None,
+            ranges, aware, column_sums, columns, diagonal_mass, diagonal_hit,
+            *_pooled_arguments(pooled_scores, pooled, aware), *lists, heads, grid.offset, grid.kv_len, grid.q_blocks,
+            grid.kv_blocks, dense_tokens, least, most or 0, DENSE=False, HAS_AWARE=pooled is not None,
+            LIMITED=most is not None, num_warps=4 if grid.kv_blocks <= 1024 else 8,
             **row_constants(grid, all_partial, zero_tails),
         )  # fmt: skip
