@@ -9,10 +9,11 @@ from torch.compiler import is_compiling
 
 from flexprefill_fa.backends import kernel_options, resolve_backend
 from flexprefill_fa.block_mask import check_layout, needs_position
+from flexprefill_fa.cost_model import prefers_dense
 from flexprefill_fa.dense import dense_attention, dense_mask_fits
-from flexprefill_fa.masks.selector import SelectorConfig, check_selector, select_blocks
+from flexprefill_fa.masks.selector import SelectorConfig, check_selector
 from flexprefill_fa.region import run_attend, run_select_and_attend
-from flexprefill_fa.selection import BlockSelection
+from flexprefill_fa.selection import BlockSelection, every_block
 from flexprefill_fa.validation import check_padding, check_query_key, check_scale, check_value
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ def sparse_prefill_attention(
     """Causal attention over the key blocks that a selector keeps.
 
     The first call of a kind (dtype, head dim, padding or none, batch 1 or more) compiles for some seconds; later ones
-    of any length reuse the graph. Prompts short enough to keep every block, and single queries, run as dense SDPA
-    when backend is "auto" and there is no mask_mod or score_mod.
+    of any length reuse the graph. When backend is "auto" and there is no mask_mod or score_mod, single queries,
+    prompts short enough to keep every block, and whole prompts that the cost model expects to be faster dense run as
+    dense attention; a debug log line says so.
 
     Args:
         query: `[B, Hq, Lq, D]`, fp32, bf16 or fp16; the last Lq positions of the keys.
@@ -49,7 +51,7 @@ def sparse_prefill_attention(
             key). The selector does not see it. Every block is then masked pair by pair, which costs up to 2x.
         score_mod: FlexAttention's score_mod. The selector does not see it.
         backend: "auto", or "TRITON", "FLASH" or "CPU" to insist.
-        return_selection: also return the `BlockSelection`.
+        return_selection: also return the `BlockSelection` that was computed; where attention ran dense, every block.
 
     Returns:
         `[B, Hq, Lq, D]`, or (that, BlockSelection). Rows of padded queries mean nothing.
@@ -70,16 +72,19 @@ def sparse_prefill_attention(
         has_mask_mod=mask_mod is not None,
         position_in_graph=is_compiling() and needs_position(query, key, starts, lengths),
     )
-    short = query.shape[2] == 1 or key.shape[2] <= config.dense_tokens
-    short = short and dense_mask_fits(query, key, starts, lengths)
-    if short and backend == "auto" and mask_mod is None and score_mod is None:
+    whole = not needs_position(query, key, starts, lengths)
+    if whole and not is_compiling():
+        dense = prefers_dense(query, key, config, resolved)
+    else:
+        dense = key.shape[2] <= config.dense_tokens and dense_mask_fits(query, key, starts, lengths)
+    if (dense or query.shape[2] == 1) and backend == "auto" and mask_mod is None and score_mod is None:
         logger.debug("dense attention: %d queries, %d keys", query.shape[2], key.shape[2])
         out = dense_attention(query, key, value, starts, lengths, scale)
         if not return_selection:
             return out
-        return out, select_blocks(query, key, config, lengths=lengths, starts=starts, scale=scale)
+        return out, every_block(query, key, config.block_size, starts, lengths)
     logger.debug("sparse attention by %s: %d queries, %d keys", resolved, query.shape[2], key.shape[2])
-    options = kernel_options(resolved, query, config.block_size)
+    options = kernel_options(resolved, query, key, config.block_size)
     out, lists = run_select_and_attend(
         query,
         key,
@@ -157,5 +162,5 @@ def block_sparse_attention(
         scale=scale,
         mask_mod=mask_mod,
         score_mod=score_mod,
-        options=kernel_options(resolved, query, selection.block_size),
+        options=kernel_options(resolved, query, key, selection.block_size),
     )

@@ -103,8 +103,20 @@ def resolve_backend(
     return backend
 
 
-def kernel_options(backend: str, query: Tensor, block_size: int) -> dict[str, Any]:
-    """FlexAttention's kernel_options for a resolved backend; torch's own defaults where nothing was measured."""
+# FlexAttention's tile on the devices where it was measured, by compute capability and head dim: the fastest rows of
+# bench/results/tuning.jsonl, which a test compares with this table. Elsewhere torch's own options apply.
+TRITON_TILES: dict[tuple[tuple[int, int], int], dict[str, int]] = {
+    ((9, 0), 128): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+}
+_DIVISOR = 128  # of lengths for which the kernel needs no bounds checks
+
+
+def kernel_options(backend: str, query: Tensor, key: Tensor, block_size: int) -> dict[str, Any]:
+    """FlexAttention's kernel_options for a resolved backend; torch's own defaults where nothing was measured.
+
+    Lengths that 128 divides let the Triton kernel drop its bounds checks. A traced model has no lengths yet, and a
+    graph that serves every length keeps the checks.
+    """
     if backend == "CPU":
         return {}
     if backend == "FLASH":
@@ -115,7 +127,8 @@ def kernel_options(backend: str, query: Tensor, block_size: int) -> dict[str, An
     if block_size == 64:  # the kernel's tile must divide the block
         tile = 64 if half and head_dim <= 128 else 32
         options |= {"BLOCK_M": tile, "BLOCK_N": tile}
-    elif half and head_dim == 128 and compute_capability(query.device.index) == (9, 0):
-        # H200, head_dim 128: 430-460 TFLOP/s, against 400-420 with torch's default of 128 x 64.
-        options |= {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    elif half:
+        options |= TRITON_TILES.get((compute_capability(query.device.index), head_dim), {})
+    if not torch.compiler.is_compiling() and query.shape[2] % _DIVISOR == 0 and key.shape[2] % _DIVISOR == 0:
+        options["IS_DIVISIBLE"] = True
     return options

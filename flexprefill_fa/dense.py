@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flexprefill_fa.backends import kernel_options, resolve_backend
+from flexprefill_fa.backends import compute_capability, flash_problem, kernel_options, resolve_backend
 from flexprefill_fa.block_mask import needs_position
 from flexprefill_fa.grid import real_ranges
 from flexprefill_fa.region import run_attend_causal
@@ -16,8 +16,21 @@ from flexprefill_fa.validation import check_query_key, check_scale, check_value
 # The largest square mask that dense attention may build: 64 MB per batch element.
 _MAX_DENSE_MASK_TOKENS = 8192
 _BLOCK_SIZE = 128  # of FlexAttention's all-causal mask
+_FLASH_TOKENS = 2048  # prompts from which FLASH is taken
 _SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
 DENSE_KERNELS = ("sdpa", *_SDPA, "FLASH", "TRITON", "CPU")
+
+
+def fastest_dense(query: Tensor) -> str:
+    """The dense causal kernel to take for a whole prompt `[B, Hq, L, D]`, by name.
+
+    FLASH where it runs and the prompt is long enough to be worth its launch; else PyTorch's choice. On Hopper cuDNN is
+    about as fast as FLASH, but plans for some 40 ms at each new length.
+    """
+    measured = query.is_cuda and compute_capability(query.device.index) == (9, 0)
+    if measured and query.shape[2] >= _FLASH_TOKENS and flash_problem(query, _BLOCK_SIZE) is None:
+        return "FLASH"
+    return "sdpa"
 
 
 def dense_mask_fits(
@@ -44,14 +57,17 @@ def dense_attention(
     scale: float | None,
     mask_mod: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Dense causal attention by SDPA, for short prompts and decode steps. Rows of padded queries mean nothing.
+    """Dense causal attention, for short prompts and decode steps. Rows of padded queries mean nothing.
 
     Padding, a cached prefix or a mask_mod needs a mask `[B, 1, Lq, Lkv]`: keep Lq or Lkv short.
     """
     gqa = query.shape[1] != key.shape[1]
     q_len, kv_len = query.shape[2], key.shape[2]
-    if starts is None and lengths is None and mask_mod is None and (q_len == kv_len or q_len == 1):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=q_len > 1, scale=scale, enable_gqa=gqa)
+    if starts is None and lengths is None and mask_mod is None:
+        if q_len == 1:
+            return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=gqa)
+        if q_len == kv_len:
+            return causal_attention(query, key, value, fastest_dense(query), scale=scale)
     ranges = real_ranges(starts, lengths, query.shape[0], kv_len, query.device)
     kv_position = torch.arange(kv_len, device=query.device)
     q_position = kv_len - q_len + torch.arange(q_len, device=query.device)
@@ -101,5 +117,5 @@ def causal_attention(
         with sdpa_kernel(_SDPA[kernel]):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
     resolved = resolve_backend(kernel, query, _BLOCK_SIZE)
-    options = kernel_options(resolved, query, _BLOCK_SIZE)
+    options = kernel_options(resolved, query, key, _BLOCK_SIZE)
     return run_attend_causal(query, key, value, block_size=_BLOCK_SIZE, scale=scale, options=options)

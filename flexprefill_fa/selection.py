@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
+from flexprefill_fa.grid import Grid, real_ranges, unmasked_blocks, visible_blocks
 from flexprefill_fa.validation import check_query_key
 
 _RECALL_BYTES = 16 * 2**20  # scores held at a time by `BlockSelection.recall`
@@ -146,3 +146,28 @@ class BlockSelection:
             f"block_size={self.block_size}{padded}, density={density.mean():.3f} "
             f"[{density.min():.3f}, {density.max():.3f}], {self.kv_num_blocks.device})"
         )
+
+
+def every_block(
+    query: Tensor, key: Tensor, block_size: int, starts: Tensor | None = None, lengths: Tensor | None = None
+) -> BlockSelection:
+    """The selection that dense causal attention amounts to: every block that a row can see, in every head.
+
+    Args:
+        query: `[B, Hq, Lq, D]`. key: `[B, Hkv, Lkv, D]`.
+        block_size: tokens per block.
+        starts, lengths: padding, int `[B]`, as for `BlockSelection`.
+    """
+    grid = Grid(query.shape[2], key.shape[2], block_size)
+    batch, heads = query.shape[:2]
+    ranges = real_ranges(starts, lengths, batch, grid.kv_len, query.device)
+    visible = visible_blocks(grid, ranges)
+    full = visible & unmasked_blocks(grid, ranges)
+
+    def per_head(keep: Tensor) -> tuple[Tensor, Tensor]:
+        count, indices = index_lists(keep[:, None])
+        return count.expand(-1, heads, -1).contiguous(), indices.expand(-1, heads, -1, -1).contiguous()
+
+    partial, whole = per_head(visible & ~full), per_head(full)
+    distance = torch.zeros(batch, heads, device=query.device)
+    return BlockSelection(*partial, *whole, distance, grid.q_len, grid.kv_len, block_size, starts, lengths)

@@ -238,7 +238,7 @@ def flexprefill_attention(
         scale=scaling,
         mask_mod=mask_mod,
         score_mod=None,
-        options=kernel_options(backend, query, plan.config.block_size),
+        options=kernel_options(backend, query, key, plan.config.block_size),
     )
     if plan.statistics is not None:
         _record(plan, lists, query, key, (starts, lengths), scaling)

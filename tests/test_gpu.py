@@ -10,7 +10,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from workloads import random_qk, structured_qk
 
 from flexprefill_fa import FlexPrefillConfig, create_flexprefill_block_mask, select_blocks, sparse_prefill_attention
-from flexprefill_fa.backends import flash_problem
+from flexprefill_fa.backends import flash_problem, resolve_backend
+from flexprefill_fa.cost_model import prefers_dense
+from flexprefill_fa.cuda_graphs import PrefillGraph
+from flexprefill_fa.dense import causal_attention
 from flexprefill_fa.masks.flexprefill import reference
 from flexprefill_fa.selection import BlockSelection
 
@@ -30,19 +33,23 @@ def by_reference(query, key, config, starts=None, lengths=None):
 
 
 def assert_nearly_equal(got: BlockSelection, expected: BlockSelection) -> None:
-    """Equal but for a tie that fp32 summation order decides: at most one head, and few of its blocks."""
+    """Equal but for ties that fp32 summation order decides.
+
+    Where the sorted sum of 100,000 block scores crosses the threshold, a few cells may fall either way in any head; a
+    count of tokens at the edge of a block moves a whole column or diagonal, which may happen in one head.
+    """
     differs = got.to_dense() != expected.to_dense()
     share = (differs.sum((-2, -1)) / expected.kept_blocks().clamp(min=1)).flatten()
     print({"unequal_heads": (share > 0).sum().item(), "heads": share.numel(), "largest_share": share.max().item()})
-    assert (share > 0).sum() <= 1, share[share > 0]
+    assert (share > 1e-4).sum() <= 1, share[share > 0]
     assert share.max() <= 0.02, share.max()
 
 
-@pytest.mark.parametrize("n", [4096, 32768])
+@pytest.mark.parametrize("n", [4096, 32768, 65536])
 @pytest.mark.parametrize("variant", ["published", "paper"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"tau{s['tau']}")
 def test_selection_equals_the_reference(n: int, variant: str, settings: dict) -> None:
-    heads, kv_heads = (8, 2) if n > 8192 else (16, 4)
+    heads, kv_heads = (16, 4) if n <= 8192 else (8, 2) if n <= 32768 else (4, 1)
     for make, dtype in itertools.product((random_qk, structured_qk), (torch.float32, torch.bfloat16)):
         query, key = (x.to("cuda", dtype) for x in make(1, heads, kv_heads, n, n, 128, seed=n))
         config = FlexPrefillConfig(variant=variant, min_budget=512, **settings)
@@ -144,13 +151,15 @@ def test_one_graph_serves_every_length() -> None:
         query, key = (x.to("cuda", torch.bfloat16) for x in structured_qk(2, 4, 2, n, n, 128))
         config = FlexPrefillConfig(gamma=gamma, min_budget=128)
         value = torch.randn_like(key)
-        out, selection = sparse_prefill_attention(query, key, value, config, return_selection=True)
+        backend = resolve_backend("auto", query, 128)
+        out, selection = sparse_prefill_attention(query, key, value, config, backend=backend, return_selection=True)
         assert selection.density().max() < 1
         expected, _, real = causal_oracle(query, key, value, selection)
         assert relative_error(out, expected, real) < 0.01
         dense, _, _ = causal_oracle(query, key, value, None, ranges=selection.ranges)
         assert relative_error(dense, expected, real) > 0.05
-    assert counters["stats"]["unique_graphs"] == 1
+    # The Triton kernel has one more for lengths that need no bounds checks.
+    assert counters["stats"]["unique_graphs"] == (1 if backend == "FLASH" else 2)
 
 
 CAPTURED = [
@@ -190,3 +199,53 @@ def test_a_warm_call_waits_for_nothing() -> None:
         sparse_prefill_attention(query, key, key.clone(), config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_prefill_graph_follows_its_inputs() -> None:
+    """A replay on other inputs equals the eager call on them, and a wrong tensor is refused."""
+    first, second = (
+        [x.to("cuda", torch.bfloat16) for x in structured_qk(1, 4, 2, 3000, 3000, 128, seed=seed)] for seed in (1, 2)
+    )
+    config = FlexPrefillConfig(min_budget=256, gamma=0.8)
+    values = [torch.randn_like(key) for _, key in (first, second)]
+    graph = PrefillGraph(first[0], first[1], values[0], config, backend="TRITON")
+    for (query, key), value in ((second, values[1]), (first, values[0])):
+        expected, selection = sparse_prefill_attention(
+            query, key, value, config, backend="TRITON", return_selection=True
+        )
+        assert selection.density().mean() < 0.95
+        assert torch.equal(graph(query, key, value), expected)
+    query, key = first
+    with pytest.raises(ValueError, match="captured for a query"):
+        graph(query[:, :, :2900], key, values[0])
+    with pytest.raises(ValueError, match="return_selection"):
+        PrefillGraph(query, key, values[0], config, return_selection=True)
+
+
+@pytest.mark.parametrize("backend", ["FLASH", "TRITON"])
+def test_dense_causal_attention_by_flex_attention(backend: str) -> None:
+    query, key = (x.to("cuda", torch.bfloat16) for x in structured_qk(2, 4, 2, 1000, 1000, 128, seed=3))
+    value = torch.randn_like(key)
+    if backend == "FLASH" and flash_problem(query, 128) is not None:
+        pytest.skip(flash_problem(query, 128) or "")
+    expected = causal_attention(query.float(), key.float(), value.float())
+    for n in (1000, 896):  # with and without bounds checks
+        got = causal_attention(query[:, :, :n], key[:, :, :n], value[:, :, :n], backend)
+        assert relative_error(got, expected[:, :, :n], torch.ones((), device="cuda")) < 0.01
+
+
+def test_the_cost_model_decides_what_auto_runs() -> None:
+    """Short of the predicted crossover "auto" is dense, an explicit backend never is."""
+    query = torch.randn(1, 32, 4096, 128, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(1, 8, 4096, 128, device="cuda", dtype=torch.bfloat16)
+    config = FlexPrefillConfig(gamma=0.5, min_budget=128, tau=0.0)
+    backend = resolve_backend("auto", query, 128)
+    assert prefers_dense(query, key, config, backend)
+    dense = causal_attention(query, key, key.clone())
+    automatic = sparse_prefill_attention(query, key, key.clone(), config)
+    explicit = sparse_prefill_attention(query, key, key.clone(), config, backend="TRITON")
+    everything = torch.ones((), device="cuda")
+    assert relative_error(automatic, dense, everything) < 0.02
+    assert relative_error(explicit, dense, everything) > 0.1
+    long = torch.empty(1, 32, 65536, 128, device="cuda", dtype=torch.bfloat16)
+    assert not prefers_dense(long, long[:, :8], config, backend)

@@ -1,0 +1,77 @@
+"""Whether a prompt is long enough to gain from sparsity: predicted times of both paths, from measured rates.
+
+    dense ms  = launch + FLOP / rate                    FLOP = 4 D x causal pairs x heads, of the fastest dense kernel
+    sparse ms = select launch + select per key x keys x heads + attend launch + density x FLOP / sparse rate
+
+The density is not known before the selection has run, and reading it back would make the host wait; so the model takes
+the density that the selector's config expects at this length. Constants: `python -m bench fit` on the rows of
+bench/results/attention.jsonl; a test holds them to those rows. On devices that were not measured nothing is predicted.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flexprefill_fa.backends import compute_capability
+from flexprefill_fa.grid import cdiv
+from flexprefill_fa.masks.selector import SelectorConfig
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured costs of one kernel on one device and head dim, bf16.
+
+    Attributes:
+        dense_launch_ms, dense_tflops: of the fastest dense kernel beside it.
+        select_launch_ms: what a selection costs however short the prompt is.
+        select_ns: selection time per key and query head.
+        attend_launch_ms, attend_tflops: of sparse attention over the kept blocks.
+    """
+
+    dense_launch_ms: float
+    dense_tflops: float
+    select_launch_ms: float
+    select_ns: float
+    attend_launch_ms: float
+    attend_tflops: float
+
+
+# By compute capability, backend and head dim.
+RATES: dict[tuple[tuple[int, int], str, int], Rates] = {
+    ((9, 0), "FLASH", 128): Rates(0.02, 640.0, 0.08, 0.4, 0.02, 620.0),
+    ((9, 0), "TRITON", 128): Rates(0.02, 600.0, 0.08, 0.4, 0.02, 450.0),
+}
+
+
+def predicted_ms(
+    rates: Rates, *, batch: int, heads: int, head_dim: int, tokens: int, density: float
+) -> tuple[float, float]:
+    """(dense, sparse) milliseconds of one layer's attention over a whole prompt."""
+    block = 128
+    blocks = cdiv(tokens, block)
+    flop = 4 * head_dim * block**2 * (blocks * (blocks + 1) // 2) * batch * heads
+    dense = rates.dense_launch_ms + flop / rates.dense_tflops / 1e9
+    select = rates.select_launch_ms + rates.select_ns * batch * heads * tokens / 1e6
+    attend = rates.attend_launch_ms + density * flop / rates.attend_tflops / 1e9
+    return dense, select + attend
+
+
+def prefers_dense(query: Tensor, key: Tensor, config: SelectorConfig, backend: str) -> bool:
+    """Whether dense attention is expected to be faster than `backend` with this selector.
+
+    Args:
+        query: `[B, Hq, L, D]`. key: `[B, Hkv, L, D]`, a whole prompt.
+        config: the selector.
+        backend: "FLASH", "TRITON" or "CPU".
+    """
+    batch, heads, tokens, head_dim = query.shape
+    if tokens <= config.dense_tokens:
+        return True
+    if not query.is_cuda:
+        return False
+    rates = RATES.get((compute_capability(query.device.index), backend, head_dim))
+    if rates is None:
+        return False
+    density = config.expected_density(key.shape[2])
+    dense, sparse = predicted_ms(rates, batch=batch, heads=heads, head_dim=head_dim, tokens=tokens, density=density)
+    return dense <= sparse
