@@ -79,7 +79,7 @@ def demo(
 
     Exits with 0 only if both answers are right.
     """
-    from flexprefill_fa.demo import run_demo
+    from flexprefill_fa.demo import environment, run_demo
 
     with _one_line_errors():
         config = make_config("flexprefill", gamma=gamma, tau=tau, min_budget=min_budget)
@@ -100,7 +100,8 @@ def demo(
     conditions = reporting.conditions(where, result.dtype)
     prompt = {"tokens": tokens, "needles": needles, "seed": seed, "key": result.key, "answer": result.expected}
     if as_json:
-        report = {"prompt": prompt, **reporting.selector_settings(config), **conditions}
+        report = {"kind": "demo", "prompt": prompt, **reporting.selector_settings(config), **conditions}
+        report |= environment(where)
         for name, answer in (("dense", dense), ("sparse", sparse)):
             fields = reporting.measurement_fields(answer.measurement)
             report[name] = {"answer": answer.text, "correct": answer.correct, **fields}

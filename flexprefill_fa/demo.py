@@ -90,6 +90,12 @@ def run_demo(
     return DemoResult(prompt.key, prompt.answer, dtype, dense, sparse)
 
 
+def environment(device: torch.device) -> dict[str, Any]:
+    """Processor, versions, commit and date of a run, as the benchmark's rows have them; see `bench.rows`."""
+    _needle_task()
+    return import_module("bench.rows").environment(device)
+
+
 def _needle_task() -> tuple[Any, Any]:
     """The modules `bench.needle` and `bench.needle.prompts` of the checkout that this package lies in."""
     if not (CHECKOUT / "bench" / "needle" / "prompts.py").is_file():

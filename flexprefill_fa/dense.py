@@ -25,12 +25,13 @@ def fastest_dense(query: Tensor) -> str:
     """The dense causal kernel to take for a whole prompt `[B, Hq, L, D]`, by name.
 
     FLASH where it runs and the prompt is long enough to be worth its launch; else PyTorch's choice. On Hopper cuDNN is
-    about as fast as FLASH, but plans for some 40 ms at each new length.
+    about as fast as FLASH, but plans for some 40 ms at each new length. A traced model, where the length is unknown,
+    takes PyTorch's choice.
     """
-    measured = query.is_cuda and compute_capability(query.device.index) == (9, 0)
-    if measured and query.shape[2] >= _FLASH_TOKENS and flash_problem(query, _BLOCK_SIZE) is None:
-        return "FLASH"
-    return "sdpa"
+    if not query.is_cuda or torch.compiler.is_compiling() or query.shape[2] < _FLASH_TOKENS:
+        return "sdpa"
+    measured = compute_capability(query.device.index) == (9, 0)
+    return "FLASH" if measured and flash_problem(query, _BLOCK_SIZE) is None else "sdpa"
 
 
 def dense_mask_fits(

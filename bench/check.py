@@ -1,0 +1,146 @@
+"""Is what was timed right? Sampled query rows against attention in fp64 over the kept blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.workloads import Inputs
+from flexprefill_fa import BlockSelection
+
+SAMPLED_ROWS = 32
+_ALLOWED_LOSS = 2.0  # times what plain PyTorch loses in the same precision
+_ROUNDING = 1e-5  # beside it, for fp32, where both lose next to nothing
+_SPARSE_DENSITY = 0.9  # below it an output must be told from dense attention's
+
+
+def sample_positions(length: int, rows: int = SAMPLED_ROWS) -> Tensor:
+    """int64 `[rows]`, at most `length`: query positions spread evenly from the first to the last."""
+    return torch.linspace(0, length - 1, min(rows, length), dtype=torch.float64).round().long()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Attention of the sampled rows, `[B, Hq, R, D]`.
+
+    Attributes:
+        positions: int64 `[R]`, which rows.
+        expected: fp64, over the kept blocks.
+        dense: fp64, over every causal key.
+        plain: over the kept blocks in the inputs' dtype, by plain PyTorch.
+        recall: fp64 `[B, Hq]`, share of the exact probability in kept blocks, mean over the rows.
+        density: mean share of causal blocks that are kept, over whole heads; 1 without a selection.
+    """
+
+    positions: Tensor
+    expected: Tensor
+    dense: Tensor
+    plain: Tensor
+    recall: Tensor
+    density: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the check found.
+
+    Attributes:
+        error: relative L2 distance of the output from `Reference.expected`.
+        allowed: the largest error that passes.
+        sparse_share: how far the output lies on the way from dense (0) to the expected attention (1); None where
+            nearly everything is kept.
+        problem: what is wrong in one line, or None.
+    """
+
+    error: float
+    allowed: float
+    sparse_share: float | None
+    problem: str | None
+
+
+def kept_rows(selection: BlockSelection, positions: Tensor) -> Tensor:
+    """bool `[B, Hq, R, nk]`: which blocks the selection keeps for the query rows at these positions."""
+    rows = (positions // selection.block_size).to(selection.kv_indices.device)
+    width = selection.grid.kv_blocks
+    kept = torch.zeros(*selection.kv_num_blocks.shape[:2], len(rows), width + 1, dtype=torch.bool, device=rows.device)
+    for count, indices in (
+        (selection.kv_num_blocks, selection.kv_indices),
+        (selection.full_kv_num_blocks, selection.full_kv_indices),
+    ):
+        listed = torch.arange(indices.shape[-1], device=rows.device) < count[:, :, rows, None]
+        kept.scatter_(-1, torch.where(listed, indices[:, :, rows], width).long(), True)
+    return kept[..., :width]
+
+
+def reference(inputs: Inputs, selection: BlockSelection | None, rows: int = SAMPLED_ROWS) -> Reference:
+    """The attention of sampled rows over a selection's blocks, or over every causal key without one.
+
+    Args:
+        inputs: as many queries as keys, without padding.
+        selection: of these inputs.
+        rows: how many query rows to sample, all heads each.
+    """
+    query, key, value = inputs.query, inputs.key, inputs.value
+    batch, heads, length, dim = query.shape
+    groups = heads // key.shape[1]
+    positions = sample_positions(length, rows).to(query.device)
+    causal = torch.arange(length, device=query.device) <= positions[:, None]  # [R, n]
+    kept = None if selection is None else kept_rows(selection, positions).unflatten(1, (-1, groups))
+    expected, dense = (
+        torch.empty(batch, heads, len(positions), dim, dtype=torch.float64, device=query.device) for _ in range(2)
+    )
+    plain = torch.empty_like(expected, dtype=query.dtype)
+    recall = torch.ones(batch, heads, dtype=torch.float64, device=query.device)
+    for b in range(batch):
+        for kv_head in range(key.shape[1]):  # one group at a time: a group's fp64 keys are large enough
+            group = slice(kv_head * groups, (kv_head + 1) * groups)
+            q, k, v = query[b, group, positions], key[b, kv_head], value[b, kv_head]
+            mask = causal
+            if kept is not None and selection is not None:
+                mask = causal & kept[b, kv_head].repeat_interleave(selection.block_size, -1)[..., :length]
+            exact = _probability(q.double(), k.double(), causal)  # [G, R, n]
+            wide = v.double()
+            dense[b, group] = exact @ wide
+            exact = exact.masked_fill_(~mask, 0)
+            mass = exact.sum(-1, keepdim=True)
+            recall[b, group] = mass.mean((1, 2))
+            expected[b, group] = exact @ wide / mass
+            plain[b, group] = _probability(q, k, mask) @ v
+    density = 1.0 if selection is None else selection.density().mean().item()
+    return Reference(positions, expected, dense, plain, recall, density)
+
+
+def _probability(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    return scores.masked_fill_(~mask, float("-inf")).softmax(-1)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Relative L2 distance."""
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def verify(out: Tensor, reference: Reference) -> Verdict:
+    """Judge an output `[B, Hq, n, D]` by its sampled rows.
+
+    It passes when it loses at most twice what plain PyTorch loses in the same precision and, where blocks were
+    dropped, when it lies nearer to the attention over the kept blocks than to dense attention.
+    """
+    got = out[:, :, reference.positions].double()
+    allowed = _ALLOWED_LOSS * relative_error(reference.plain, reference.expected) + _ROUNDING
+    error = relative_error(got, reference.expected)
+    problem = None
+    if not error <= allowed:  # NaN fails too
+        problem = f"relative error {error:.3g} of the sampled rows, allowed {allowed:.3g}"
+    if reference.density >= _SPARSE_DENSITY:
+        return Verdict(error, allowed, None, problem)
+    way = reference.expected - reference.dense
+    share = (((got - reference.dense) * way).sum() / way.square().sum()).item()
+    if problem is None and not share > 0.5:
+        problem = (
+            f"the sampled rows are those of dense attention, not of {reference.density:.3g} of its blocks "
+            f"(share of the way from dense {share:.3g}, at least 0.5 expected)"
+        )
+    return Verdict(error, allowed, share, problem)

@@ -1,0 +1,289 @@
+"""The `python -m bench` command: measure, tune, fit, calibrate, render."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from bench import calibrate as calibration
+from bench.attention import LengthBenchmark, Plan
+from bench.fit import fit_rates
+from bench.inputs import WORKLOADS
+from bench.memory import free_bytes, needed_bytes, shortage
+from bench.needle.capture import model_config
+from bench.render import README, render_readme
+from bench.report import calibration_table, one_line, result_table
+from bench.rows import RESULTS, Row, append, read
+from bench.spec import check_backends, parse_lengths, parse_list, parse_numbers, parse_selector
+from bench.synthetic import block_count
+from bench.tune import best_tiles, tuning_rows
+from flexprefill_fa.loading import UsageError, first_line, require_kernels, resolve_device, resolve_dtype
+from flexprefill_fa.progress import WorkProgress
+
+app = typer.Typer(
+    help="Benchmarks. Their rows go to bench/results/, and the README's tables are rendered from those.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_LOG_WIDTH = 140  # of the table where there is no terminal
+_HEADS = (32, 8, 128)  # query heads, kv heads, head_dim
+_LENGTHS = "4096,8192,16384,32768,65536,131072,262144"
+
+
+@app.command()
+def attention(
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = _LENGTHS,
+    selectors: Annotated[
+        str, typer.Option(help="Comma-separated; name or name:field=value+field=value.")
+    ] = "flexprefill",
+    density: Annotated[
+        str | None, typer.Option(help="Synthetic selections of these densities instead of selectors.")
+    ] = None,
+    backends: Annotated[
+        str | None, typer.Option(help="Default: auto,FLASH,TRITON on a GPU and auto,CPU on a CPU.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Query heads, 32 by default.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads, 8 by default.")] = None,
+    head_dim: Annotated[int | None, typer.Option(min=16, help="128 by default.")] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    workload: Annotated[str, typer.Option(help=f"One of {', '.join(WORKLOADS)}.")] = WORKLOADS[0],
+    layer: Annotated[int, typer.Option(min=0, help="Of the needle model, for that workload.")] = 2,
+    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each time.")] = 20,
+    seconds: Annotated[float, typer.Option(min=0, help="Fewer repeats where they would take longer.")] = 5.0,
+    dense: Annotated[bool, typer.Option(help="Time the dense kernels too.")] = True,
+    out: Annotated[Path, typer.Option(help="JSON lines; rows are added.")] = RESULTS / "attention.jsonl",
+    as_json: Annotated[bool, typer.Option("--json", help="Print each row on stdout too, the table on stderr.")] = False,
+) -> None:
+    """Time selection and attention beside dense attention, on structured inputs, after checking the outputs.
+
+    Exits with 1 if an output was wrong and with 2 if something could not run.
+    """
+    console = _console(stderr=True)
+    with _one_line_errors():
+        plan = _plan(
+            configs=[] if density else [parse_selector(spec) for spec in parse_list("selectors", selectors)],
+            densities=parse_numbers("density", density, 1) if density else [],
+            backends=backends,
+            shape=_shape(workload, layer, heads, kv_heads, head_dim),
+            batch=batch,
+            dtype=dtype,
+            workload=workload,
+            layer=layer,
+            device=device,
+            seed=seed,
+            repeats=repeats,
+            seconds=seconds,
+            dense=dense,
+        )
+        wanted = parse_lengths(lengths)
+        for length, share in itertools.product(wanted, plan.densities):
+            block_count(length, share)
+    rows: list[Row] = []
+    skipped = False
+    for length in wanted:
+        try:
+            for row in _measure(plan, length, console):
+                rows.append(row)
+                append(out, row)
+                console.print(one_line(row))
+                if as_json:
+                    typer.echo(json.dumps(row))
+        except UsageError as error:
+            console.print(f"error: {length} tokens: {first_line(error)}", markup=False, soft_wrap=True)
+            skipped = True
+    if rows:
+        _console(stderr=as_json).print(result_table(rows))
+    if any("error" in row for row in rows):
+        raise typer.Exit(1)
+    if skipped:
+        raise typer.Exit(2)
+
+
+@app.command()
+def calibrate(
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "4096",
+    sharpness: Annotated[str, typer.Option(help="Factors to try, comma-separated.")] = "0.4,0.6,0.8,1,1.2,1.4,1.6",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Find the sharpness at which the heads of the "sharpened" series reach their target density, on the CPU.
+
+    Takes about a second per head and sharpness at 64K tokens, four times that at 256K.
+    """
+    with _one_line_errors():
+        factors = parse_numbers("sharpness", sharpness, 10)
+        for length in parse_lengths(lengths):
+            with WorkProgress().task(f"{length} tokens", calibration.HEADS) as advance:
+                densities = calibration.head_densities(length, factors, seed, advance)
+            _console(stderr=False).print(calibration_table(length, factors, densities))
+
+
+@app.command()
+def tune(
+    head_dims: Annotated[str, typer.Option(help="Comma-separated.")] = "64,128,256",
+    length: Annotated[int, typer.Option(min=1024, help="Tokens.")] = 32768,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each time.")] = 10,
+    out: Annotated[Path, typer.Option(help="JSON lines; rows are added.")] = RESULTS / "tuning.jsonl",
+    as_json: Annotated[bool, typer.Option("--json", help="Print each row on stdout.")] = False,
+) -> None:
+    """Try tiles of FlexAttention's Triton kernel on this GPU, for the table in flexprefill_fa/backends.py."""
+    with _one_line_errors():
+        precision = resolve_dtype(dtype)
+        if precision not in (torch.bfloat16, torch.float16):
+            raise UsageError(f"dtype must be bfloat16 or float16, got {dtype!r}")
+        dims = [int(number) for number in parse_numbers("head-dims", head_dims, 256)]
+        if not torch.cuda.is_available():
+            raise UsageError("tiles are tuned on a CUDA GPU, and there is none")
+        rows = []
+        for row in tuning_rows(dims, length, precision, repeats):
+            rows.append(row)
+            append(out, row)
+            if as_json:
+                typer.echo(json.dumps(row))
+        for (capability, head_dim), tile in best_tiles(rows).items():
+            typer.echo(f"compute capability {capability}, head_dim {head_dim}: {tile}", err=True)
+
+
+@app.command()
+def fit(
+    gpu: Annotated[str, typer.Option(help="Part of the GPU's name, as the rows have it.")],
+    head_dim: Annotated[int, typer.Option(min=16)] = 128,
+    longest: Annotated[int, typer.Option(min=1, help="Tokens: rows of longer prompts are left out.")] = 65536,
+    rows: Annotated[Path, typer.Option(help="JSON lines of 'python -m bench attention'.")] = RESULTS
+    / "attention.jsonl",
+) -> None:
+    """Fit the constants of flexprefill_fa/cost_model.py to measured rows, and print them."""
+    with _one_line_errors():
+        chosen = [
+            row
+            for row in read(rows)
+            if gpu in row["gpu"] and row["head_dim"] == head_dim and row["workload"] == "sharpened"
+        ]
+        for backend in ("FLASH", "TRITON"):
+            typer.echo(f"{backend}, head_dim {head_dim}: {fit_rates(chosen, backend, longest)}")
+
+
+@app.command()
+def render(
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit with 1 where README.md differs.")
+    ] = False,
+) -> None:
+    """Write the README's tables and the plot from the rows in bench/results/."""
+    with _one_line_errors():
+        before = README.read_text(encoding="utf-8")
+        after = render_readme(before, RESULTS)
+    if check:
+        if before != after:
+            typer.echo(f"error: {README.name} is not what the rows say: run 'python -m bench render'", err=True)
+            raise typer.Exit(1)
+        return
+    from bench.plots import draw_attention  # matplotlib takes a second to import, and --check needs none
+
+    README.write_text(after, encoding="utf-8")
+    draw_attention(RESULTS)
+
+
+def _shape(
+    workload: str, layer: int, heads: int | None, kv_heads: int | None, head_dim: int | None
+) -> tuple[int, int, int]:
+    """Query heads, kv heads and head_dim of a workload."""
+    if workload not in WORKLOADS:
+        raise UsageError(f"workload must be one of {', '.join(WORKLOADS)}, got {workload!r}")
+    if workload == "needle":
+        if (heads, kv_heads, head_dim) != (None, None, None):
+            raise UsageError("the needle model has its own heads, kv-heads and head-dim: leave those options out")
+        config = model_config()
+        if layer >= config["num_hidden_layers"]:
+            raise UsageError(f"layer must be in [0, {config['num_hidden_layers']}), got {layer}")
+        return config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    found = (heads or _HEADS[0], kv_heads or _HEADS[1], head_dim or _HEADS[2])
+    if found[0] % found[1]:
+        raise UsageError(f"heads must be a multiple of kv-heads, got {found[0]} and {found[1]}")
+    if found[2] % 16:
+        raise UsageError(f"head-dim must be a multiple of 16, got {found[2]}")
+    return found
+
+
+def _plan(
+    *,
+    backends: str | None,
+    shape: tuple[int, int, int],
+    dtype: str,
+    workload: str,
+    device: str,
+    configs: list[Any],
+    densities: list[float],
+    **rest: Any,
+) -> Plan:
+    """The plan of a command line, checked before any work."""
+    where, precision = resolve_device(device), resolve_dtype(dtype)
+    if precision is None:
+        raise UsageError("dtype must be bfloat16, float16 or float32, got 'auto'")
+    heads, kv_heads, head_dim = shape
+    names = backends or ("auto,FLASH,TRITON" if where.type == "cuda" else "auto,CPU")
+    listed = parse_list("backends", names)
+    require_kernels(where)
+    check_backends(listed, precision, head_dim, [config.block_size for config in configs] or [128], where)
+    return Plan(
+        configs=configs,
+        densities=densities,
+        backends=listed,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=precision,
+        workload=workload,
+        device=where,
+        **rest,
+    )
+
+
+def _measure(plan: Plan, length: int, console: Console) -> Iterator[Row]:
+    """The rows of one length.
+
+    Raises:
+        UsageError: if memory is short.
+    """
+    needed = needed_bytes(length, plan.batch, plan.heads, plan.kv_heads, plan.head_dim, plan.dtype, plan.device)
+    problem = shortage(needed, free_bytes(plan.device))
+    if problem:
+        raise UsageError(problem)
+    try:
+        with WorkProgress(console).task(f"{length} tokens", plan.steps()) as advance:
+            bench = LengthBenchmark(plan, length, lambda line: console.print(line, markup=False, soft_wrap=True))
+            for row in bench.rows():
+                yield row
+                if advance is not None:
+                    advance()
+    except torch.OutOfMemoryError as error:
+        raise UsageError(first_line(error)) from error
+
+
+def _console(*, stderr: bool) -> Console:
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else _LOG_WIDTH
+    return Console(stderr=stderr, highlight=False, width=wide)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (UsageError, ValueError) as error:
+        typer.echo(f"error: {first_line(error)}", err=True)
+        raise typer.Exit(2) from error

@@ -1,0 +1,76 @@
+"""The constants of the cost model, from measured rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy
+
+from bench.rows import Row
+from flexprefill_fa.cost_model import Rates
+
+_BLOCK = 128
+
+
+def causal_flop(row: Row) -> float:
+    """FLOP of dense attention over every causal block."""
+    blocks = -(-row["length"] // _BLOCK)
+    return 4.0 * row["head_dim"] * _BLOCK**2 * (blocks * (blocks + 1) // 2) * row["batch"] * row["heads"]
+
+
+def best_dense(rows: Sequence[Row]) -> dict[int, Row]:
+    """The fastest dense row of each length."""
+    found: dict[int, Row] = {}
+    for row in rows:
+        if row["path"] == "dense" and row["selector"] is None and "total_ms" in row:
+            known = found.get(row["length"])
+            if known is None or row["total_ms"] < known["total_ms"]:
+                found[row["length"]] = row
+    return found
+
+
+def _line(amounts: Sequence[float], milliseconds: Sequence[float]) -> tuple[float, float]:
+    """(launch, ms per amount), not negative, with the least relative error."""
+    weights = 1 / numpy.asarray(milliseconds)
+    matrix = numpy.stack([weights, numpy.asarray(amounts) * weights], axis=1)
+    launch, slope = numpy.linalg.lstsq(matrix, numpy.ones(len(weights)), rcond=None)[0]
+    if launch < 0:
+        launch, slope = 0.0, float((matrix[:, 1] @ numpy.ones(len(weights))) / (matrix[:, 1] @ matrix[:, 1]))
+    return float(launch), float(slope)
+
+
+def fit_rates(rows: Sequence[Row], backend: str, longest: int) -> Rates:
+    """Fit the model to the rows of one device and head dim.
+
+    Args:
+        rows: attention rows, dense and sparse.
+        backend: "FLASH" or "TRITON".
+        longest: tokens; longer rows are left out, because the decision is made among short prompts.
+
+    Raises:
+        ValueError: with fewer than two lengths to fit to.
+    """
+    dense = [row for row in best_dense(rows).values() if row["length"] <= longest]
+    sparse = [
+        row
+        for row in rows
+        if row["path"] == "sparse" and row["backend"] == backend and "select_ms" in row and row["length"] <= longest
+    ]
+    lengths = {row["length"] for row in sparse} & {row["length"] for row in dense}
+    if len(lengths) < 2:
+        raise ValueError(f"a fit needs dense and {backend} rows of two lengths, got {sorted(lengths)}")
+    dense_launch, dense_slope = _line([causal_flop(row) for row in dense], [row["total_ms"] for row in dense])
+    select_launch, select_slope = _line(
+        [row["length"] * row["batch"] * row["heads"] for row in sparse], [row["select_ms"] for row in sparse]
+    )
+    attend_launch, attend_slope = _line(
+        [row["density"] * causal_flop(row) for row in sparse], [row["total_ms"] - row["select_ms"] for row in sparse]
+    )
+    return Rates(
+        dense_launch_ms=round(dense_launch, 4),
+        dense_tflops=round(1e-9 / dense_slope, 1),
+        select_launch_ms=round(select_launch, 4),
+        select_ns=round(select_slope * 1e6, 4),
+        attend_launch_ms=round(attend_launch, 4),
+        attend_tflops=round(1e-9 / attend_slope, 1),
+    )

@@ -1,0 +1,62 @@
+"""The generated parts of README.md: what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.rows import ROOT, read
+from bench.tables import attention_tables, demo_table, density_tables, groups
+
+README = ROOT / "README.md"
+PLOT = "attention.png"
+
+_BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /bench:(?P=name) -->", re.DOTALL)
+_MARKER = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
+
+
+def _plot(results: Path) -> str:
+    if not groups(read(results / "attention.jsonl"), "cuda", "sharpened", synthetic=False):
+        return ""
+    path = (results / PLOT).relative_to(ROOT) if results.is_relative_to(ROOT) else results / PLOT
+    return f"![Time and speed-up of sparse prefill attention against the length of the prompt]({path})"
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "attention": lambda results: attention_tables(read(results / "attention.jsonl"), "cuda", "sharpened"),
+    "attention-fixed": lambda results: attention_tables(read(results / "attention.jsonl"), "cuda", "fixed"),
+    "attention-needle": lambda results: attention_tables(read(results / "attention.jsonl"), "cuda", "needle"),
+    "attention-cpu": lambda results: attention_tables(read(results / "attention.jsonl"), "cpu", "needle"),
+    "density": lambda results: density_tables(read(results / "attention.jsonl")),
+    "plot": _plot,
+    "demo": lambda results: demo_table(read(results / "demo.jsonl")),
+}
+"""Markdown by the name of its markers, from the folder of result rows; empty where there are no rows for it."""
+
+
+def render_readme(text: str, results: Path) -> str:
+    """`text` with every block between markers rewritten.
+
+    Raises:
+        ValueError: for a marker without its partner, an unknown name, or a broken row.
+    """
+    opened = [name for slash, name in _MARKER.findall(text) if not slash]
+    blocks = [match["name"] for match in _BLOCK.finditer(text)]
+    if opened != blocks or len(_MARKER.findall(text)) != 2 * len(blocks):
+        names = sorted({name for _, name in _MARKER.findall(text)})
+        raise ValueError(
+            f"every <!-- bench:NAME --> needs its <!-- /bench:NAME --> behind it, on lines of their own; got markers "
+            f"of {', '.join(names)}, whole blocks of {', '.join(blocks) or 'none'}"
+        )
+    unknown = sorted(set(blocks) - set(BLOCKS))
+    if unknown:
+        raise ValueError(f"unknown block {', '.join(unknown)}, expected one of {', '.join(BLOCKS)}")
+
+    def rendered(match: re.Match[str]) -> str:
+        name = match["name"]
+        body = BLOCKS[name](results)
+        middle = f"\n{body}\n\n" if body else ""
+        return f"<!-- bench:{name} -->\n{middle}<!-- /bench:{name} -->"
+
+    return _BLOCK.sub(rendered, text)

@@ -1,0 +1,109 @@
+"""Result rows: JSON lines, each with the conditions it was measured under."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Hashable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+Row = dict[str, Any]
+
+_MEASURED = (".", ":!bench/results", ":!README.md")  # what a commit says about a measurement
+
+
+def environment(device: torch.device) -> Row:
+    """Processor, its CUDA compute capability, versions, commit and date.
+
+    The commit is that of the checkout, with "-dirty" where tracked files other than results and README were changed,
+    or the environment variable BENCH_COMMIT where there is no git, or "unknown".
+    """
+    return {
+        "gpu": processor_name(device),
+        "capability": list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "flash_attn_4": _version("flash-attn-4"),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def processor_name(device: torch.device) -> str:
+    """Name of the GPU, or the CPU's model and the number of threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def commit(root: Path = ROOT) -> str:
+    """The checkout's commit, see `environment`."""
+    if not (root / ".git").exists():
+        return os.environ.get("BENCH_COMMIT", "unknown")
+    try:
+        head = _git(root, "rev-parse", "--short=10", "HEAD")
+        return head + (
+            "-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no", "--", *_MEASURED) else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("BENCH_COMMIT", "unknown")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row to a file of JSON lines, made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, in its order; none where there is no file.
+
+    Raises:
+        ValueError: naming the line that is not a JSON object.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number} must be a JSON object, got {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def latest(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> list[Row]:
+    """The last row for each key, in the order in which the keys came first."""
+    return list({key(row): row for row in rows}.values())

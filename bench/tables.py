@@ -1,0 +1,190 @@
+"""README tables from result rows: Markdown, each under a line that says what it was measured on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from bench.report import number
+from bench.rows import Row, latest
+
+_GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "layer")
+KERNEL_NAMES = {
+    "sdpa": "SDPA",
+    "sdpa_flash": "SDPA flash",
+    "sdpa_cudnn": "SDPA cuDNN",
+    "FLASH": "FlexAttention FLASH",
+    "TRITON": "FlexAttention TRITON",
+    "CPU": "FlexAttention CPU",
+}
+_YARDSTICK = {"cuda": "sdpa_flash", "cpu": "sdpa"}
+
+
+def attention_tables(rows: Iterable[Row], device: str, workload: str) -> str:
+    """One table for each processor, shape and selector: what each length costs, beside dense attention."""
+    return _each_group(rows, device, workload, _attention_table, synthetic=False)
+
+
+def density_tables(rows: Iterable[Row]) -> str:
+    """One table for each processor, shape and workload: throughput of the attention alone at exact densities."""
+    workloads = dict.fromkeys(row["workload"] for row in rows if row["selector"] == "synthetic")
+    tables = (_each_group(rows, "cuda", workload, _density_table, synthetic=True) for workload in workloads)
+    return "\n\n".join(filter(None, tables))
+
+
+def _measured(row: Row) -> str:
+    """What tells one measurement from another; a later row of the same takes an earlier one's place."""
+    names = [*_GROUP_KEYS, "length", "selector", "settings", "backend"]
+    kernel = row["kernel"] if row["selector"] is None else None
+    return json.dumps([kernel, *(row.get(name) for name in names)])
+
+
+def groups(rows: Iterable[Row], device: str, workload: str, *, synthetic: bool) -> list[tuple[list[Row], list[Row]]]:
+    """(dense rows, rows of one selector) of the latest measurements that belong in one table."""
+    found: dict[str, tuple[list[Row], dict[str, list[Row]]]] = {}
+    for row in latest(rows, _measured):
+        if (row["device"], row["workload"]) != (device, workload):
+            continue
+        dense, selected = found.setdefault(json.dumps([row.get(key) for key in _GROUP_KEYS]), ([], {}))
+        if row["selector"] is None:
+            dense.append(row)
+        elif (row["selector"] == "synthetic") == synthetic:
+            name = "synthetic" if synthetic else json.dumps([row["selector"], row["settings"]])
+            selected.setdefault(name, []).append(row)
+    return [(dense, part) for dense, selected in found.values() for part in selected.values()]
+
+
+def _each_group(
+    rows: Iterable[Row],
+    device: str,
+    workload: str,
+    table: Callable[[list[Row], list[Row]], str],
+    *,
+    synthetic: bool,
+) -> str:
+    return "\n\n".join(table(*group) for group in groups(rows, device, workload, synthetic=synthetic))
+
+
+def _attention_table(dense: list[Row], selected: list[Row]) -> str:
+    yardstick = _YARDSTICK[selected[0]["device"]]
+    explicit = list(dict.fromkeys(row["backend"] for row in selected if row["backend"] != "auto"))
+    header = ["tokens", "density", "recall", f"{KERNEL_NAMES[yardstick]} ms", "best dense ms", "select ms"]
+    for title in ("attend ms", "total ms", f"x {KERNEL_NAMES[yardstick]}", "x best dense"):
+        header += [f"{title}, {name}" if len(explicit) > 1 else title for name in explicit]
+    header.append("`auto`")
+    lines = []
+    for length in sorted({row["length"] for row in selected}):
+        by_backend = {row["backend"]: row for row in selected if row["length"] == length}
+        dense_ms = {row["kernel"]: row.get("total_ms") for row in dense if row["length"] == length}
+        any_row = next(iter(by_backend.values()))
+        select = next((row["select_ms"] for row in by_backend.values() if row.get("select_ms") is not None), None)
+        cells = [f"{length:,}", number(any_row["density"], ".3f"), number(any_row["recall"], ".3f")]
+        cells += [_ms(dense_ms.get(yardstick)), _best(dense_ms), _ms(select)]
+        shown = [by_backend.get(name, {}) for name in explicit]
+        cells += [_ms(row.get("attend_ms")) for row in shown]
+        cells += ["wrong" if "error" in row else _ms(row.get("total_ms")) for row in shown]
+        for field in (f"speedup_{yardstick}", "speedup_best_dense"):
+            cells += [_times(row.get(field)) for row in shown]
+        cells.append(_auto(by_backend.get("auto"), yardstick))
+        lines.append(cells)
+    return f"{_caption(dense + selected, _selector(selected[0]))}\n\n{markdown_table(header, lines)}"
+
+
+def _density_table(dense: list[Row], selected: list[Row]) -> str:
+    header = ["tokens", "density", "kernel", "attend ms", "TFLOP/s", "share of its dense TFLOP/s", "x best dense"]
+    lines = []
+    for row in sorted(selected, key=lambda row: (row["length"], row["density"], row["kernel"])):
+        if row["backend"] == "auto":
+            continue
+        cells = [f"{row['length']:,}", f"{row['density']:.3f}", row["kernel"]]
+        cells.append("wrong" if "error" in row else _ms(row.get("attend_ms")))
+        cells += [number(row.get("tflops"), ".0f"), number(row.get("share_of_dense_tflops"), ".0%")]
+        lines.append([*cells, _times(row.get("speedup_best_dense"))])
+    what = "random blocks of an exact density, attention alone, without a selection"
+    return f"{_caption(dense + selected, what)}\n\n{markdown_table(header, lines)}"
+
+
+def demo_table(rows: Sequence[Row]) -> str:
+    """The latest run of the demo."""
+    if not rows:
+        return ""
+    row = rows[-1]
+    lines = []
+    for name, title in (("dense", "dense SDPA"), ("sparse", "sparse")):
+        part = row[name]
+        cells = [title, f"{part['answer']} {'right' if part['correct'] else 'wrong'}", f"{part['prefill_seconds']:.2f}"]
+        cells += [number(part.get("compile_seconds"), ".1f"), number(part.get("density"), ".3f")]
+        lines.append([*cells, _times(row["dense"]["prefill_seconds"] / part["prefill_seconds"])])
+    table = markdown_table(["prefill", "answer", "seconds", "compile s", "density", "speed-up"], lines)
+    recalls = [layer["recall"] for layer in row["sparse"].get("layers", ()) if layer["recall"] is not None]
+    recall = ""
+    if recalls:
+        worst = min(layer["lowest_recall"] for layer in row["sparse"]["layers"])
+        recall = f" Mean recall per layer {min(recalls):.2f} to {max(recalls):.2f}, worst head {worst:.2f}."
+    settings = ", ".join(f"{name} {row[name]:g}" for name in ("gamma", "tau", "min_budget"))
+    where = f"{row['prompt']['tokens']:,} tokens on {row['gpu']}; {row['dtype']}, torch {row['torch']}"
+    when = f"commit {row['commit']}, {row['date']}"
+    return f"{table}\n\n({where}, {when}; {settings}; the prefill time includes selection.{recall})"
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _caption(rows: Sequence[Row], what: str) -> str:
+    """Conditions of a table's rows; where they differ, each is named."""
+
+    def values(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
+
+    row = rows[0]
+    versions = [f"{title} {values(name)}" for name, title in _VERSIONS if values(name)]
+    shape = f"batch {row['batch']}, {row['heads']}/{row['kv_heads']} heads, head_dim {row['head_dim']}, {row['dtype']}"
+    workload = _WORKLOADS[row["workload"]].format(layer=row.get("layer"))
+    timed = sorted({how for row in rows for how in row.get("timed_by", {}).values()} - {"wall clock"}) or ["wall clock"]
+    repeats = sorted({row["repeats"] for row in rows if "repeats" in row})
+    count = "-".join(map(str, dict.fromkeys((repeats[0], repeats[-1])))) if repeats else "no"
+    where = f"{row['gpu']}, {', '.join(versions)}, commit {values('commit')}, {values('date')}"
+    return f"{workload}; {what}. {where}; {shape}; median of {count} runs by {' and '.join(timed)}."
+
+
+_VERSIONS = (("torch", "torch"), ("triton", "triton"), ("flash_attn_4", "flash-attn-4"))
+_WORKLOADS = {
+    "sharpened": "**Heads that get sharper with length**",
+    "fixed": "**The same heads at every length**",
+    "needle": "**Layer {layer} of the needle model on a needle prompt**",
+}
+
+
+def _selector(row: Row) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items() if value is not None)
+    return f"{row['selector']}, {settings}; total includes selection"
+
+
+def _best(dense_ms: dict[str, float | None]) -> str:
+    ran = {kernel: ms for kernel, ms in dense_ms.items() if ms is not None}
+    if not ran:
+        return "-"
+    best = min(ran, key=ran.__getitem__)
+    return f"{_ms(ran[best])} ({KERNEL_NAMES[best]})"
+
+
+def _auto(row: Row | None, yardstick: str) -> str:
+    if row is None:
+        return "-"
+    if "error" in row:
+        return "wrong"
+    return f"{row['path']} {row['kernel']}: {_ms(row['total_ms'])} ms, {_times(row.get(f'speedup_{yardstick}'))}"
+
+
+def _ms(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"

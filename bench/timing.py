@@ -1,0 +1,132 @@
+"""Times of GPU work by CUDA graph replay with a cold cache, and of whole calls by the wall clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+WARM_UPS = 2
+LEAST_REPEATS = 3
+_LEAST_FLUSH_BYTES = 256 * 2**20  # long enough to hide the launches that are queued behind it
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call: median, 20th and 80th percentile of `repeats`, and how they were taken."""
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+    timed_by: str
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """The row's fields `name`, `name_p20`, `name_p80`; name ends in `_ms`."""
+        return {name: round(self.median, 5), f"{name}_p20": round(self.p20, 5), f"{name}_p80": round(self.p80, 5)}
+
+
+def summarise(milliseconds: list[float], timed_by: str) -> Times:
+    """Median and percentiles, between the nearest two measurements."""
+    if len(milliseconds) == 1:
+        low = high = milliseconds[0]
+    else:
+        low, *_, high = statistics.quantiles(milliseconds, n=5, method="inclusive")
+    return Times(statistics.median(milliseconds), low, high, len(milliseconds), timed_by)
+
+
+class Stopwatch:
+    """Times calls on one device.
+
+    Args:
+        device: where the calls run.
+        repeats: measurements of each time.
+        seconds: fewer repeats (at least `LEAST_REPEATS`) where they would take longer than this.
+    """
+
+    def __init__(self, device: torch.device, repeats: int, seconds: float) -> None:
+        self.device = device
+        self.repeats = repeats
+        self.seconds = seconds
+        self._flush: torch.Tensor | None = None
+        if device.type == "cuda":
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            size = max(2 * cache, _LEAST_FLUSH_BYTES)
+            self._flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    @property
+    def flush_bytes(self) -> int:
+        """GPU memory that the stopwatch holds itself."""
+        return 0 if self._flush is None else self._flush.numel()
+
+    def eager(self, call: Callable[[], object]) -> Times:
+        """Wall time from before the call to the end of its GPU work; on a GPU with a cold L2 cache."""
+        count = self._warm_up(call)
+        return summarise([self._wall(call) for _ in range(count)], "wall clock")
+
+    def graph(self, call: Callable[[], object]) -> Times:
+        """GPU time of the call alone with a cold L2 cache, by replay of a CUDA graph; wall time on a CPU.
+
+        A call that cannot be captured is timed by events around the eager call, which then include gaps between its
+        kernels; `timed_by` says so.
+        """
+        if self._flush is None:
+            return self.eager(call)
+        count = self._warm_up(call)
+        captured = self._capture(call)
+        if captured is None:
+            return self._events(call, count, "CUDA events")
+        times = self._events(captured.replay, count, "CUDA graph")
+        captured.reset()
+        return times
+
+    def _warm_up(self, call: Callable[[], object]) -> int:
+        """Run the call until it is warm; how many measurements the allowed time holds."""
+        for _ in range(WARM_UPS - 1):
+            self._wall(call)
+        affordable = int(self.seconds * 1e3 / max(self._wall(call), 1e-3))
+        return min(self.repeats, max(affordable, LEAST_REPEATS))
+
+    def _wall(self, call: Callable[[], object]) -> float:
+        if self._flush is not None:
+            self._flush.zero_()
+            torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        call()
+        if self._flush is not None:
+            torch.cuda.synchronize(self.device)
+        return (time.perf_counter() - start) * 1e3
+
+    def _capture(self, call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # each kernel library has its own way of refusing a capture
+            torch.cuda.synchronize(self.device)
+            return None
+        return graph
+
+    def _events(self, call: Callable[[], object], count: int, timed_by: str) -> Times:
+        assert self._flush is not None
+        call()
+        pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
+        for start, end in pairs:
+            self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return summarise([start.elapsed_time(end) for start, end in pairs], timed_by)

@@ -1,0 +1,96 @@
+"""Which tile FlexAttention's Triton kernel likes best on this GPU, for each head dim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.rows import Row, environment
+from bench.synthetic import random_selection
+from bench.timing import Stopwatch
+from flexprefill_fa import BlockSelection
+from flexprefill_fa.loading import first_line
+from flexprefill_fa.region import run_attend
+
+DENSITIES = (0.06, 0.25)
+_BLOCK = 128
+_HEADS, _KV_HEADS = 32, 8
+# BLOCK_M, BLOCK_N, num_warps, num_stages; None: torch's own choice.
+CANDIDATES: tuple[tuple[int, int, int, int] | None, ...] = (
+    None,
+    (128, 128, 8, 3),
+    (128, 128, 8, 2),
+    (128, 128, 4, 3),
+    (128, 64, 8, 3),
+    (128, 64, 8, 2),
+    (128, 64, 4, 3),
+    (64, 64, 4, 3),
+    (64, 64, 4, 2),
+    (128, 32, 8, 2),
+)
+NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+
+
+def tile_options(candidate: tuple[int, int, int, int] | None) -> dict[str, int]:
+    """A candidate as kernel_options."""
+    return {} if candidate is None else dict(zip(NAMES, candidate, strict=True))
+
+
+def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
+    """One row per head dim and candidate: time of attention over synthetic selections, 32 heads and 8 kv heads.
+
+    A candidate that does not compile has `error` and no times.
+    """
+    device = torch.device("cuda")
+    watch = Stopwatch(device, repeats, 2.0)
+    selections = [random_selection(length, _HEADS, density, device=device) for density in DENSITIES]
+    for head_dim in head_dims:
+        query, key, value = (
+            torch.randn(1, heads, length, head_dim, dtype=dtype, device=device)
+            for heads in (_HEADS, _KV_HEADS, _KV_HEADS)
+        )
+        for candidate in CANDIDATES:
+            tile = tile_options(candidate)
+            row: Row = {"kind": "tuning", "device": "cuda", **environment(device), "length": length}
+            row |= {"heads": _HEADS, "kv_heads": _KV_HEADS, "head_dim": head_dim}
+            row |= {"dtype": str(dtype).removeprefix("torch."), "tile": tile}
+            options = {"BACKEND": "TRITON", "IS_DIVISIBLE": True, **tile}
+            try:
+                for density, selection in zip(DENSITIES, selections, strict=True):
+                    call = partial(_attend, query, key, value, selection, options)
+                    row |= watch.graph(call).fields(f"attend_{density:g}_ms")
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # too much shared memory, say: the other candidates still count
+                row["error"] = f"{type(error).__name__}: {first_line(error)[:200]}"
+            yield row
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, options: dict[str, Any]) -> Tensor:
+    lists = (
+        selection.kv_num_blocks,
+        selection.kv_indices,
+        selection.full_kv_num_blocks,
+        selection.full_kv_indices,
+    )
+    settings = {"block_size": _BLOCK, "scale": None, "mask_mod": None, "score_mod": None, "options": options}
+    return run_attend(query, key, value, lists, None, None, **settings)
+
+
+def best_tiles(rows: Sequence[Row]) -> dict[tuple[tuple[int, int], int], dict[str, int]]:
+    """The tile with the least product of times, by compute capability and head dim."""
+    best: dict[tuple[tuple[int, int], int], tuple[float, dict[str, int]]] = {}
+    for row in rows:
+        if row.get("kind") != "tuning" or "error" in row:
+            continue
+        product = 1.0
+        for density in DENSITIES:
+            product *= row[f"attend_{density:g}_ms"]
+        where = (row["capability"][0], row["capability"][1]), row["head_dim"]
+        if where not in best or product < best[where][0]:
+            best[where] = product, row["tile"]
+    return {where: tile for where, (_, tile) in best.items()}

@@ -1,0 +1,231 @@
+"""Seeded queries, keys and values whose heads attend as those of language models do.
+
+Each key carries five features in subspaces of their own: its position as rotary-like waves, the topic of its segment,
+whether it is one of a few heavy tokens, whether it is the first token (the sink), and noise. A query head looks for a
+mixture of them; the head's archetype says which (`ARCHETYPES`). All heads of a kv group read the same keys.
+
+Everything is drawn on the CPU, a kv group at a time, and rounded to the wanted dtype before it is moved: the numbers
+do not depend on the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SEGMENT = 256
+"""Tokens of one topic: two blocks, so that block means see topics whole."""
+_TOPICS = 48
+_HEAVY_TOKENS = 12
+_FEATURE_NORM = 8.0  # of each feature in a key
+_KEY_NOISE, _QUERY_NOISE = 0.5, 1.0
+_THREADS = min(4, os.cpu_count() or 1)  # a group takes 1 GB at 256K tokens
+_SLOWEST_WAVE, _FASTEST_WAVE = 1 / 1024, 2.5  # radians per token
+
+
+@dataclass(frozen=True)
+class Archetype:
+    """What a query head looks for: scores in nats at sharpness 1, before noise.
+
+    Attributes:
+        local: of the query's own position; it falls off like a power of the distance.
+        sink: of the first token.
+        heavy: of the strongest heavy token.
+        slash: of each key at one of `offsets` tokens before the query.
+        topic: of keys in segments of the topic that the query's own topic points to.
+    """
+
+    local: float = 0.0
+    sink: float = 0.0
+    heavy: float = 0.0
+    slash: float = 0.0
+    offsets: tuple[int, ...] = ()
+    topic: float = 0.0
+
+
+ARCHETYPES = {
+    "local": Archetype(local=12.5, sink=11.5),
+    "vertical": Archetype(local=9.0, sink=12.0, heavy=14.0),
+    "slash": Archetype(sink=11.0, slash=12.0, offsets=(0, 171, 1023)),
+    "mixed": Archetype(local=11.5, sink=12.0, heavy=12.5),
+    "topic": Archetype(topic=11.0),
+}
+"""The vertical-slash kinds of head (the first four) and the one that FlexPrefill finds query-aware."""
+
+_CYCLE = ("local", "vertical", "slash", "mixed", "local", "vertical", "slash", "topic")
+
+
+def archetype_of(head: int) -> str:
+    """Name of the archetype of a query head."""
+    return _CYCLE[head % len(_CYCLE)]
+
+
+def strength_of(head: int) -> float:
+    """The factor on a query head's scores, spread evenly over 0.9 to 1.1 so that no two heads are alike."""
+    return 0.9 + 0.2 * (head * 0.6180339887 % 1.0)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """query `[B, Hq, n, D]`, key and value `[B, Hkv, n, D]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass
+class Group:
+    """One kv head with the query heads that read it; fp32 on the CPU.
+
+    Args:
+        length: tokens n.
+        head_dim: D, a multiple of 16.
+        seed: of everything in the group.
+
+    `query` draws from the group's generator: call it for the heads of the group in order.
+    """
+
+    length: int
+    head_dim: int
+    seed: int
+    key: Tensor = field(init=False)  # [n, D]
+    value: Tensor = field(init=False)  # [n, D]
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+        dim, n = self.head_dim, self.length
+        waves = dim * 3 // 8  # frequencies; a cosine and a sine each
+        topics = dim * 3 // 16
+        self._wave_slice = slice(0, 2 * waves)
+        self._topic_slice = slice(2 * waves, 2 * waves + topics)
+        self._sink_dim, self._heavy_dim = dim - 1, dim - 2
+        frequency = torch.logspace(math.log10(_FASTEST_WAVE), math.log10(_SLOWEST_WAVE), waves, dtype=torch.float64)
+        angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency % (2 * math.pi)  # [n, W]
+        self._cos, self._sin = angle.float().cos(), angle.float().sin()
+        self._frequency = frequency
+        vectors = torch.randn(_TOPICS, topics, generator=self._generator)
+        chosen = torch.randint(_TOPICS, (-(-n // SEGMENT),), generator=self._generator)
+        vectors = vectors / vectors.norm(dim=-1, keepdim=True)
+        self._topic, self._wanted_topic = (
+            vectors[index % _TOPICS].repeat_interleave(SEGMENT, 0)[:n] for index in (chosen, chosen + 1)
+        )
+        heavy = (torch.rand(_HEAVY_TOKENS, generator=self._generator) * n).long()
+        weight = torch.linspace(1.0, 0.6, _HEAVY_TOKENS)
+
+        self.key = torch.randn(n, dim, generator=self._generator) * _KEY_NOISE
+        self.key[:, self._wave_slice] += self._waves(torch.ones(waves, dtype=torch.complex128)) * _FEATURE_NORM
+        self.key[:, self._topic_slice] += self._topic * _FEATURE_NORM
+        self.key[heavy, self._heavy_dim] += weight * _FEATURE_NORM
+        self.key[0, self._sink_dim] += _FEATURE_NORM
+        self.value = torch.randn(n, dim, generator=self._generator)
+
+    def query(self, archetype: Archetype, strength: float = 1.0) -> Tensor:
+        """Queries `[n, D]` of the group's next head, at sharpness 1."""
+        nats = math.sqrt(self.head_dim) / _FEATURE_NORM * strength  # query amplitude that scores 1
+        query = torch.randn(self.length, self.head_dim, generator=self._generator) * _QUERY_NOISE
+        # A sum of waves shifted by the offsets is one wave with other coefficients.
+        shift = torch.full_like(self._frequency, archetype.local * nats, dtype=torch.complex128)
+        for offset in archetype.offsets:
+            shift += archetype.slash * nats * torch.exp(-1j * self._frequency * offset)
+        if shift.any():
+            query[:, self._wave_slice] += self._waves(shift)
+        query[:, self._topic_slice] += self._wanted_topic * (archetype.topic * nats)
+        query[:, self._heavy_dim] += archetype.heavy * nats
+        query[:, self._sink_dim] += archetype.sink * nats
+        return query
+
+    def _waves(self, coefficients: Tensor) -> Tensor:
+        """Position waves `[n, 2 W]` times complex coefficients `[W]`; of norm 1 where those are 1."""
+        scaled = coefficients / math.sqrt(len(coefficients))
+        real, imaginary = scaled.real.float(), scaled.imag.float()
+        return torch.cat((self._cos * real - self._sin * imaginary, self._cos * imaginary + self._sin * real), -1)
+
+
+def group_seed(seed: int, element: int, kv_head: int) -> int:
+    """Seed of one kv group of one batch element."""
+    return (seed * 4096 + element) * 4096 + kv_head
+
+
+SHARPNESS = {
+    4096: 0.585,  # mean density 0.754
+    8192: 0.75,  # 0.541
+    16384: 0.913,  # 0.338
+    32768: 1.05,  # 0.192
+    65536: 1.208,  # 0.0902
+    131072: 1.44,  # 0.0453
+    262144: 1.5,  # 0.0252
+}
+"""Factor on the queries of the "sharpened" series by length, and the density that FlexPrefill then has over 32 query
+heads with seed 0; see `bench.calibrate` for where both come from."""
+
+FIXED_SHARPNESS = SHARPNESS[16384]
+"""The same factor at every length: the "fixed" series."""
+
+
+def sharpness_of(workload: str, length: int) -> float:
+    """Factor on the queries of a structured workload; between the lengths of the table, linear in log(length)."""
+    if workload == "fixed":
+        return FIXED_SHARPNESS
+    known = sorted(SHARPNESS)
+    clamped = min(max(length, known[0]), known[-1])
+    for low, high in itertools.pairwise(known):
+        if clamped <= high:
+            share = math.log(clamped / low) / math.log(high / low)
+            return SHARPNESS[low] + share * (SHARPNESS[high] - SHARPNESS[low])
+    raise AssertionError("unreachable: the length was clamped to the table")
+
+
+def structured_inputs(
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    sharpness: float,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """Inputs of the archetypes, head h of kind `archetype_of(h)`.
+
+    Args:
+        length: tokens n, queries and keys alike.
+        heads, kv_heads: Hq, a multiple of Hkv.
+        head_dim: D, a multiple of 16.
+        sharpness: factor on the queries, see `sharpness_of`.
+        batch: elements B, each with a seed of its own.
+        dtype, device: of the result; the numbers are the same on every device.
+        seed: of everything.
+
+    Raises:
+        ValueError: for head counts or a head_dim that do not fit.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
+    if head_dim % 16:
+        raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
+    query = torch.empty(batch, heads, length, head_dim, dtype=dtype, device=device)
+    key, value = (torch.empty(batch, kv_heads, length, head_dim, dtype=dtype, device=device) for _ in range(2))
+    per_group = heads // kv_heads
+
+    def fill(place: tuple[int, int]) -> None:
+        element, kv_head = place
+        group = Group(length, head_dim, group_seed(seed, element, kv_head))
+        key[element, kv_head] = group.key.to(dtype)
+        value[element, kv_head] = group.value.to(dtype)
+        for head in range(kv_head * per_group, (kv_head + 1) * per_group):
+            drawn = group.query(ARCHETYPES[archetype_of(head)], strength_of(head))
+            query[element, head] = (drawn * sharpness).to(dtype)
+
+    # Drawing normal numbers uses one core; a group has a generator of its own.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(fill, itertools.product(range(batch), range(kv_heads))))
+    return Inputs(query, key, value)

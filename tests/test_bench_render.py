@@ -1,0 +1,243 @@
+"""The README's tables: rendered from rows, whole where rows are missing, and the same as what is committed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from bench.cli import app
+from bench.render import BLOCKS, README, render_readme
+from bench.rows import RESULTS, append, commit, latest, read
+from bench.tables import attention_tables, demo_table
+from flexprefill_fa.cli import app as flexprefill
+from flexprefill_fa.demo import Answer, DemoResult
+from flexprefill_fa.generation import LayerReport, Measurement
+
+MARKERS = "\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in BLOCKS)
+
+
+def row(**fields: Any) -> dict[str, Any]:
+    conditions = {
+        "kind": "attention",
+        "device": "cuda",
+        "gpu": "NVIDIA H200",
+        "torch": "2.11.0",
+        "triton": "3.6.0",
+        "flash_attn_4": "4.0.0b10",
+        "commit": "abc123",
+        "date": "2026-11-22",
+        "length": 65536,
+        "batch": 1,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "dtype": "bfloat16",
+        "workload": "sharpened",
+        "repeats": 20,
+        "timed_by": {"total_ms": "CUDA graph"},
+        "selector": None,
+        "settings": None,
+        "backend": None,
+    }
+    return conditions | fields
+
+
+def dense(kernel: str, total_ms: float, **fields: Any) -> dict[str, Any]:
+    return row(path="dense", kernel=kernel, total_ms=total_ms, **fields)
+
+
+def sparse(backend: str, total_ms: float, **fields: Any) -> dict[str, Any]:
+    found = {
+        "path": "sparse",
+        "selector": "flexprefill",
+        "settings": {"gamma": 0.95, "max_budget": None},
+        "kernel": "FLASH" if backend == "auto" else backend,
+        "density": 0.09,
+        "recall": 0.961,
+        "select_ms": 1.5,
+        "attend_ms": total_ms - 1.5,
+        "speedup_sdpa_flash": 100 / total_ms,
+        "speedup_best_dense": 54 / total_ms,
+        "best_dense": "FLASH",
+    }
+    return row(backend=backend, total_ms=total_ms, **(found | fields))
+
+
+ROWS = [
+    dense("sdpa_flash", 100.0),
+    dense("FLASH", 54.0),
+    dense("TRITON", 80.0),
+    sparse("auto", 5.5),
+    sparse("FLASH", 5.0),
+    sparse("TRITON", 8.0),
+    dense("sdpa_flash", 0.5, length=4096),
+    sparse("auto", 0.5, length=4096, path="dense", kernel="FLASH", select_ms=None, attend_ms=None),
+    sparse("TRITON", 1.0, length=4096, error="relative error 0.5 of the sampled rows, allowed 0.01"),
+]
+
+
+def cells(table: str, first: str) -> list[str]:
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_attention_table() -> None:
+    table = attention_tables(ROWS, "cuda", "sharpened")
+    caption = table.splitlines()[0]
+    for part in ("NVIDIA H200", "torch 2.11.0", "flash-attn-4 4.0.0b10", "commit abc123", "2026-11-22", "bfloat16"):
+        assert part in caption
+    for part in ("32/8 heads", "head_dim 128", "gamma 0.95", "total includes selection", "20 runs by CUDA graph"):
+        assert part in caption
+    assert "max_budget" not in caption
+    header, long = cells(table, "tokens"), dict(zip(cells(table, "tokens"), cells(table, "65,536"), strict=True))
+    assert header[:6] == ["tokens", "density", "recall", "SDPA flash ms", "best dense ms", "select ms"]
+    assert (long["density"], long["recall"], long["SDPA flash ms"]) == ("0.090", "0.961", "100")
+    assert long["best dense ms"] == "54 (FlexAttention FLASH)"
+    assert (long["select ms"], long["attend ms, FLASH"], long["attend ms, TRITON"]) == ("1.5", "3.5", "6.5")
+    assert (long["total ms, FLASH"], long["total ms, TRITON"]) == ("5", "8")
+    assert (long["x SDPA flash, FLASH"], long["x best dense, TRITON"]) == ("20.00x", "6.75x")
+    assert long["`auto`"] == "sparse FLASH: 5.5 ms, 18.18x"
+    short = dict(zip(header, cells(table, "4,096"), strict=True))
+    assert (short["total ms, TRITON"], short["total ms, FLASH"], short["select ms"]) == ("wrong", "-", "1.5")
+    assert short["`auto`"].startswith("dense FLASH: 0.5 ms")
+    assert [line for line in table.splitlines() if line.startswith("| 4")] < [
+        line for line in table.splitlines() if line.startswith("| 65")
+    ]
+
+
+def test_a_later_row_takes_an_earlier_ones_place() -> None:
+    table = attention_tables([*ROWS, sparse("TRITON", 7.0)], "cuda", "sharpened")
+    assert dict(zip(cells(table, "tokens"), cells(table, "65,536"), strict=True))["total ms, TRITON"] == "7"
+    assert [r["a"] for r in latest([{"a": 1, "b": 0}, {"a": 2, "b": 1}, {"a": 3, "b": 0}], lambda r: r["b"])] == [3, 2]
+
+
+def test_other_settings_workloads_and_gpus_get_tables_of_their_own() -> None:
+    other = [sparse("FLASH", 4.0, settings={"gamma": 0.9}), sparse("FLASH", 6.0, gpu="NVIDIA H100")]
+    table = attention_tables([*ROWS, *other, sparse("FLASH", 9.0, workload="fixed")], "cuda", "sharpened")
+    assert table.count("| tokens |") == 3
+    assert "gamma 0.9;" in table and "NVIDIA H100" in table
+    assert attention_tables(ROWS, "cuda", "fixed") == attention_tables(ROWS, "cpu", "sharpened") == ""
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for item in ROWS:
+        append(tmp_path / "attention.jsonl", item)
+    synthetic = {"selector": "synthetic", "settings": {"density": 0.06}, "density": 0.06, "total_ms": None}
+    for kernel, share in (("FLASH", 0.93), ("TRITON", 0.88)):
+        fields = {**synthetic, "tflops": 571.2, "share_of_dense_tflops": share, "attend_ms": 4.1}
+        append(tmp_path / "attention.jsonl", sparse(kernel, 4.1) | fields)
+    cpu = {"device": "cpu", "gpu": "a CPU", "workload": "needle", "layer": 2, "timed_by": {"total_ms": "wall clock"}}
+    append(tmp_path / "attention.jsonl", dense("sdpa", 1500.0) | cpu)
+    append(tmp_path / "attention.jsonl", sparse("CPU", 900.0) | cpu | {"speedup_sdpa": 1.67})
+    layer = {"layer": 0, "density": 0.3, "recall": 0.95, "lowest_recall": 0.85}
+    demo = {"prompt": {"tokens": 16384}, "gamma": 0.9, "tau": 0.1, "min_budget": 512, "gpu": "a CPU"}
+    demo |= {"dtype": "float32", "torch": "2.13.0", "commit": "abc", "date": "2026-11-22"}
+    demo["dense"] = {"answer": "0123456", "correct": True, "prefill_seconds": 30.0}
+    sparse_part = {"prefill_seconds": 20.0, "compile_seconds": 27.0, "density": 0.316, "layers": [layer]}
+    demo["sparse"] = {"answer": "6", "correct": False, **sparse_part}
+    append(tmp_path / "demo.jsonl", demo)
+    return tmp_path
+
+
+def test_round_trip(results: Path) -> None:
+    text = f"before\n\n{MARKERS}\nafter\n"
+    once = render_readme(text, results)
+    assert once.startswith("before\n") and once.endswith("after\n")
+    assert "| dense SDPA | 0123456 right | 30.00 | - | - | 1.00x |" in once
+    assert "| sparse | 6 wrong | 20.00 | 27.0 | 0.316 | 1.50x |" in once
+    assert "Mean recall per layer 0.95 to 0.95, worst head 0.85." in once
+    assert "| 65,536 | 0.060 | FLASH | 4.1 | 571 | 93% |" in once
+    assert "Layer 2 of the needle model" in once and "wall clock" in once and "1.67x" in once
+    assert "](" in once and "attention.png)" in once
+    assert render_readme(once, results) == once
+    append(results / "attention.jsonl", sparse("TRITON", 6.0))
+    assert render_readme(once, results) != once
+
+
+def test_demo_prints_a_row_that_renders(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = (LayerReport(0, 0.3, 0.95, 0.85),)
+    answers = Answer("0123456", True, Measurement([1], 3.0)), Answer("0", False, Measurement([1], 1.5, 7.0, layers))
+    result = DemoResult("#word", "0123456", torch.float32, *answers)
+    monkeypatch.setattr("flexprefill_fa.demo.run_demo", lambda *_, **__: result)
+    printed = json.loads(CliRunner().invoke(flexprefill, ["demo", "--device", "cpu", "--json"]).stdout)
+    assert printed["kind"] == "demo" and printed["commit"] == commit()
+    table = demo_table([printed])
+    assert "| sparse | 0 wrong | 1.50 | 7.0 | 0.300 | 2.00x |" in table
+    assert (
+        f"torch {torch.__version__}, commit {commit()}, {printed['date']}; gamma 0.9, tau 0.1, min_budget 512" in table
+    )
+
+
+def test_without_rows_nothing_stands_between_the_markers(tmp_path: Path) -> None:
+    assert render_readme(MARKERS, tmp_path) == MARKERS
+    filled = MARKERS.replace("<!-- /bench:density -->", "old table\n<!-- /bench:density -->")
+    assert render_readme(filled, tmp_path) == MARKERS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- bench:density -->\n", "every <!-- bench:NAME --> needs its <!-- /bench:NAME -->"),
+        ("<!-- /bench:density -->\n", "every <!-- bench:NAME --> needs its"),
+        ("<!-- bench:density -->\n<!-- /bench:demo -->\n", "got markers of demo, density, whole blocks of none"),
+        ("<!-- bench:other -->\n<!-- /bench:other -->\n", "unknown block other, expected one of attention"),
+    ],
+)
+def test_broken_markers(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        render_readme(text, tmp_path)
+
+
+def test_broken_rows_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "attention.jsonl"
+    file.write_text('{"a": 1}\n\n{"a": \n')
+    with pytest.raises(ValueError, match=r"attention\.jsonl:3 is not JSON"):
+        read(file)
+    file.write_text("[1]\n")
+    with pytest.raises(ValueError, match=r":1 must be a JSON object, got list"):
+        read(file)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["render", *arguments])
+
+
+def test_readme_is_what_the_rows_say() -> None:
+    result = run("--check")
+    assert result.exit_code == 0, result.output
+    assert {f"<!-- bench:{name} -->" in README.read_text() for name in BLOCKS} == {True}
+    assert RESULTS.is_dir()
+
+
+def test_render_writes_what_check_wants(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    readme = results / "README.md"
+    readme.write_text(MARKERS)
+    monkeypatch.setattr("bench.cli.README", readme)
+    monkeypatch.setattr("bench.cli.RESULTS", results)
+    stale = run("--check")
+    assert stale.exit_code == 1 and "README.md is not what the rows say" in stale.stderr
+    assert readme.read_text() == MARKERS
+    assert run().exit_code == 0
+    assert run("--check").exit_code == 0
+    assert (results / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
+    assert commit(tmp_path) == "unknown"
+    monkeypatch.setenv("BENCH_COMMIT", "fedcba-dirty")
+    assert commit(tmp_path) == "fedcba-dirty"
+
+
+def test_rows_are_appended_as_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    for value in (1, None):
+        append(path, {"value": value})
+    assert path.read_text() == '{"value": 1}\n{"value": null}\n'
+    assert read(path) == [json.loads(line) for line in path.read_text().splitlines()]
+    assert read(tmp_path / "missing.jsonl") == []

@@ -1,0 +1,79 @@
+"""The choice between dense and sparse: sane everywhere, and true to the rows that it was fitted to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bench.fit import best_dense
+from bench.rows import RESULTS, Row, read
+from bench.tune import best_tiles
+from flexprefill_fa import FlexPrefillConfig
+from flexprefill_fa.backends import TRITON_TILES
+from flexprefill_fa.cost_model import RATES, predicted_ms, prefers_dense
+
+LENGTHS = (1, 129, 1000, 2048, 4096, 5000, 16384, 131072, 1_000_000)
+WITHIN = 0.25  # of a measured time
+CLOSE = 0.05  # either decision is right
+
+
+def measured(capability: tuple[int, int], head_dim: int) -> list[Row]:
+    """Rows of the fitted series on GPUs of one capability."""
+    return [
+        row
+        for row in read(RESULTS / "attention.jsonl")
+        if row.get("capability") == list(capability)
+        and row["head_dim"] == head_dim
+        and row["workload"] == "sharpened"
+        and row["selector"] in (None, "flexprefill")
+        and row["length"] <= 65536
+    ]
+
+
+def test_expected_density_falls_with_the_length_and_respects_the_budgets() -> None:
+    for config in (FlexPrefillConfig(), FlexPrefillConfig(min_budget=8192), FlexPrefillConfig(gamma=0.5)):
+        densities = [config.expected_density(tokens) for tokens in LENGTHS]
+        assert all(0 < density <= 1 for density in densities)
+        assert densities == sorted(densities, reverse=True)
+    assert FlexPrefillConfig(gamma=1.0).expected_density(100_000) == 1.0
+    blocks, always = 128, 2 * 16
+    kept = sum(min(row + 1, always) for row in range(blocks))
+    expected = kept / (blocks * (blocks + 1) / 2)
+    assert math.isclose(FlexPrefillConfig(min_budget=2048).expected_density(blocks * 128), max(expected, 0.34))
+
+
+def test_nothing_is_predicted_where_nothing_was_measured() -> None:
+    config = FlexPrefillConfig(min_budget=256)
+    query = torch.empty(1, 4, config.dense_tokens, 64)
+    assert prefers_dense(query, query, config, "CPU")
+    query = torch.empty(1, 4, config.dense_tokens + 1, 64)
+    assert not prefers_dense(query, query, config, "CPU")
+
+
+@pytest.mark.parametrize("where", RATES, ids=str)
+def test_the_model_is_true_to_its_rows(where: tuple[tuple[int, int], str, int]) -> None:
+    capability, backend, head_dim = where
+    rows = measured(capability, head_dim)
+    dense_rows = best_dense(rows)
+    sparse_rows = {row["length"]: row for row in rows if row["path"] == "sparse" and row["backend"] == backend}
+    lengths = sorted(set(dense_rows) & set(sparse_rows))
+    assert len(lengths) >= 3, f"no rows for {where}"
+    for length in lengths:
+        shape = {"batch": 1, "heads": sparse_rows[length]["heads"], "head_dim": head_dim, "tokens": length}
+        dense_ms, sparse_ms = dense_rows[length]["total_ms"], sparse_rows[length]["total_ms"]
+        dense, sparse = predicted_ms(RATES[where], **shape, density=sparse_rows[length]["density"])
+        assert abs(dense - dense_ms) <= WITHIN * dense_ms, (length, dense, dense_ms)
+        assert abs(sparse - sparse_ms) <= WITHIN * sparse_ms, (length, sparse, sparse_ms)
+        usual = FlexPrefillConfig().expected_density(length)
+        dense, sparse = predicted_ms(RATES[where], **shape, density=usual)
+        if abs(dense_ms - sparse_ms) > CLOSE * dense_ms:
+            assert (dense <= sparse) == (dense_ms <= sparse_ms), (length, dense, sparse, dense_ms, sparse_ms)
+
+
+def test_every_tile_is_the_fastest_that_was_measured() -> None:
+    best = best_tiles(read(RESULTS / "tuning.jsonl"))
+    assert set(TRITON_TILES) <= set(best)
+    for where, tile in TRITON_TILES.items():
+        assert best[where] == tile, where
