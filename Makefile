@@ -10,13 +10,16 @@ ifneq ($(CXX),)
 export CXX
 endif
 
+# Processes that run the tests; each holds torch and compiles kernels.
+WORKERS ?= 2
+
 .PHONY: demo test lint setup clean
 
 demo: setup
 	.venv/bin/flexprefill demo
 
 test: lint
-	.venv/bin/pytest -m 'not gpu'
+	.venv/bin/pytest -m 'not gpu' -n $(WORKERS)
 
 lint: setup
 	.venv/bin/ruff check .

@@ -163,7 +163,7 @@ def tune(
 def fit(
     gpu: Annotated[str, typer.Option(help="Part of the GPU's name, as the rows have it.")],
     head_dim: Annotated[int, typer.Option(min=16)] = 128,
-    longest: Annotated[int, typer.Option(min=1, help="Tokens: rows of longer prompts are left out.")] = 65536,
+    longest: Annotated[int, typer.Option(min=1, help="Tokens: rows of longer prompts are left out.")] = 32768,
     rows: Annotated[Path, typer.Option(help="JSON lines of 'python -m bench attention'.")] = RESULTS
     / "attention.jsonl",
 ) -> None:

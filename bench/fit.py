@@ -18,11 +18,15 @@ def causal_flop(row: Row) -> float:
     return 4.0 * row["head_dim"] * _BLOCK**2 * (blocks * (blocks + 1) // 2) * row["batch"] * row["heads"]
 
 
-def best_dense(rows: Sequence[Row]) -> dict[int, Row]:
-    """The fastest dense row of each length."""
+def best_dense(rows: Sequence[Row], backend: str) -> dict[int, Row]:
+    """The fastest dense row of each length that "auto" could take beside a backend.
+
+    It takes TRITON only where FLASH cannot run, so FLASH does not count beside it.
+    """
     found: dict[int, Row] = {}
     for row in rows:
-        if row["path"] == "dense" and row["selector"] is None and "total_ms" in row:
+        possible = row["kernel"] != "FLASH" or backend == "FLASH"
+        if row["path"] == "dense" and row["selector"] is None and "total_ms" in row and possible:
             known = found.get(row["length"])
             if known is None or row["total_ms"] < known["total_ms"]:
                 found[row["length"]] = row
@@ -50,7 +54,7 @@ def fit_rates(rows: Sequence[Row], backend: str, longest: int) -> Rates:
     Raises:
         ValueError: with fewer than two lengths to fit to.
     """
-    dense = [row for row in best_dense(rows).values() if row["length"] <= longest]
+    dense = [row for row in best_dense(rows, backend).values() if row["length"] <= longest]
     sparse = [
         row
         for row in rows

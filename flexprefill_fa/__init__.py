@@ -1,6 +1,7 @@
 """Block-sparse prefill attention for long prompts, on PyTorch FlexAttention."""
 
-from flexprefill_fa.attention import sparse_prefill_attention
+from flexprefill_fa.attention import block_sparse_attention, sparse_prefill_attention
+from flexprefill_fa.cuda_graphs import PrefillGraph
 from flexprefill_fa.masks import FlexPrefillConfig, create_flexprefill_block_mask, get_selector, select_blocks
 from flexprefill_fa.selection import BlockSelection
 
@@ -9,6 +10,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockSelection",
     "FlexPrefillConfig",
+    "PrefillGraph",
+    "block_sparse_attention",
     "create_flexprefill_block_mask",
     "get_selector",
     "select_blocks",

@@ -106,7 +106,9 @@ def resolve_backend(
 # FlexAttention's tile on the devices where it was measured, by compute capability and head dim: the fastest rows of
 # bench/results/tuning.jsonl, which a test compares with this table. Elsewhere torch's own options apply.
 TRITON_TILES: dict[tuple[tuple[int, int], int], dict[str, int]] = {
+    ((9, 0), 64): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     ((9, 0), 128): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+    ((9, 0), 256): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
 }
 _DIVISOR = 128  # of lengths for which the kernel needs no bounds checks
 

@@ -38,8 +38,8 @@ class Rates:
 
 # By compute capability, backend and head dim.
 RATES: dict[tuple[tuple[int, int], str, int], Rates] = {
-    ((9, 0), "FLASH", 128): Rates(0.02, 640.0, 0.08, 0.4, 0.02, 620.0),
-    ((9, 0), "TRITON", 128): Rates(0.02, 600.0, 0.08, 0.4, 0.02, 450.0),
+    ((9, 0), "FLASH", 128): Rates(0.0214, 644.2, 0.0579, 0.4701, 0.0173, 643.3),
+    ((9, 0), "TRITON", 128): Rates(0.0198, 599.2, 0.0579, 0.4701, 0.0255, 418.1),
 }
 
 

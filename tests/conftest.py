@@ -14,6 +14,9 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # one kernel per graph: a pool of workers has no use
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # not all cores for each of them
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel

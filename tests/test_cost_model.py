@@ -56,7 +56,7 @@ def test_nothing_is_predicted_where_nothing_was_measured() -> None:
 def test_the_model_is_true_to_its_rows(where: tuple[tuple[int, int], str, int]) -> None:
     capability, backend, head_dim = where
     rows = measured(capability, head_dim)
-    dense_rows = best_dense(rows)
+    dense_rows = best_dense(rows, backend)
     sparse_rows = {row["length"]: row for row in rows if row["path"] == "sparse" and row["backend"] == backend}
     lengths = sorted(set(dense_rows) & set(sparse_rows))
     assert len(lengths) >= 3, f"no rows for {where}"

@@ -1,0 +1,94 @@
+"""Dense causal attention by name, attention over a given selection, and what a CUDA graph refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from oracle import causal_oracle, relative_error
+from workloads import structured_qk
+
+from flexprefill_fa import (
+    FlexPrefillConfig,
+    PrefillGraph,
+    block_sparse_attention,
+    select_blocks,
+    sparse_prefill_attention,
+)
+from flexprefill_fa.dense import causal_attention, fastest_dense
+from flexprefill_fa.selection import every_block
+
+CONFIG = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=64, block_size=64)
+
+
+def inputs(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, key = structured_qk(1, 4, 2, n, n, 32, seed=n)
+    return query, key, torch.randn_like(key)
+
+
+@pytest.mark.parametrize("n", [1, 127, 300, 384])
+def test_flex_attention_over_every_block_is_dense_attention(n: int) -> None:
+    query, key, value = inputs(n)
+    expected = causal_attention(query.double().float(), key, value)
+    torch.testing.assert_close(causal_attention(query, key, value, "CPU"), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_kernels_that_cannot_run_say_why() -> None:
+    query, key, value = inputs(100)
+    with pytest.raises(ValueError, match=r"kernel must be one of .*got 'fast'"):
+        causal_attention(query, key, value, "fast")
+    with pytest.raises(ValueError, match=r"sdpa_cudnn.*needs a CUDA GPU"):
+        causal_attention(query, key, value, "sdpa_cudnn")
+    with pytest.raises(ValueError, match=r"FLASH.*needs a CUDA GPU"):
+        causal_attention(query, key, value, "FLASH")
+    with pytest.raises(ValueError, match="as many queries as keys, got 60 and 100"):
+        causal_attention(query[:, :, :60], key, value)
+    assert fastest_dense(query) == "sdpa"
+
+
+def test_attention_over_a_selection_follows_the_selection() -> None:
+    query, key, value = inputs(700)
+    selection = select_blocks(query, key, CONFIG)
+    out = block_sparse_attention(query, key, value, selection)
+    expected, _, real = causal_oracle(query, key, value, selection)
+    assert relative_error(out, expected, real) < 1e-5
+    fewer = selection.full_kv_num_blocks.clone()
+    fewer[:, :, -1] -= 1  # the last full block of the last row
+    dropped = dataclasses.replace(selection, full_kv_num_blocks=fewer)
+    changed = block_sparse_attention(query, key, value, dropped)
+    assert not torch.allclose(changed[:, :, -1], out[:, :, -1], atol=1e-4)
+    torch.testing.assert_close(changed[:, :, :600], out[:, :, :600])
+
+
+def test_a_selection_for_other_tensors_is_refused() -> None:
+    query, key, value = inputs(300)
+    selection = select_blocks(query, key, CONFIG)
+    with pytest.raises(ValueError, match=r"selection is for .*\(300, 300, 1, 4\), got tensors of \(200, 300, 1, 4\)"):
+        block_sparse_attention(query[:, :, :200], key, value, selection)
+
+
+def test_a_dense_call_returns_the_selection_it_amounts_to() -> None:
+    query, key, value = inputs(100)
+    out, selection = sparse_prefill_attention(query, key, value, CONFIG, return_selection=True)
+    assert selection.density().eq(1).all()
+    expected, _, real = causal_oracle(query, key, value, selection)
+    assert relative_error(out, expected, real) < 1e-5
+
+
+@pytest.mark.parametrize("padding", [None, ([0, 70], [300, 200])], ids=["whole", "padded"])
+def test_every_block_is_what_dense_attention_computes(padding: tuple[list[int], list[int]] | None) -> None:
+    query, key = structured_qk(2, 2, 1, 130, 300, 32)
+    place = (None, None) if padding is None else tuple(torch.tensor(x) for x in padding)
+    selection = every_block(query, key, 64, *place)
+    everything = select_blocks(
+        query, key, FlexPrefillConfig(gamma=1.0, min_budget=64, block_size=64), starts=place[0], lengths=place[1]
+    )
+    assert torch.equal(selection.to_dense(), everything.to_dense())
+    assert torch.equal(selection.kv_num_blocks, everything.kv_num_blocks)
+    assert selection.density().eq(1).all()
+
+
+def test_a_prefill_graph_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="needs tensors on a CUDA device, got cpu"):
+        PrefillGraph(*inputs(300), CONFIG)
