@@ -25,8 +25,8 @@ _MEASURED = (".", ":!bench/results", ":!README.md")  # what a commit says about 
 def environment(device: torch.device) -> Row:
     """Processor, its CUDA compute capability, versions, commit and date.
 
-    The commit is that of the checkout, with "-dirty" where tracked files other than results and README were changed,
-    or the environment variable BENCH_COMMIT where there is no git, or "unknown".
+    The commit is the environment variable BENCH_COMMIT, for a copy of a checkout; else that of the checkout, with
+    "-dirty" where tracked files other than results and README were changed; else "unknown".
     """
     return {
         "gpu": processor_name(device),
@@ -53,15 +53,14 @@ def processor_name(device: torch.device) -> str:
 
 def commit(root: Path = ROOT) -> str:
     """The checkout's commit, see `environment`."""
-    if not (root / ".git").exists():
-        return os.environ.get("BENCH_COMMIT", "unknown")
+    if given := os.environ.get("BENCH_COMMIT"):
+        return given
     try:
         head = _git(root, "rev-parse", "--short=10", "HEAD")
-        return head + (
-            "-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no", "--", *_MEASURED) else ""
-        )
+        dirty = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *_MEASURED)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCH_COMMIT", "unknown")
+        return "unknown"
+    return f"{head}-dirty" if dirty else head
 
 
 def _git(root: Path, *arguments: str) -> str:

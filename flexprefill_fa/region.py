@@ -106,16 +106,32 @@ def select_and_attend(
     return out, lists
 
 
+def causal_lists(query: Tensor, blocks: int) -> Lists:
+    """Every causal block of a whole prompt, for all heads at once: the diagonal partial, the rest full."""
+    row = torch.arange(blocks, dtype=torch.int32, device=query.device)
+    full, diagonal = row.repeat(1, 1, blocks, 1), row[:, None].repeat(1, 1, 1, blocks)
+    return torch.ones_like(row)[None, None], diagonal, row[None, None], full
+
+
+@torch.library.custom_op("flexprefill_fa::causal_lists", mutates_args=())
+def _causal_lists_op(query: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return causal_lists(query, blocks)
+
+
+@_causal_lists_op.register_fake
+def _(query: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count = query.new_empty((1, 1, blocks), dtype=torch.int32)
+    indices = query.new_empty((1, 1, blocks, blocks), dtype=torch.int32)
+    return count, indices, torch.empty_like(count), torch.empty_like(indices)
+
+
 def attend_causal(
     query: Tensor, key: Tensor, value: Tensor, *, block_size: int, scale: float | None, options: dict[str, Any]
 ) -> Tensor:
     """Dense causal attention of a whole prompt by FlexAttention, `[B, Hq, L, D]`. Only for tracing."""
     blocks = cdiv(query.shape[2], block_size)
-    row = torch.arange(blocks, dtype=torch.int32, device=query.device)
-    full = row[None, :].expand(blocks, blocks).contiguous()
-    diagonal = row[:, None].expand(blocks, blocks).contiguous()
-    count = torch.ones_like(row)
-    lists = (count[None, None], diagonal[None, None], row[None, None], full[None, None])
+    # Part of the graph on a GPU, one small kernel; FlexAttention's CPU kernel wants them in memory.
+    lists = (_causal_lists_op if query.device.type == "cpu" else causal_lists)(query, blocks)
     arguments: dict[str, Any] = {"block_size": block_size, "scale": scale, "options": options}
     return attend(query, key, value, lists, None, None, None, mask_mod=None, score_mod=None, **arguments)
 
