@@ -6,6 +6,7 @@ import dataclasses
 import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from flexprefill_fa.cost_model import prefers_dense
 from flexprefill_fa.dense import causal_attention, fastest_dense
 from flexprefill_fa.loading import first_line
 
-DENSE_KERNELS = {"cuda": ("sdpa_flash", "sdpa_cudnn", "FLASH", "TRITON"), "cpu": ("sdpa", "CPU")}
+DENSE_KERNELS = {"cuda": ("sdpa", "sdpa_flash", "sdpa_cudnn", "FLASH", "TRITON"), "cpu": ("sdpa", "CPU")}
 YARDSTICK = {"cuda": "sdpa_flash", "cpu": "sdpa"}
 """The dense kernel that most published speed-ups are measured against."""
 
@@ -107,7 +108,8 @@ class LengthBenchmark:
 
     def rows(self) -> Iterator[Row]:
         """The rows, dense first; a row whose check failed has `error` and no times."""
-        with torch.no_grad():
+        on_device = torch.cuda.device(self.plan.device) if self.plan.device.type == "cuda" else nullcontext()
+        with torch.no_grad(), on_device:
             dense = reference(self.inputs, None)
             for kernel in self.plan.kernels:
                 row = self._dense(kernel, dense)
@@ -126,14 +128,17 @@ class LengthBenchmark:
         def call() -> Tensor:
             return causal_attention(*self._tensors, kernel)
 
+        row: Row = {**self.conditions, "path": "dense", "selector": None, "backend": None, "kernel": kernel}
         try:
             verdict = verify(call(), dense)
         except torch.OutOfMemoryError:
             raise
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:  # what causal_attention says of a kernel that does not fit
             self.note(f"{self.length} tokens: dense {kernel} cannot run: {first_line(error)}")
             return None
-        row: Row = {**self.conditions, "path": "dense", "selector": None, "backend": None, "kernel": kernel}
+        except Exception as error:  # a competitor that should have run: its row says so
+            self.note(traceback.format_exc())
+            return {**row, "error": f"{type(error).__name__}: {first_line(error)}"}
         row |= _checked(verdict)
         if verdict.problem:
             return row
@@ -168,8 +173,11 @@ class LengthBenchmark:
 
             row: Row = {**self.conditions, "path": "dense" if goes_dense else "sparse", "selector": config.name}
             row |= {"settings": dataclasses.asdict(config), "backend": backend}
-            row |= {"kernel": fastest_dense(query) if goes_dense else kernel, **_kept(selection, sparse)}
-            row["query_aware_heads"] = _query_aware(selection, config)
+            row |= {"kernel": fastest_dense(query) if goes_dense else kernel}
+            if goes_dense:
+                row["would_be_density"] = _kept(selection, sparse)["density"]
+            else:
+                row |= {**_kept(selection, sparse), "query_aware_heads": _query_aware(selection, config)}
             row |= self._check((total,), dense) if goes_dense else self._check((total, attend), sparse)
             if "error" not in row:
                 row |= self._peak(total)
@@ -243,6 +251,7 @@ class LengthBenchmark:
             f"speedup_{YARDSTICK[self.plan.device.type]}": yardstick and round(yardstick / times.median, 3),
             "speedup_best_dense": best and round(self.dense_ms[best] / times.median, 3),
             "best_dense": best,
+            "dense_kernels": sorted(self.dense_ms),
         }
 
     def _throughput(self, selection: BlockSelection, attend: Times, kernel: str) -> Row:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy
 
 from bench.rows import Row
+from flexprefill_fa import get_selector
 from flexprefill_fa.cost_model import Rates
 
 _BLOCK = 128
@@ -43,22 +45,29 @@ def _line(amounts: Sequence[float], milliseconds: Sequence[float]) -> tuple[floa
     return float(launch), float(slope)
 
 
-def fit_rates(rows: Sequence[Row], backend: str, longest: int) -> Rates:
+def fit_rates(rows: Sequence[Row], selector: str, backend: str, longest: int) -> Rates:
     """Fit the model to the rows of one device and head dim.
 
     Args:
         rows: attention rows, dense and sparse.
+        selector: by name; its rows with default settings count.
         backend: "FLASH" or "TRITON".
         longest: tokens; longer rows are left out, because the decision is made among short prompts.
 
     Raises:
         ValueError: with fewer than two lengths to fit to.
     """
+    defaults = dataclasses.asdict(get_selector(selector)())
     dense = [row for row in best_dense(rows, backend).values() if row["length"] <= longest]
     sparse = [
         row
         for row in rows
-        if row["path"] == "sparse" and row["backend"] == backend and "select_ms" in row and row["length"] <= longest
+        if row["path"] == "sparse"
+        and row["selector"] == selector
+        and row["settings"] == defaults
+        and row["backend"] == backend
+        and "select_ms" in row
+        and row["length"] <= longest
     ]
     lengths = {row["length"] for row in sparse} & {row["length"] for row in dense}
     if len(lengths) < 2:

@@ -77,9 +77,9 @@ def _attention_table(dense: list[Row], selected: list[Row]) -> str:
     for length in sorted({row["length"] for row in selected}):
         by_backend = {row["backend"]: row for row in selected if row["length"] == length}
         dense_ms = {row["kernel"]: row.get("total_ms") for row in dense if row["length"] == length}
-        any_row = next(iter(by_backend.values()))
+        sparse = next((row for row in by_backend.values() if row["path"] == "sparse"), {})
         select = next((row["select_ms"] for row in by_backend.values() if row.get("select_ms") is not None), None)
-        cells = [f"{length:,}", number(any_row["density"], ".3f"), number(any_row["recall"], ".3f")]
+        cells = [f"{length:,}", number(sparse.get("density"), ".3f"), number(sparse.get("recall"), ".3f")]
         cells += [_ms(dense_ms.get(yardstick)), _best(dense_ms), _ms(select)]
         shown = [by_backend.get(name, {}) for name in explicit]
         cells += [_ms(row.get("attend_ms")) for row in shown]
@@ -136,6 +136,16 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 
 def _caption(rows: Sequence[Row], what: str) -> str:
     """Conditions of a table's rows; where they differ, each is named."""
+    row = rows[0]
+    workload = _WORKLOADS[row["workload"]].format(layer=row.get("layer"))
+    timed = sorted({how for row in rows for how in row.get("timed_by", {}).values()} - {"wall clock"}) or ["wall clock"]
+    repeats = sorted({row["repeats"] for row in rows if "repeats" in row})
+    count = "-".join(map(str, dict.fromkeys((repeats[0], repeats[-1])))) if repeats else "no"
+    return f"{workload}; {what}. {conditions(rows)}; median of {count} runs by {' and '.join(timed)}."
+
+
+def conditions(rows: Sequence[Row]) -> str:
+    """Processor, versions, commit, date and shapes; where versions, commits or dates differ, each is named."""
 
     def values(name: str) -> str:
         return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
@@ -143,12 +153,7 @@ def _caption(rows: Sequence[Row], what: str) -> str:
     row = rows[0]
     versions = [f"{title} {values(name)}" for name, title in _VERSIONS if values(name)]
     shape = f"batch {row['batch']}, {row['heads']}/{row['kv_heads']} heads, head_dim {row['head_dim']}, {row['dtype']}"
-    workload = _WORKLOADS[row["workload"]].format(layer=row.get("layer"))
-    timed = sorted({how for row in rows for how in row.get("timed_by", {}).values()} - {"wall clock"}) or ["wall clock"]
-    repeats = sorted({row["repeats"] for row in rows if "repeats" in row})
-    count = "-".join(map(str, dict.fromkeys((repeats[0], repeats[-1])))) if repeats else "no"
-    where = f"{row['gpu']}, {', '.join(versions)}, commit {values('commit')}, {values('date')}"
-    return f"{workload}; {what}. {where}; {shape}; median of {count} runs by {' and '.join(timed)}."
+    return f"{row['gpu']}, {', '.join(versions)}, commit {values('commit')}, {values('date')}; {shape}"
 
 
 _VERSIONS = (("torch", "torch"), ("triton", "triton"), ("flash_attn_4", "flash-attn-4"))

@@ -58,11 +58,6 @@ class Stopwatch:
             size = max(2 * cache, _LEAST_FLUSH_BYTES)
             self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
-    @property
-    def flush_bytes(self) -> int:
-        """GPU memory that the stopwatch holds itself."""
-        return 0 if self._flush is None else self._flush.numel()
-
     def eager(self, call: Callable[[], object]) -> Times:
         """Wall time from before the call to the end of its GPU work; on a GPU with a cold L2 cache."""
         count = self._warm_up(call)
@@ -102,7 +97,7 @@ class Stopwatch:
         return (time.perf_counter() - start) * 1e3
 
     def _capture(self, call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)  # not the default one for captures: that belongs to one device
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             call()
@@ -110,7 +105,7 @@ class Stopwatch:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 call()
         except torch.OutOfMemoryError:
             raise

@@ -19,6 +19,7 @@ from flexprefill_fa.region import run_attend
 DENSITIES = (0.06, 0.25)
 _BLOCK = 128
 _HEADS, _KV_HEADS = 32, 8
+_SAME = 0.005  # relative L2 distance of two tiles' outputs
 # BLOCK_M, BLOCK_N, num_warps, num_stages; None: torch's own choice.
 CANDIDATES: tuple[tuple[int, int, int, int] | None, ...] = (
     None,
@@ -43,8 +44,13 @@ def tile_options(candidate: tuple[int, int, int, int] | None) -> dict[str, int]:
 def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
     """One row per head dim and candidate: time of attention over synthetic selections, 32 heads and 8 kv heads.
 
-    A candidate that does not compile has `error` and no times.
+    A candidate that does not compile, or whose output is not that of torch's own tile, has `error` and no times.
+
+    Raises:
+        ValueError: for a length that 128 does not divide: the candidates run without bounds checks.
     """
+    if length % _BLOCK:
+        raise ValueError(f"length must be a multiple of {_BLOCK}, got {length}")
     device = torch.device("cuda")
     watch = Stopwatch(device, repeats, 2.0)
     selections = [random_selection(length, _HEADS, density, device=device) for density in DENSITIES]
@@ -53,6 +59,7 @@ def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repea
             torch.randn(1, heads, length, head_dim, dtype=dtype, device=device)
             for heads in (_HEADS, _KV_HEADS, _KV_HEADS)
         )
+        expected: dict[float, Tensor] = {}
         for candidate in CANDIDATES:
             tile = tile_options(candidate)
             row: Row = {"kind": "tuning", "device": "cuda", **environment(device), "length": length}
@@ -62,6 +69,10 @@ def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repea
             try:
                 for density, selection in zip(DENSITIES, selections, strict=True):
                     call = partial(_attend, query, key, value, selection, options)
+                    out = call().float()
+                    difference = (out - expected.setdefault(density, out)).norm() / out.norm()
+                    if not difference < _SAME:
+                        raise ValueError(f"its output differs by {difference.item():.3g} from torch's own tile's")
                     row |= watch.graph(call).fields(f"attend_{density:g}_ms")
             except torch.OutOfMemoryError:
                 raise
@@ -71,14 +82,8 @@ def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repea
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, options: dict[str, Any]) -> Tensor:
-    lists = (
-        selection.kv_num_blocks,
-        selection.kv_indices,
-        selection.full_kv_num_blocks,
-        selection.full_kv_indices,
-    )
     settings = {"block_size": _BLOCK, "scale": None, "mask_mod": None, "score_mod": None, "options": options}
-    return run_attend(query, key, value, lists, None, None, **settings)
+    return run_attend(query, key, value, selection.lists, None, None, **settings)
 
 
 def best_tiles(rows: Sequence[Row]) -> dict[tuple[tuple[int, int], int], dict[str, int]]:

@@ -100,7 +100,8 @@ def sparse_prefill_attention(
     )
     if not return_selection:
         return out
-    return out, BlockSelection(*lists, query.shape[2], key.shape[2], config.block_size, starts, lengths)
+    lengths_of = query.shape[2], key.shape[2]
+    return out, BlockSelection(*lists, *lengths_of, config.block_size, starts, lengths, mask_mod is not None)
 
 
 def block_sparse_attention(
@@ -119,8 +120,8 @@ def block_sparse_attention(
     Args:
         query, key, value, scale, score_mod, backend: as for `sparse_prefill_attention`.
         selection: the blocks to compute, for these lengths and this padding.
-        mask_mod: a further mask; the selection must have been made with `all_partial=True`, because FlexAttention
-            evaluates no mask in full blocks.
+        mask_mod: a further mask; it needs a selection made with `all_partial=True`, because FlexAttention evaluates
+            no mask in full blocks.
 
     Returns:
         `[B, Hq, Lq, D]`. Rows of padded queries mean nothing.
@@ -135,6 +136,12 @@ def block_sparse_attention(
     got = (query.shape[2], key.shape[2], query.shape[0], query.shape[1])
     if got != expected:
         raise ValueError(f"the selection is for (q_len, kv_len, batch, heads) = {expected}, got tensors of {got}")
+    if selection.kv_num_blocks.device != query.device:
+        raise ValueError(
+            f"selection and query must be on one device, got {selection.kv_num_blocks.device} and {query.device}"
+        )
+    if mask_mod is not None and not selection.all_partial:
+        raise ValueError("a mask_mod needs a selection made with all_partial=True, got one with full blocks")
     check_layout(selection)
     starts, lengths = selection.starts, selection.lengths
     resolved = resolve_backend(
@@ -145,17 +152,11 @@ def block_sparse_attention(
         has_mask_mod=mask_mod is not None,
         position_in_graph=is_compiling() and needs_position(query, key, starts, lengths),
     )
-    lists = (
-        selection.kv_num_blocks,
-        selection.kv_indices,
-        selection.full_kv_num_blocks,
-        selection.full_kv_indices,
-    )
     return run_attend(
         query,
         key,
         value,
-        lists,
+        selection.lists,
         starts,
         lengths,
         block_size=selection.block_size,

@@ -128,10 +128,7 @@ def to_block_mask(selection: BlockSelection, mask_mod: MaskMod) -> BlockMask:
     """The BlockMask of a selection."""
     check_layout(selection)
     return assemble(
-        selection.kv_num_blocks,
-        selection.kv_indices,
-        selection.full_kv_num_blocks,
-        selection.full_kv_indices,
+        *selection.lists,
         block_size=selection.block_size,
         mask_mod=mask_mod,
         q_len=selection.q_len,

@@ -4,17 +4,21 @@
     sparse ms = select launch + select per key x keys x heads + attend launch + density x FLOP / sparse rate
 
 The density is not known before the selection has run, and reading it back would make the host wait; so the model takes
-the density that the selector's config expects at this length. Constants: `python -m bench fit` on the rows of
-bench/results/attention.jsonl; a test holds them to those rows. On devices that were not measured nothing is predicted.
+the density that the selector's config expects at this length. Only whole prompts without padding are asked for: dense
+attention needs a mask for others. Constants: `python -m bench fit` on the rows of
+bench/results/attention.jsonl; a test holds them to those rows. Nothing is predicted for what was not measured.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flexprefill_fa.backends import compute_capability
 from flexprefill_fa.grid import cdiv
 from flexprefill_fa.masks.selector import SelectorConfig
+
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,10 @@ class Rates:
     attend_tflops: float
 
 
-# By compute capability, backend and head dim.
-RATES: dict[tuple[tuple[int, int], str, int], Rates] = {
-    ((9, 0), "FLASH", 128): Rates(0.0214, 644.2, 0.0579, 0.4701, 0.0173, 643.3),
-    ((9, 0), "TRITON", 128): Rates(0.0198, 599.2, 0.0579, 0.4701, 0.0255, 418.1),
+# By compute capability, selector, backend and head dim; for half precision and blocks of 128 tokens.
+RATES: dict[tuple[tuple[int, int], str, str, int], Rates] = {
+    ((9, 0), "flexprefill", "FLASH", 128): Rates(0.0214, 644.2, 0.0579, 0.4701, 0.0173, 643.3),
+    ((9, 0), "flexprefill", "TRITON", 128): Rates(0.0198, 599.2, 0.0579, 0.4701, 0.0255, 418.1),
 }
 
 
@@ -47,9 +51,8 @@ def predicted_ms(
     rates: Rates, *, batch: int, heads: int, head_dim: int, tokens: int, density: float
 ) -> tuple[float, float]:
     """(dense, sparse) milliseconds of one layer's attention over a whole prompt."""
-    block = 128
-    blocks = cdiv(tokens, block)
-    flop = 4 * head_dim * block**2 * (blocks * (blocks + 1) // 2) * batch * heads
+    blocks = cdiv(tokens, _BLOCK)
+    flop = 4 * head_dim * _BLOCK**2 * (blocks * (blocks + 1) // 2) * batch * heads
     dense = rates.dense_launch_ms + flop / rates.dense_tflops / 1e9
     select = rates.select_launch_ms + rates.select_ns * batch * heads * tokens / 1e6
     attend = rates.attend_launch_ms + density * flop / rates.attend_tflops / 1e9
@@ -67,9 +70,9 @@ def prefers_dense(query: Tensor, key: Tensor, config: SelectorConfig, backend: s
     batch, heads, tokens, head_dim = query.shape
     if tokens <= config.dense_tokens:
         return True
-    if not query.is_cuda:
+    if not query.is_cuda or query.dtype == torch.float32 or config.block_size != _BLOCK:
         return False
-    rates = RATES.get((compute_capability(query.device.index), backend, head_dim))
+    rates = RATES.get((compute_capability(query.device.index), config.name, backend, head_dim))
     if rates is None:
         return False
     density = config.expected_density(key.shape[2])

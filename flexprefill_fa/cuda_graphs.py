@@ -1,6 +1,7 @@
 """Sparse prefill for one shape as a CUDA graph: the launches of selection and attention cost the CPU one call."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from flexprefill_fa.attention import sparse_prefill_attention
 from flexprefill_fa.masks.selector import SelectorConfig
-from flexprefill_fa.validation import check_query_key, check_value
+from flexprefill_fa.validation import check_padding, check_query_key, check_value
 
 _WARM_UPS = 2  # the first call compiles
 
@@ -50,12 +51,11 @@ class PrefillGraph:
         if arguments.get("return_selection"):
             raise ValueError("a PrefillGraph returns the output alone, got return_selection=True")
         self._inputs = (query.detach().clone(), key.detach().clone(), value.detach().clone())
-        place = {name: _on_device(x, query.device) for name, x in (("starts", starts), ("lengths", lengths))}
-
-        def call() -> Tensor:
-            return sparse_prefill_attention(*self._inputs, config, **place, **arguments)
-
-        self._graph, self._out = _capture(call, query.device)
+        start, length = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
+        place = {"starts": _copy(start), "lengths": _copy(length)}
+        # The graph reads what this call reads, at the same addresses: both live as long as the graph.
+        self._call = partial(sparse_prefill_attention, *self._inputs, config, **place, **arguments)
+        self._graph, self._out = _capture(self._call, query.device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Replay on these inputs.
@@ -64,8 +64,10 @@ class PrefillGraph:
             `[B, Hq, Lq, D]`, in memory that the next call overwrites.
 
         Raises:
-            ValueError: for a tensor of another shape, dtype or device than the graph's.
+            ValueError: for a tensor of another shape, dtype or device than the graph's, or one that requires grad.
         """
+        check_query_key(query, key)
+        check_value(key, value)
         given = (query, key, value)
         for name, static, tensor in zip(("query", "key", "value"), self._inputs, given, strict=True):
             expected = (tuple(static.shape), static.dtype, static.device)
@@ -78,19 +80,20 @@ class PrefillGraph:
         return self._out
 
 
-def _on_device(values: Tensor | Sequence[int] | None, device: torch.device) -> Tensor | None:
-    """Copies to the device are not captured, so they happen before."""
-    return None if values is None else torch.as_tensor(values, dtype=torch.int32).to(device)
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def _capture(call: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):
-            call()
-    torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        out = call()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                call()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        # A stream of its own: the default one for captures belongs to the device that captured first.
+        with torch.cuda.graph(graph, stream=stream):
+            out = call()
     return graph, out

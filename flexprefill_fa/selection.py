@@ -47,6 +47,7 @@ class BlockSelection:
         q_len, kv_len: lengths in tokens; queries are the last `q_len` of the keys.
         block_size: tokens per block.
         starts, lengths: int `[B]`, first real key and number of real keys of each element, None without padding.
+        all_partial: whether every kept block is in the partial list, as a mask_mod that may mask anywhere needs.
     """
 
     kv_num_blocks: Tensor
@@ -59,6 +60,12 @@ class BlockSelection:
     block_size: int
     starts: Tensor | None = None
     lengths: Tensor | None = None
+    all_partial: bool = False
+
+    @property
+    def lists(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four index tensors."""
+        return self.kv_num_blocks, self.kv_indices, self.full_kv_num_blocks, self.full_kv_indices
 
     @property
     def grid(self) -> Grid:

@@ -15,7 +15,7 @@ def causal_oracle(
     offset: int = 0,
     ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(fp64 output, the same in the inputs' precision, real rows) of causal attention over the selected blocks.
+    """(fp64 output, the same with probabilities and values in the inputs' precision, real rows) over selected blocks.
 
     Outputs are [B, Hq, Lq, D]; real rows are bool [B, 1, Lq, 1]. Without a selection: dense, with offset and ranges.
     """
@@ -35,12 +35,13 @@ def causal_oracle(
     real = ((q_position >= start) & (q_position < end))[:, None, :, None]
     groups = query.shape[1] // key.shape[1]
 
-    def attend(dtype: torch.dtype) -> Tensor:
-        q, k, v = query.to(dtype), *(x.to(dtype).repeat_interleave(groups, 1) for x in (key, value))
+    def attend(scores_in: torch.dtype, values_in: torch.dtype) -> Tensor:
+        q, k = query.to(scores_in), key.to(scores_in).repeat_interleave(groups, 1)
         scores = (q @ k.mT * query.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
-        return scores.softmax(-1).nan_to_num(0.0) @ v
+        probability = scores.softmax(-1).nan_to_num(0.0).to(values_in)
+        return probability @ value.to(values_in).repeat_interleave(groups, 1)
 
-    return attend(torch.float64), attend(query.dtype), real
+    return attend(torch.float64, torch.float64), attend(torch.float32, query.dtype), real
 
 
 def relative_error(got: Tensor, expected: Tensor, real: Tensor) -> float:

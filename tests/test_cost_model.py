@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from bench.fit import best_dense
 from bench.rows import RESULTS, Row, read
 from bench.tune import best_tiles
-from flexprefill_fa import FlexPrefillConfig
+from flexprefill_fa import FlexPrefillConfig, get_selector
 from flexprefill_fa.backends import TRITON_TILES
 from flexprefill_fa.cost_model import RATES, predicted_ms, prefers_dense
 
@@ -19,25 +20,33 @@ WITHIN = 0.25  # of a measured time
 CLOSE = 0.05  # either decision is right
 
 
-def measured(capability: tuple[int, int], head_dim: int) -> list[Row]:
-    """Rows of the fitted series on GPUs of one capability."""
+def measured(capability: tuple[int, int], selector: str, head_dim: int) -> list[Row]:
+    """Rows of the fitted series on GPUs of one capability, dense and of one selector with its defaults."""
     return [
         row
         for row in read(RESULTS / "attention.jsonl")
         if row.get("capability") == list(capability)
         and row["head_dim"] == head_dim
         and row["workload"] == "sharpened"
-        and row["selector"] in (None, "flexprefill")
+        and row["selector"] in (None, selector)
+        and (row["selector"] is None or row["settings"] == dataclasses.asdict(get_selector(selector)()))
         and row["length"] <= 65536
     ]
 
 
 def test_expected_density_falls_with_the_length_and_respects_the_budgets() -> None:
-    for config in (FlexPrefillConfig(), FlexPrefillConfig(min_budget=8192), FlexPrefillConfig(gamma=0.5)):
+    for config in (
+        FlexPrefillConfig(),
+        FlexPrefillConfig(min_budget=8192),
+        FlexPrefillConfig(gamma=0.5),
+        FlexPrefillConfig(max_budget=1024),
+    ):
         densities = [config.expected_density(tokens) for tokens in LENGTHS]
         assert all(0 < density <= 1 for density in densities)
         assert densities == sorted(densities, reverse=True)
     assert FlexPrefillConfig(gamma=1.0).expected_density(100_000) == 1.0
+    assert FlexPrefillConfig(gamma=0.5).expected_density(8192) < FlexPrefillConfig().expected_density(8192)
+    assert FlexPrefillConfig(max_budget=1024).expected_density(8192) < FlexPrefillConfig().expected_density(8192)
     blocks, always = 128, 2 * 16
     kept = sum(min(row + 1, always) for row in range(blocks))
     expected = kept / (blocks * (blocks + 1) / 2)
@@ -53,9 +62,9 @@ def test_nothing_is_predicted_where_nothing_was_measured() -> None:
 
 
 @pytest.mark.parametrize("where", RATES, ids=str)
-def test_the_model_is_true_to_its_rows(where: tuple[tuple[int, int], str, int]) -> None:
-    capability, backend, head_dim = where
-    rows = measured(capability, head_dim)
+def test_the_model_is_true_to_its_rows(where: tuple[tuple[int, int], str, str, int]) -> None:
+    capability, selector, backend, head_dim = where
+    rows = measured(capability, selector, head_dim)
     dense_rows = best_dense(rows, backend)
     sparse_rows = {row["length"]: row for row in rows if row["path"] == "sparse" and row["backend"] == backend}
     lengths = sorted(set(dense_rows) & set(sparse_rows))
@@ -66,7 +75,7 @@ def test_the_model_is_true_to_its_rows(where: tuple[tuple[int, int], str, int]) 
         dense, sparse = predicted_ms(RATES[where], **shape, density=sparse_rows[length]["density"])
         assert abs(dense - dense_ms) <= WITHIN * dense_ms, (length, dense, dense_ms)
         assert abs(sparse - sparse_ms) <= WITHIN * sparse_ms, (length, sparse, sparse_ms)
-        usual = FlexPrefillConfig().expected_density(length)
+        usual = get_selector(selector)().expected_density(length)
         dense, sparse = predicted_ms(RATES[where], **shape, density=usual)
         if abs(dense_ms - sparse_ms) > CLOSE * dense_ms:
             assert (dense <= sparse) == (dense_ms <= sparse_ms), (length, dense, sparse, dense_ms, sparse_ms)
@@ -77,3 +86,12 @@ def test_every_tile_is_the_fastest_that_was_measured() -> None:
     assert set(TRITON_TILES) <= set(best)
     for where, tile in TRITON_TILES.items():
         assert best[where] == tile, where
+
+
+@pytest.mark.parametrize("where", RATES, ids=str)
+def test_auto_is_never_much_slower_than_the_best_dense_kernel(where: tuple[tuple[int, int], str, str, int]) -> None:
+    capability, selector, _, head_dim = where
+    rows = [row for row in measured(capability, selector, head_dim) if row["backend"] == "auto"]
+    assert {row["path"] for row in rows} == {"dense", "sparse"}
+    for row in rows:
+        assert row["speedup_best_dense"] >= 0.97, row["length"]

@@ -68,6 +68,22 @@ def test_a_selection_for_other_tensors_is_refused() -> None:
         block_sparse_attention(query[:, :, :200], key, value, selection)
 
 
+def test_a_mask_needs_every_block_in_the_partial_list() -> None:
+    """FlexAttention evaluates no mask in full blocks: it would be dropped there."""
+    query, key, value = inputs(500)
+
+    def same_half(b, h, q_idx, kv_idx):
+        return (q_idx < 200) == (kv_idx < 200)
+
+    with pytest.raises(ValueError, match="all_partial=True"):
+        block_sparse_attention(query, key, value, select_blocks(query, key, CONFIG), mask_mod=same_half)
+    selection = select_blocks(query, key, CONFIG, all_partial=True)
+    out = block_sparse_attention(query, key, value, selection, mask_mod=same_half)
+    alone = block_sparse_attention(query, key, value, selection)
+    assert torch.allclose(out[:, :, :200], alone[:, :, :200], atol=1e-5)
+    assert not torch.allclose(out[:, :, 200:], alone[:, :, 200:], atol=1e-2)
+
+
 def test_a_dense_call_returns_the_selection_it_amounts_to() -> None:
     query, key, value = inputs(100)
     out, selection = sparse_prefill_attention(query, key, value, CONFIG, return_selection=True)

@@ -80,7 +80,7 @@ def select_blocks(
     lists = config.operator()(
         query, key, starts, lengths, config.settings(), scale, config.block_size, all_partial, False
     )
-    return BlockSelection(*lists, query.shape[2], key.shape[2], config.block_size, starts, lengths)
+    return BlockSelection(*lists, query.shape[2], key.shape[2], config.block_size, starts, lengths, all_partial)
 
 
 def create_block_mask(

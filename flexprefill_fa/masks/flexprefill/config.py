@@ -1,41 +1,17 @@
 """The settings of FlexPrefill (Lai et al., ICLR 2025, arXiv 2502.20766)."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flexprefill_fa.grid import cdiv
+from flexprefill_fa.masks.density import fixed_density, usual_density
 from flexprefill_fa.validation import check_block_size, check_integer, check_number
 
 VARIANTS = ("published", "paper")
-
-# Mean densities of language models' heads at gamma 0.95, as other work reports them: (log2 tokens, log2 density).
-_USUAL_LOG_DENSITY = tuple(
-    (math.log2(tokens), math.log2(density))
-    for tokens, density in (
-        (2048, 1.0),
-        (4096, 0.76),
-        (8192, 0.54),
-        (16384, 0.34),
-        (32768, 0.19),
-        (65536, 0.09),
-        (131072, 0.046),
-        (262144, 0.025),
-    )
-)
-
-
-def _interpolate(at: float, points: Sequence[tuple[float, float]]) -> float:
-    """Piecewise linear, constant beyond the ends."""
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if at <= x1:
-            return y0 + (y1 - y0) * max(at - x0, 0.0) / (x1 - x0)
-    return points[-1][1]
 
 
 @dataclass(frozen=True)
@@ -91,17 +67,18 @@ class FlexPrefillConfig:
     def expected_density(self, tokens: int) -> float:
         """Kept blocks / causal blocks that a prompt of this length usually comes to, in [0, 1].
 
-        No less than what the budgets keep in any case.
+        What is usual is known for a gamma near 0.95; for one below 0.9 it is what the budgets keep in any case.
         """
         if self.keeps_everything:
             return 1.0
+        usual = usual_density(tokens) if self.gamma >= 0.9 else 0.0
         blocks = cdiv(tokens, self.block_size)
-        always = 2 * cdiv(self.min_budget, self.block_size)  # columns and diagonals
-        short = min(always, blocks)  # rows that keep all they see
-        kept = short * (short + 1) // 2 + (blocks - short) * always
-        floor = kept / (blocks * (blocks + 1) // 2)
-        usual = 2.0 ** _interpolate(math.log2(max(tokens, 1)), _USUAL_LOG_DENSITY)
-        return min(1.0, max(floor, usual))
+
+        def of_budget(budget: int) -> float:  # as many columns as diagonals
+            return fixed_density(blocks, 2 * cdiv(budget, self.block_size))
+
+        most = 1.0 if self.max_budget is None else of_budget(self.max_budget)
+        return max(min(usual, most), of_budget(self.min_budget))
 
     def settings(self) -> Tensor:
         """The numbers as float64 [5] on the CPU, the form the operator takes."""

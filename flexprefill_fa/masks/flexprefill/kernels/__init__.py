@@ -66,7 +66,7 @@ def select(
         published=is_published,
     )
     js_distance = distance.view(batch, heads)
-    if config.keeps_everything:
+    if config.keeps_everything:  # no choice is read
         rows.write_published_rows(ranges, aware, aware, None, None, lists, grid, dense=True, **outputs)
         return *lists, js_distance
 

@@ -36,7 +36,8 @@ def _choose_kernel(
     first = tl.where(kind == 0, base, 0)
     place = lane - first
     inside = (place >= 0) & (place < number)
-    count = (tl.load(tokens + kind * rows + row) + 1) // 128 + 1  # 128 whatever the block size, as released
+    needed = tl.minimum(tl.load(tokens + kind * rows + row), end - base * BLOCK)  # never more tokens than there are
+    count = (needed + 1) // 128 + 1  # 128 whatever the block size, as released
     count = tl.minimum(tl.maximum(count, least), tl.minimum(most, number))
     count = tl.where(tl.load(aware + row) != 0, least, count)
     if kind == 0:

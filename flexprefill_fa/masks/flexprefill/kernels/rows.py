@@ -106,7 +106,6 @@ def _paper_rows_kernel(
     dense_tokens,
     least,
     most,
-    DENSE: tl.constexpr,
     HAS_AWARE: tl.constexpr,
     LIMITED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -121,7 +120,7 @@ def _paper_rows_kernel(
     visible = (block >= start // BLOCK) & (block * BLOCK <= row_last)
     keep = visible
     queries = end - tl.maximum(start, offset)
-    dense = (end - start <= dense_tokens) | (queries <= 1) | DENSE
+    dense = (end - start <= dense_tokens) | (queries <= 1)
     if dense == 0:
         is_last = row_last == end - 1
         diagonal = row_block - block + offset // BLOCK + 1
@@ -229,7 +228,7 @@ def write_paper_rows(
         _paper_rows_kernel[(grid.q_blocks, batch * heads)](
             ranges, aware, column_sums, columns, diagonal_mass, diagonal_hit,
             *_pooled_arguments(pooled_scores, pooled, aware), *lists, heads, grid.offset, grid.kv_len, grid.q_blocks,
-            grid.kv_blocks, dense_tokens, least, most or 0, DENSE=False, HAS_AWARE=pooled is not None,
+            grid.kv_blocks, dense_tokens, least, most or 0, HAS_AWARE=pooled is not None,
             LIMITED=most is not None, num_warps=4 if grid.kv_blocks <= 1024 else 8,
             **row_constants(grid, all_partial, zero_tails),
         )  # fmt: skip
