@@ -13,11 +13,13 @@ from triton.compiler import ASTSource
 
 from flexprefill_fa.kernels import coverage, pooling
 from flexprefill_fa.kernels.common import head_slices
+from flexprefill_fa.masks.flashprefill.kernels import rows as flash_rows
+from flexprefill_fa.masks.flashprefill.kernels import scores as flash_scores
 from flexprefill_fa.masks.flexprefill.kernels import last_query, merge, paper, pattern, published, rows
 from flexprefill_fa.masks.flexprefill.kernels.pooled_attention import _pooled_attention_kernel, tile_options
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-FLOATS = {"scale", "tau", "gamma", "gamma_rest"}
+FLOATS = {"scale", "tau", "gamma", "gamma_rest", "log_alpha"}
 INT_POINTERS = {
     "ranges", "aware", "active", "counts", "values", "cuts", "tokens", "above", "ties", "partial_counts",
     "partial_indices", "full_counts", "full_indices",
@@ -25,11 +27,16 @@ INT_POINTERS = {
 FLOAT_POINTERS = {
     "thresholds", "scores", "means", "maxima", "sums", "totals", "lse", "vertical", "slash", "carry", "mean_key",
     "mean_query", "columns", "column_sums", "diagonals", "diagonal_sums", "logits", "distance", "pooled_scores",
-    "mass", "diagonal_mass", "goals",
+    "mass", "diagonal_mass", "goals", "factors",
 }  # fmt: skip
 BYTE_POINTERS = {"kept", "chosen", "hit", "diagonal_hit"}
 # The same name for another type of data in one kernel.
-EXCEPTIONS = {("_merge_kernel", "tokens"): "*fp32", ("_paper_rows_kernel", "columns"): "*i8"}
+EXCEPTIONS = {
+    ("_merge_kernel", "tokens"): "*fp32",
+    ("_paper_rows_kernel", "columns"): "*i8",
+    ("_split_kernel", "parts"): "*fp16",
+    ("_scores_kernel", "parts"): "*fp16",
+}
 
 
 def _type_of(kernel: str, name: str) -> str:
@@ -51,7 +58,13 @@ def shared_memory(kernel: triton.JITFunction, arch: int, dtype: torch.dtype, opt
             signature[name] = TYPES[dtype]
         else:
             signature[name] = _type_of(kernel.fn.__name__, name)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    # Launches find pointers and strides divisible by 16: only then are loads pipelined, through more shared memory.
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or "stride" in name
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).metadata.shared
 
 
@@ -84,9 +97,17 @@ def variants(dtype: torch.dtype, dim: int, block: int):
     yield published._choose_kernel, {"num_warps": 8}, {"BLOCK": block, "WIDTH": 1024}
     yield paper._diagonal_windows_kernel, {}, {"BLOCK": block}
     yield paper._column_hits_kernel, {}, {"BLOCK": block}
-    row = {"HAS_AWARE": True, "BLOCK": block, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True, "DENSE": False}
-    yield rows._published_rows_kernel, {"num_warps": 4}, {**row, "CHUNK": rows.CHUNK}
+    row = {"HAS_AWARE": True, "BLOCK": block, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True}
+    yield rows._published_rows_kernel, {"num_warps": 4}, {**row, "DENSE": False, "CHUNK": rows.CHUNK}
     yield rows._paper_rows_kernel, {"num_warps": 4}, {**row, "LIMITED": True}
+    two_parts = dtype == torch.float32
+    shape = flash_scores.tile_options(dim, two_parts)
+    options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
+    padding = {"D": dim, "BLOCK_D": padded}
+    yield flash_scores._split_kernel, {"num_warps": 4}, {**padding, "ROWS": flash_scores.SPLIT_ROWS}
+    yield flash_scores._scores_kernel, options, {**padding, "BLOCK": block, "TWO_PARTS": two_parts, **shape}
+    row = {"BLOCK": block, "WIDTH": 1024, "CHUNK": flash_rows.CHUNK, "ALL_PARTIAL": False, "ZERO_TAILS": True}
+    yield flash_rows._rows_kernel, {"num_warps": 4}, row
 
 
 def main() -> None:
@@ -94,7 +115,7 @@ def main() -> None:
     for dtype, dim in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 256)):
         for kernel, options, constants in variants(dtype, dim, block := 128):
             first_shape = dim == 128 and dtype is torch.bfloat16
-            if not first_shape and "SLICE" not in constants and "ROWS" not in constants:
+            if not first_shape and not {"SLICE", "ROWS", "TWO_PARTS"} & constants.keys():
                 continue  # holds no tile of the head dim: its memory stays the same
             shared = shared_memory(kernel, arch, dtype, options, constants)
             name = kernel.fn.__name__

@@ -173,7 +173,7 @@ def test_model_that_the_integration_refuses(prompt_file: Path, tiny_models: dict
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--selector", "nonsense"), "unknown selector 'nonsense', expected one of flexprefill"),
+        (("--selector", "nonsense"), "unknown selector 'nonsense', expected one of flashprefill, flexprefill"),
         (("--gamma", "1.5"), "gamma must be in (0, 1], got 1.5"),
         (("--gamma", "nan"), "gamma must be in (0, 1], got nan"),
         (("--tau", "-1"), "tau must be in [0, 1], got -1"),

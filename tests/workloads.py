@@ -35,3 +35,17 @@ def structured_qk(
     query[..., : wave.shape[-1]] += 1.5 * (1.5 - share) * wave[kv_len - q_len :]
     query += share * topic[kv_len - q_len :] + 0.3 * share
     return query, key
+
+
+def blocky_qk(
+    batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, dim: int, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Gaussian queries and keys, with a direction for each run of 50 of either: block scores that differ."""
+    query, key = random_qk(batch, heads, kv_heads, q_len, kv_len, dim, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def runs(tensor: Tensor) -> Tensor:
+        shape = (*tensor.shape[:2], -(-tensor.shape[2] // 50), dim)
+        return torch.randn(shape, generator=generator).repeat_interleave(50, 2)[:, :, : tensor.shape[2]]
+
+    return query + 1.5 * runs(query), key + 0.7 * runs(key)

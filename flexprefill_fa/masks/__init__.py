@@ -7,19 +7,30 @@ from typing import Any
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexprefill_fa.masks.flashprefill import FlashPrefillConfig
 from flexprefill_fa.masks.flexprefill import FlexPrefillConfig
 from flexprefill_fa.masks.selector import SelectorConfig, create_block_mask, select_blocks
+from flexprefill_fa.masks.streaming_llm import StreamingLLMConfig
+from flexprefill_fa.masks.vertical_slash import VerticalSlashConfig
 
 __all__ = [
+    "FlashPrefillConfig",
     "FlexPrefillConfig",
     "SelectorConfig",
+    "StreamingLLMConfig",
+    "VerticalSlashConfig",
     "create_block_mask",
+    "create_flashprefill_block_mask",
     "create_flexprefill_block_mask",
+    "create_streaming_llm_block_mask",
+    "create_vertical_slash_block_mask",
     "get_selector",
     "select_blocks",
 ]
 
-_SELECTORS: dict[str, type] = {FlexPrefillConfig.name: FlexPrefillConfig}
+_SELECTORS: dict[str, type] = {
+    kind.name: kind for kind in (FlexPrefillConfig, FlashPrefillConfig, StreamingLLMConfig, VerticalSlashConfig)
+}
 
 
 def get_selector(name: str) -> type:
@@ -82,4 +93,64 @@ def create_flexprefill_block_mask(
         ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
     """
     checked = _config(FlexPrefillConfig, config, config_fields)
+    return create_block_mask(query, key, checked, lengths=lengths, starts=starts, scale=scale, eager_safe=eager_safe)
+
+
+def create_flashprefill_block_mask(
+    query: Tensor,
+    key: Tensor,
+    *,
+    config: FlashPrefillConfig | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    starts: Tensor | Sequence[int] | None = None,
+    scale: float | None = None,
+    eager_safe: bool = True,
+    **config_fields: Any,
+) -> BlockMask:
+    """The blocks that FlashPrefill (arXiv 2603.06199) keeps, as a BlockMask for `flex_attention`.
+
+    Settings: alpha, sink_blocks, window_blocks, last_full_blocks, block_size (see `FlashPrefillConfig`). Everything
+    else, and what is raised, as for `create_flexprefill_block_mask`.
+    """
+    checked = _config(FlashPrefillConfig, config, config_fields)
+    return create_block_mask(query, key, checked, lengths=lengths, starts=starts, scale=scale, eager_safe=eager_safe)
+
+
+def create_streaming_llm_block_mask(
+    query: Tensor,
+    key: Tensor,
+    *,
+    config: StreamingLLMConfig | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    starts: Tensor | Sequence[int] | None = None,
+    scale: float | None = None,
+    eager_safe: bool = True,
+    **config_fields: Any,
+) -> BlockMask:
+    """The blocks that StreamingLLM's pattern (arXiv 2309.17453) touches, as a BlockMask for `flex_attention`.
+
+    Settings: sink, window (tokens), block_size (see `StreamingLLMConfig`). Kept blocks are computed whole. Everything
+    else, and what is raised, as for `create_flexprefill_block_mask`; the values of query, key and scale do not matter.
+    """
+    checked = _config(StreamingLLMConfig, config, config_fields)
+    return create_block_mask(query, key, checked, lengths=lengths, starts=starts, scale=scale, eager_safe=eager_safe)
+
+
+def create_vertical_slash_block_mask(
+    query: Tensor,
+    key: Tensor,
+    *,
+    config: VerticalSlashConfig | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    starts: Tensor | Sequence[int] | None = None,
+    scale: float | None = None,
+    eager_safe: bool = True,
+    **config_fields: Any,
+) -> BlockMask:
+    """The top columns and diagonals of each head, a fixed number of each, as a BlockMask for `flex_attention`.
+
+    Settings: vertical_size, slash_size (tokens), block_size (see `VerticalSlashConfig`). Everything else, and what is
+    raised, as for `create_flexprefill_block_mask`.
+    """
+    checked = _config(VerticalSlashConfig, config, config_fields)
     return create_block_mask(query, key, checked, lengths=lengths, starts=starts, scale=scale, eager_safe=eager_safe)

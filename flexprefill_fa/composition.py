@@ -1,0 +1,68 @@
+"""Unions and intersections of selections."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flexprefill_fa.grid import unmasked_blocks
+from flexprefill_fa.selection import BlockSelection, index_lists
+
+
+def union(first: BlockSelection, second: BlockSelection) -> BlockSelection:
+    """The blocks that either selection keeps.
+
+    Both must be for the same call. Blocks go to the partial list where a pair in them is masked, or all of them if a
+    selection was made with `all_partial=True`; make both so for a mask_mod. js_distance is the first one's. Nothing is
+    read back from the GPU.
+
+    Raises:
+        ValueError: if shapes, lengths, block sizes, devices or padding differ (padding on a GPU is not compared).
+    """
+    _check(first, second)
+    return _combined(first, second, first.to_dense() | second.to_dense())
+
+
+def intersection(first: BlockSelection, second: BlockSelection) -> BlockSelection:
+    """The blocks that both selections keep, as `union`."""
+    _check(first, second)
+    return _combined(first, second, first.to_dense() & second.to_dense())
+
+
+def _check(first: BlockSelection, second: BlockSelection) -> None:
+    shapes = [
+        (*selection.kv_num_blocks.shape[:2], selection.q_len, selection.kv_len, selection.block_size)
+        for selection in (first, second)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "selections must agree in (batch, heads, q_len, kv_len, block_size), "
+            f"got {tuple(shapes[0])} and {tuple(shapes[1])}"
+        )
+    devices = first.kv_num_blocks.device, second.kv_num_blocks.device
+    if devices[0] != devices[1]:
+        raise ValueError(f"selections must be on one device, got {devices[0]} and {devices[1]}")
+    ranges = first.ranges, second.ranges
+    if ranges[0].device.type == "cpu" and not torch.equal(*ranges):
+        raise ValueError(
+            f"selections must have the same padding, got real ranges {ranges[0].tolist()} and {ranges[1].tolist()}"
+        )
+
+
+def _only_partial(selection: BlockSelection, unmasked: Tensor) -> Tensor:
+    """bool []: whether the partial list holds a block without a masked pair, so that every block belongs there."""
+    partial = replace(selection, full_kv_num_blocks=torch.zeros_like(selection.full_kv_num_blocks))
+    return (partial.to_dense() & unmasked).any()
+
+
+def _combined(first: BlockSelection, second: BlockSelection, keep: Tensor) -> BlockSelection:
+    unmasked = unmasked_blocks(first.grid, first.ranges)[:, None]
+    full = keep & unmasked & ~(_only_partial(first, unmasked) | _only_partial(second, unmasked))
+    (count, indices), (full_count, full_indices) = index_lists(keep & ~full), index_lists(full)
+    return replace(
+        first,
+        kv_num_blocks=count,
+        kv_indices=indices,
+        full_kv_num_blocks=full_count,
+        full_kv_indices=full_indices,
+    )

@@ -1,0 +1,80 @@
+"""The settings of FlashPrefill (arXiv 2603.06199)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flexprefill_fa.grid import cdiv
+from flexprefill_fa.masks.density import fixed_density, usual_density
+from flexprefill_fa.validation import check_block_size, check_integer, check_number
+
+
+@dataclass(frozen=True)
+class FlashPrefillConfig:
+    """How near a block must come to the best of its row, and what is kept in any case.
+
+    Args:
+        alpha: share of the row's largest block score that a block must reach, in (0, 1]. Published per model: 0.18 for
+            Llama-3.1-8B, 0.08 for Qwen2-7B and Qwen2.5-7B, 0.12 for Qwen3-30B-A3B.
+        sink_blocks: first blocks with a real key that every row keeps, in blocks (at least 0).
+        window_blocks: blocks up to the diagonal that every row keeps, the diagonal included (at least 1).
+        last_full_blocks: last query blocks with a real query, which keep all they see (at least 0).
+        block_size: tokens per block, 64 or 128.
+
+    Raises:
+        ValueError, TypeError: for a value outside its range.
+    """
+
+    name: ClassVar[str] = "flashprefill"
+
+    alpha: float = 0.1
+    sink_blocks: int = 2
+    window_blocks: int = 4
+    last_full_blocks: int = 2
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        check_number("alpha", self.alpha, 0, 1, open_low=True)
+        check_integer("sink_blocks", self.sink_blocks, 0)
+        check_integer("window_blocks", self.window_blocks, 1)
+        check_integer("last_full_blocks", self.last_full_blocks, 0)
+        check_block_size(self.block_size)
+
+    @property
+    def dense_tokens(self) -> int:
+        """Prompts of at most this many tokens, padding and prefix counted, keep every block.
+
+        Exact: a longer whole prompt has a block that only its score can keep.
+        """
+        return (self.sink_blocks + self.window_blocks + self.last_full_blocks) * self.block_size
+
+    def expected_density(self, tokens: int) -> float:
+        """Kept blocks / causal blocks that a prompt of this length usually comes to, in [0, 1].
+
+        No less than what is kept in any case. Reported for the published values of alpha; others are not told apart.
+        """
+        always = fixed_density(
+            cdiv(tokens, self.block_size), self.sink_blocks + self.window_blocks, self.last_full_blocks
+        )
+        return max(always, usual_density(tokens))
+
+    def settings(self) -> Tensor:
+        """The numbers as float64 [4] on the CPU, the form the operator takes."""
+        return torch.tensor(
+            [self.alpha, self.sink_blocks, self.window_blocks, self.last_full_blocks], dtype=torch.float64
+        )
+
+    def operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """The operator that runs the selection, see `select_flashprefill`."""
+        from flexprefill_fa.masks.flashprefill.op import select_flashprefill  # the operator needs this class
+
+        return select_flashprefill
+
+    @classmethod
+    def from_settings(cls, settings: Tensor, block_size: int) -> "FlashPrefillConfig":
+        """The inverse of `settings`."""
+        alpha, *blocks = settings.tolist()
+        return cls(alpha, *map(int, blocks), block_size=block_size)

@@ -1,0 +1,200 @@
+"""Vertical-slash attention with fixed budgets: the columns and diagonals that the last queries attend to most.
+
+FlexPrefill's published ranking, with the same number of columns and of diagonals in every head and at every length: the
+baseline that it was compared with.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flexprefill_fa.grid import Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks
+from flexprefill_fa.masks.density import fixed_density
+from flexprefill_fa.masks.flexprefill.reference import Element, _element, block_sums, last_query_scores, top
+from flexprefill_fa.masks.operator import Lists, traced_lists
+from flexprefill_fa.selection import index_lists
+from flexprefill_fa.validation import check_block_size, check_integer
+
+
+@dataclass(frozen=True)
+class VerticalSlashConfig:
+    """How many columns and diagonals every head keeps.
+
+    Args:
+        vertical_size: keys that every row keeps, in tokens, rounded up to blocks (at least 1). The first block of
+            the prompt is always among them.
+        slash_size: offsets that every row keeps, in tokens, rounded up to blocks (at least 1). The main diagonal is
+            always among them.
+        block_size: tokens per block, 64 or 128.
+
+    Raises:
+        ValueError, TypeError: for a value outside its range.
+    """
+
+    name: ClassVar[str] = "vertical_slash"
+
+    vertical_size: int = 8192
+    slash_size: int = 8192
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        check_integer("vertical_size", self.vertical_size, 1)
+        check_integer("slash_size", self.slash_size, 1)
+        check_block_size(self.block_size)
+
+    @property
+    def columns(self) -> int:
+        """Key blocks that every row keeps."""
+        return cdiv(self.vertical_size, self.block_size)
+
+    @property
+    def diagonals(self) -> int:
+        """Block diagonals that every row keeps."""
+        return cdiv(self.slash_size, self.block_size)
+
+    @property
+    def dense_tokens(self) -> int:
+        """Prompts of at most this many tokens keep every block, as columns or as diagonals."""
+        return max(self.columns, self.diagonals) * self.block_size
+
+    def expected_density(self, tokens: int) -> float:
+        """Kept blocks / causal blocks of a whole prompt of this length, in [0, 1], where no columns meet diagonals."""
+        return fixed_density(cdiv(tokens, self.block_size), self.columns + self.diagonals)
+
+    def settings(self) -> Tensor:
+        """The numbers as float64 [2] on the CPU, the form the operator takes."""
+        return torch.tensor([self.vertical_size, self.slash_size], dtype=torch.float64)
+
+    def operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """The operator that runs the selection, see `select_vertical_slash`."""
+        return select_vertical_slash
+
+    @classmethod
+    def from_settings(cls, settings: Tensor, block_size: int) -> "VerticalSlashConfig":
+        """The inverse of `settings`."""
+        return cls(*map(int, settings.tolist()), block_size=block_size)
+
+
+def select_element(element: Element, config: VerticalSlashConfig) -> Tensor:
+    """Kept blocks [H, nq, nb] of one batch element: the reference. A single query keeps all it sees."""
+    size, nb = config.block_size, element.nb
+    if element.query.shape[1] == 1:
+        return element.visible().expand(element.query.shape[0], -1, -1)
+    vertical, slash = last_query_scores(element)
+    # Offsets are grouped from the far end, which misaligns them with the blocks when n is no multiple of B.
+    column_scores, diagonal_scores = block_sums(vertical, size), block_sums(slash.flip(1), size).flip(1)
+    column_scores[:, 0] = diagonal_scores[:, 0] = float("inf")
+    number = torch.full_like(column_scores[:, 0], config.columns, dtype=torch.int64)
+    columns = top(column_scores, number)  # [H, nb]
+    diagonals = top(diagonal_scores, torch.full_like(number, config.diagonals))  # [H, nb], by blocks below the main one
+    keep = columns[:, None].expand(-1, len(element.row_last), -1)
+    blocks = torch.arange(nb, device=vertical.device)
+    for position in (element.row_first, element.row_last):
+        below = torch.div(position, size, rounding_mode="floor")[:, None] - blocks  # [nq, nb]
+        keep = keep | (diagonals[:, below.clamp(0, nb - 1)] & (below >= 0))
+    return (keep | element.always_kept()) & element.visible()
+
+
+@torch.library.custom_op("flexprefill_fa::select_vertical_slash", mutates_args=(), device_types="cpu")
+def select_vertical_slash(
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    settings: Tensor,
+    scale: float | None,
+    block_size: int,
+    all_partial: bool,
+    zero_tails: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The blocks of the top columns and diagonals; arguments and results as `select_flashprefill`'s."""
+    batch, heads, q_len, dim = query.shape
+    config = VerticalSlashConfig.from_settings(settings, block_size)
+    grid = Grid(q_len, key.shape[2], block_size)
+    ranges = real_ranges(starts, lengths, batch, grid.kv_len, key.device)
+    keep = torch.zeros(batch, heads, grid.q_blocks, grid.kv_blocks, dtype=torch.bool, device=query.device)
+    for b, (start, end) in enumerate(ranges.tolist()):
+        found = _element(query[b], key[b], start, end, grid, 1 / math.sqrt(dim) if scale is None else scale)
+        if found is not None:
+            element, rows, columns = found
+            keep[b, :, rows, columns] = select_element(element, config)
+    keep &= visible_blocks(grid, ranges)[:, None]
+    full = keep & unmasked_blocks(grid, ranges)[:, None] & (not all_partial)
+    distance = torch.zeros(batch, heads, device=query.device)
+    return *index_lists(keep & ~full), *index_lists(full), distance
+
+
+def select_by_triton(
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    config: VerticalSlashConfig,
+    scale: float | None = None,
+    all_partial: bool = False,
+    zero_tails: bool = False,
+) -> Lists:
+    """The same by Triton kernels; entries past the counts are unwritten unless zero_tails."""
+    from flexprefill_fa.kernels.outputs import empty_lists, prepare
+    from flexprefill_fa.kernels.pooling import block_mean
+    from flexprefill_fa.masks.flexprefill.kernels.last_query import last_query_scores
+    from flexprefill_fa.masks.flexprefill.kernels.merge import merge_parts
+    from flexprefill_fa.masks.flexprefill.kernels.published import choose
+    from flexprefill_fa.masks.flexprefill.kernels.rows import write_published_rows
+
+    query, key, grid, ranges = prepare(query, key, starts, lengths, config.block_size)
+    batch, heads, _, dim = query.shape
+    size = config.block_size
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    parts = last_query_scores(query, key, ranges, size, scale)
+    mean_key = block_mean(key, ranges, 0, size)
+    scores = merge_parts(parts, mean_key, ranges, heads=heads, block_size=size, scale=scale)
+    aware = torch.zeros(batch * heads, dtype=torch.int32, device=query.device)
+    # `choose` turns a coverage count t into (t + 1) // 128 + 1 blocks.
+    tokens = torch.empty(2, batch * heads, dtype=torch.int32, device=query.device)
+    for kind, number in enumerate((config.columns, config.diagonals)):
+        tokens[kind] = min(number, grid.kv_blocks) * 128 - 129
+    chosen = choose(
+        scores.columns, scores.diagonals, tokens, aware, ranges, heads=heads, least=1, most=2**30, block_size=size
+    )
+    lists = empty_lists(batch, heads, grid, query.device)
+    write_published_rows(
+        ranges, aware, chosen, None, None, lists, grid, dense_tokens=0, dense=False, all_partial=all_partial,
+        zero_tails=zero_tails,
+    )  # fmt: skip
+    return *lists, torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
+
+
+@select_vertical_slash.register_kernel("cuda")
+def _(
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    settings: Tensor,
+    scale: float | None,
+    block_size: int,
+    all_partial: bool,
+    zero_tails: bool,
+) -> Lists:
+    config = VerticalSlashConfig.from_settings(settings, block_size)
+    return select_by_triton(query, key, starts, lengths, config, scale, all_partial, zero_tails)
+
+
+@select_vertical_slash.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    settings: Tensor,
+    scale: float | None,
+    block_size: int,
+    all_partial: bool,
+    zero_tails: bool,
+) -> Lists:
+    return traced_lists(query, key, block_size)

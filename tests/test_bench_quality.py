@@ -1,0 +1,388 @@
+"""`python -m bench quality`: its yardstick against direct computations, a small run whole, tables and plot."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+import bench.quality
+from bench.cli import app
+from bench.exact import exact_attention
+from bench.needle.capture import capture, capture_layers
+from bench.quality import SWEEP, measure
+from bench.quality_points import Family, Point, at_density, families, labels, quality_groups
+from bench.quality_tables import correction_tables, selector_tables
+from bench.render import render_readme
+from bench.rows import append, read
+from bench.spec import parse_selector
+from bench.workloads import Inputs
+from flexprefill_fa import FlexPrefillConfig, get_selector, select_blocks
+from flexprefill_fa.selection import every_block
+
+CPU = torch.device("cpu")
+SPEC = "flexprefill:min_budget=128+gamma=0.5"
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """fp64 output [B, Hq, n, D] over kept blocks, and the share of the exact probability in them [B, Hq], directly."""
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    keys, values = (tensor.double().repeat_interleave(groups, 1) for tensor in (key, value))
+    scores = query.double() @ keys.mT / math.sqrt(query.shape[-1])
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    kept = keep.repeat_interleave(block, -2).repeat_interleave(block, -1)[..., :length, :length] & causal
+    exact = scores.masked_fill(~causal, -math.inf).softmax(-1)
+    return scores.masked_fill(~kept, -math.inf).softmax(-1) @ values, (exact * kept).sum(-1).mean(-1)
+
+
+def tensors(length: int, heads: int = 4, kv_heads: int = 2, dim: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    query = torch.randn(1, heads, length, dim) * 2
+    key, value = torch.randn(2, 1, kv_heads, length, dim)
+    return query, key, value + torch.arange(kv_heads)[:, None, None]  # heads of different norms
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("length", [1, 127, 129, 700])
+@pytest.mark.parametrize("score_bytes", [1, 2**28])
+def test_exact_attention(length: int, score_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one step and in many, at lengths that no block divides."""
+    monkeypatch.setattr("bench.exact._SCORE_BYTES", score_bytes)
+    query, key, value = tensors(length)
+    exact = exact_attention(query, key, value)
+    expected, _ = attention(query, key, value, every_block(query, key, 64).to_dense(), 64)
+    assert exact.out.dtype == torch.float32
+    torch.testing.assert_close(exact.out.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(exact.mass.sum((-2, -1)), torch.full((1, 4), float(length)))
+    for block in (64, 128):
+        selection = select_blocks(query, key, FlexPrefillConfig(gamma=0.3, min_budget=64, block_size=block))
+        torch.testing.assert_close(exact.recall(selection).float(), selection.recall(query, key))
+        if length == 700:
+            assert exact.recall(selection).max() < 0.95, "nothing was dropped"
+
+
+def test_head_errors_keep_heads_apart() -> None:
+    query, key, value = tensors(300)
+    exact = exact_attention(query, key, value)
+    spoiled = exact.out.clone()
+    spoiled[:, 1] *= 1.5
+    spoiled[:, 2, 0] = 0
+    one_row = (exact.out[0, 2, 0].norm() / exact.out[0, 2].norm()).item()
+    assert exact.head_errors(spoiled)[0].tolist() == pytest.approx([0, 0.5, one_row, 0], abs=1e-6)
+    assert exact.head_errors(exact.out.flip(1)).min() > 0.1
+
+
+def test_exact_refuses_what_does_not_fit() -> None:
+    query, key, value = tensors(300)
+    exact = exact_attention(query, key, value)
+    with pytest.raises(ValueError, match=r"out must have the shape \(1, 4, 300, 32\), got \(1, 2, 300, 32\)"):
+        exact.head_errors(value)
+    other = every_block(query[:, :, :200], key[:, :, :200], 128)
+    with pytest.raises(ValueError, match=r"= \(1, 4, 300, 300\), got \(1, 4, 200, 200\)"):
+        exact.recall(other)
+    with pytest.raises(ValueError, match="block_size must be a multiple of 64, got 96"):
+        exact.recall(dataclasses.replace(every_block(query, key, 128), block_size=96))
+
+
+def test_layers_are_captured_in_one_pass() -> None:
+    both = capture_layers(300, [0, 2], dtype=torch.float32, device=CPU)
+    assert sorted(both) == [0, 2] and both[0][0].shape == (1, 8, 300, 64) and both[2][1].shape == (1, 2, 300, 64)
+    for got, expected in zip(both[2], capture(300, 2, dtype=torch.float32, device=CPU), strict=True):
+        assert torch.equal(got, expected)
+    assert not torch.allclose(both[0][0], both[2][0])
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["quality", "--device", "cpu", "--dtype", "float32", *arguments])
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "results" / "quality.jsonl"
+
+
+def test_small_run(out: Path) -> None:
+    """Every number of the row against a direct computation in fp64; FlexAttention's own kernel runs."""
+    options = ("--lengths", "900", "--layers", "1", "--selectors", SPEC, "--no-mean-correction")
+    result = run(*options, "--out", str(out), "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = [json.loads(line) for line in result.stdout.splitlines()]
+    assert read(out) == [row]
+    shape = {"length": 900, "batch": 1, "heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "float32"}
+    what = {"kind": "quality", "workload": "needle", "layer": 1, "seed": 0, "device": "cpu", "backend": "CPU"}
+    config = FlexPrefillConfig(gamma=0.5, min_budget=128)
+    said = {"selector": "flexprefill", "settings": dataclasses.asdict(config), "mean_correction": False}
+    assert row | shape | what | said == row
+    assert row["gpu"] and row["commit"] and row["date"] and row["torch"] == torch.__version__
+
+    query, key, value = capture(900, 1, dtype=torch.float32, device=CPU)
+    keep = select_blocks(query, key, config).to_dense()
+    dense, _ = attention(query, key, value, every_block(query, key, 128).to_dense(), 128)
+    sparse, recall = attention(query, key, value, keep, 128)
+    errors = ((sparse - dense).flatten(2).norm(dim=-1) / dense.flatten(2).norm(dim=-1))[0].tolist()
+    density = (keep.sum((-2, -1))[0] / 36).tolist()  # 8 x 9 / 2 causal blocks
+    for field, expected in (("error", errors), ("recall", recall[0].tolist()), ("density", density)):
+        assert row[f"head_{field}"] == pytest.approx(expected, rel=1e-3)
+        assert row[field] == pytest.approx(sum(expected) / 8, rel=1e-3)
+    assert min(errors) > 0.01 and len({round(error, 3) for error in errors}) > 4, "heads that cannot be told apart"
+    assert row["error_max"] == pytest.approx(max(errors), rel=1e-3)
+    assert row["recall_min"] == pytest.approx(min(recall[0].tolist()), rel=1e-3)
+    assert (row["density_min"], row["density_max"]) == pytest.approx((min(density), max(density)), rel=1e-3)
+    assert 0 < row["dense_error"] < 1e-5
+    assert "900 tokens, layer 1, flexprefill gamma=0.5: density " in result.stderr
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> list[dict[str, Any]]:
+    """Random inputs, and plain PyTorch over the selected blocks, changed, for the library's call.
+
+    Returns:
+        The options of each call, as they come.
+    """
+    calls: list[dict[str, Any]] = []
+
+    def captured(length: int, layers: Sequence[int], **_: Any) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        return {layer: tensors(length) for layer in layers}
+
+    def instead(query: Tensor, key: Tensor, value: Tensor, config: Any, **options: Any) -> Any:
+        calls.append(options)
+        selection = select_blocks(query, key, config)
+        sparse, _ = attention(query, key, value, selection.to_dense(), config.block_size)
+        return change(sparse.to(query.dtype)), selection
+
+    monkeypatch.setattr(bench.quality, "capture_layers", captured)
+    monkeypatch.setattr(bench.quality, "sparse_prefill_attention", instead)
+    return calls
+
+
+def test_both_corrections_are_asked_for_unless_one_is_named(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = spoil(monkeypatch, lambda sparse: sparse)
+    shared = {"backend": "CPU", "return_selection": True}
+    options = ("--lengths", "600", "--layers", "0,3", "--selectors", SPEC, "--out", str(out))
+    assert run(*options).exit_code == 0
+    assert calls == [shared, {**shared, "mean_correction": True}] * 2
+    assert [(row["layer"], row["mean_correction"]) for row in read(out)] == [
+        (0, False),
+        (0, True),
+        (3, False),
+        (3, True),
+    ]
+    calls.clear()
+    result = run(*options, "--mean-correction")
+    assert result.exit_code == 0 and calls == [{**shared, "mean_correction": True}] * 2
+    assert "gamma=0.5" in result.stdout and "mean-corrected" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda sparse: sparse.flip(1), "relative error"),
+        (lambda sparse: sparse * float("nan"), "relative error nan"),
+    ],
+)
+def test_wrong_output_has_no_row(
+    change: Callable[[Tensor], Tensor], problem: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, change)
+    options = ("--lengths", "600", "--layers", "0", "--no-mean-correction", "--selectors", SPEC)
+    result = run(*options, "--out", str(out))
+    assert result.exit_code == 1 and not out.exists()
+    assert "failed: 600 tokens, layer 0, FlexPrefillConfig(gamma=0.5" in result.stderr and problem in result.stderr
+
+
+def test_dense_output_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Inputs(*tensors(600))
+    exact = exact_attention(inputs.query, inputs.key, inputs.value)
+    config = FlexPrefillConfig(gamma=0.3, min_budget=128)
+    spoil(monkeypatch, lambda sparse: sparse)
+    assert measure(inputs, exact, config, "CPU", False)["error"] > 0.05
+    spoil(monkeypatch, lambda _: exact.out)
+    with pytest.raises(ArithmeticError, match="relative error"):
+        measure(inputs, exact, config, "CPU", False)
+    spoil(monkeypatch, lambda sparse: sparse * float("inf"))
+    with pytest.raises(ArithmeticError, match="the output is not finite"):
+        measure(inputs, exact, config, "CPU", True)
+
+
+def test_a_setting_that_raises_leaves_the_others(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = spoil(monkeypatch, lambda sparse: sparse)
+    whole = bench.quality.sparse_prefill_attention
+
+    def without_argument(*arguments: Any, **options: Any) -> Any:
+        if "mean_correction" in options:
+            raise TypeError("unexpected keyword argument 'mean_correction'\nand more")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(bench.quality, "sparse_prefill_attention", without_argument)
+    result = run("--lengths", "600", "--layers", "0", "--selectors", SPEC, "--out", str(out))
+    assert result.exit_code == 1 and len(calls) == len(read(out)) == 1
+    assert "mean_correction=True: TypeError: unexpected keyword argument 'mean_correction'\n" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lengths", "8k"), "lengths must be whole numbers of tokens from 1, such as 4096,8192, got '8k'"),
+        (("--layers", "0,6"), "layers must be whole numbers in [0, 6), got '6'"),
+        (("--layers", "-1"), "layers must be whole numbers in [0, 6), got '-1'"),
+        (("--layers", "1,1"), "layers must name each item once, got 1 more than once"),
+        (("--selectors", "nonsense"), "unknown selector 'nonsense', expected one of"),
+        (("--selectors", "streaming_llm:gamma=0.5"), "selector streaming_llm has no gamma"),
+        (("--dtype", "auto"), "dtype must be bfloat16, float16 or float32, got 'auto'"),
+        (("--device", "tpu"), "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (("--lengths", "20"), "tokens must be at least"),
+    ],
+)
+def test_mistakes_are_one_line(options: tuple[str, ...], message: str, out: Path) -> None:
+    result = run(*options, "--out", str(out))
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+    assert result.stdout == "" and not out.exists()
+
+
+def test_the_default_sweep() -> None:
+    configs = [parse_selector(spec) for spec in SWEEP]
+    assert len(set(configs)) == len(configs) == 40
+    assert {config.name for config in configs} == {"flexprefill", "flashprefill", "streaming_llm", "vertical_slash"}
+    assert all(isinstance(config, get_selector(config.name)) for config in configs)
+    flex = {(c.variant, c.tau, c.gamma, c.min_budget) for c in configs if isinstance(c, FlexPrefillConfig)}
+    assert {("published", 0.1, 0.95, 512), ("published", 0, 0.5, 512), ("paper", 0.1, 0.98, 512)} < flex
+
+
+def point(density: float, recall: float, error: float | None = None, corrected: float | None = None) -> Point:
+    return Point({}, density, recall, error, corrected)
+
+
+def test_interpolation_is_linear_in_log_density() -> None:
+    family = Family("any", {}, (point(0.1, 0.8, 0.4), point(0.4, 0.9, 0.2, 0.1), point(0.8, 0.98, None, 0.05)))
+    assert at_density(family, "recall", 0.2) == pytest.approx(0.85)
+    assert at_density(family, "recall", 0.1) == 0.8 and at_density(family, "recall", 0.8) == 0.98
+    assert at_density(family, "recall", 0.4 * 2**0.25) == pytest.approx(0.92)
+    assert at_density(family, "recall", 0.0999) is None and at_density(family, "recall", 0.801) is None
+    assert at_density(family, "error", 0.2) == pytest.approx(0.3) and at_density(family, "error", 0.5) is None
+    assert at_density(family, "corrected", 0.2) is None
+    assert at_density(family, "corrected", 0.4 * 2**0.5) == pytest.approx(0.075)
+    assert at_density(Family("any", {}, (point(0.2, 0.5),)), "recall", 0.2) == 0.5
+
+
+def quality_row(
+    selector: str, settings: dict[str, Any], density: float, recall: float, error: float, **fields: Any
+) -> dict[str, Any]:
+    conditions = {"kind": "quality", "device": "cuda", "gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0"}
+    conditions |= {"commit": "abc123", "date": "2026-11-22", "length": 8192, "batch": 1, "heads": 8, "kv_heads": 2}
+    conditions |= {"head_dim": 64, "dtype": "bfloat16", "workload": "needle", "layer": 0, "seed": 0}
+    conditions |= {"backend": "TRITON", "mean_correction": False, "dense_error": 0.0021}
+    measured = {"selector": selector, "settings": settings, "density": density, "recall": recall, "error": error}
+    return conditions | measured | fields
+
+
+def sweep(selector: str, knob: str, fixed: dict[str, Any], recalls: tuple[float, float], **fields: Any) -> list[Any]:
+    """Two layers of two settings at densities 10 and 40 %, with and without correction; errors 0.3 and 0.1."""
+    rows = []
+    for layer, shift in ((0, -0.01), (1, 0.01)):
+        for value, density, recall, error in ((0.05, 0.4, recalls[1], 0.1), (0.2, 0.1, recalls[0], 0.3)):
+            settings = {knob: value, **fixed}
+            found = (density * (1 + shift), recall + shift, error)
+            rows.append(quality_row(selector, settings, *found, layer=layer, **fields))
+            found = (density * (1 + shift), recall + shift, error / 2)
+            rows.append(quality_row(selector, settings, *found, layer=layer, mean_correction=True, **fields))
+    return rows
+
+
+PUBLISHED = {"tau": 0.1, "min_budget": 512, "variant": "published"}
+ROWS = [
+    *sweep("flexprefill", "gamma", PUBLISHED, (0.8, 0.96)),
+    *sweep("flexprefill", "gamma", PUBLISHED | {"variant": "paper"}, (0.81, 0.97)),
+    *sweep("flashprefill", "alpha", {"sink_blocks": 2}, (0.9, 0.94)),
+]
+
+
+def cells(table: str, *first: str) -> list[str]:
+    start = "| " + " | ".join(first) + " |"
+    (line,) = [line for line in table.splitlines() if line.startswith(start)]
+    return [cell.strip() for cell in line.strip("|").split("|")][len(first) :]
+
+
+def test_selectors_at_equal_densities() -> None:
+    table = selector_tables(ROWS)
+    caption = table.splitlines()[0]
+    for part in ("NVIDIA H200", "torch 2.11.0", "commit abc123", "8/2 heads", "bfloat16", "layers 0, 1", "0.0021"):
+        assert part in caption
+    published = cells(table, "8,192", "flexprefill variant=published")
+    assert published[:4] == ["-", "0.800", "0.880", "0.960"]
+    assert published[4:] == ["- / -", "**0.300** / **0.150**", "**0.200** / **0.100**", "**0.100** / **0.050**"]
+    assert cells(table, "8,192", "flexprefill variant=paper")[1:4] == ["0.810", "0.890", "**0.970**"]
+    assert cells(table, "8,192", "flashprefill")[1:4] == ["**0.900**", "**0.920**", "0.940"]
+    recall, error = [line for line in table.splitlines() if line.startswith("- ")]
+    assert "8,192 tokens, recall, FlexPrefill's published rule against simpler ones" in recall
+    assert "at 5% outside its sweep" in recall
+    assert "at 10% **beaten** (0.800) by flashprefill (0.900);" in recall
+    assert "at 40% not beaten (0.960)." in recall, "the paper's variant is no simpler rule"
+    assert "output error" in error and "beaten (0.300)" in error and "**beaten**" not in error
+
+
+def test_a_smaller_error_is_the_better_one() -> None:
+    rows = [row | {"error": row["error"] * (0.9 if row["selector"] == "flashprefill" else 1)} for row in ROWS]
+    table = selector_tables(rows)
+    assert "at 10% **beaten** (0.300) by flashprefill (0.270)" in table
+    assert cells(table, "8,192", "flashprefill")[5] == "**0.270** / **0.135**"
+    alone = selector_tables([row for row in ROWS if row["selector"] == "flashprefill"])
+    assert "| flashprefill |" in alone and "published rule" not in alone
+    assert "at 10% no simpler rule reaches this density (0.800)" in selector_tables(ROWS[:8])
+
+
+def test_without_the_pattern_test_the_published_rule_is_a_simpler_one() -> None:
+    table = selector_tables([*ROWS[:8], *sweep("flexprefill", "gamma", PUBLISHED | {"tau": 0}, (0.85, 0.9))])
+    assert "at 10% **beaten** (0.800) by flexprefill tau=0 (0.850)" in table
+
+
+def test_means_take_whole_sets_of_layers_alone() -> None:
+    (group,) = quality_groups([*ROWS, *ROWS[:1]])
+    assert len(group) == len(ROWS), "a later row takes an earlier one's place"
+    found = families(group, 8192)
+    assert labels(found) == ["flexprefill variant=published", "flexprefill variant=paper", "flashprefill"]
+    low, high = found[0].points
+    assert (low.density, low.recall, low.error, low.corrected) == pytest.approx((0.1, 0.8, 0.3, 0.15))
+    assert (high.settings["gamma"], high.density) == (0.05, pytest.approx(0.4))
+    half = [row for row in group if row is not group[-1]]  # layer 1, alpha 0.2, corrected
+    assert families(half, 8192)[2].points[0].corrected is None and families(half, 8192)[2].points[0].error is not None
+    third = [*group, *(row | {"layer": 2} for row in group if row["selector"] == "flashprefill")]
+    assert [family.selector for family in families(third, 8192)] == ["flashprefill"]
+    assert len(quality_groups([*ROWS, ROWS[0] | {"gpu": "NVIDIA H100"}])) == 2
+
+
+def test_mean_correction_table() -> None:
+    rows = [*ROWS, *sweep("flashprefill", "alpha", {"sink_blocks": 2}, (0.7, 0.9), length=32768)]
+    table = correction_tables(rows)
+    assert cells(table, "8,192", "0.05") == ["0.400", "0.940", "0.100", "0.050", "0.500"]
+    assert cells(table, "8,192", "0.2") == ["0.100", "0.900", "0.300", "0.150", "0.500"]
+    assert cells(table, "32,768", "0.2")[1] == "0.700"
+    plain = [row for row in rows if not row["mean_correction"]]
+    assert cells(correction_tables(plain), "8,192", "0.2")[2:] == ["0.300", "-", "-"]
+    assert correction_tables(ROWS[:8]) == correction_tables([]) == selector_tables([]) == ""
+
+
+def test_render_round_trip_and_plot(tmp_path: Path) -> None:
+    names = ("quality-plot", "quality", "mean-correction")
+    markers = "\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in names)
+    assert render_readme(markers, tmp_path) == markers
+    for row in ROWS:
+        append(tmp_path / "quality.jsonl", row)
+    once = render_readme(markers, tmp_path)
+    assert "quality.png)" in once and "| with / without |" in once and "| recall at 10% |" in once
+    assert render_readme(once, tmp_path) == once
+    append(tmp_path / "quality.jsonl", ROWS[0] | {"recall": 0.5})
+    assert render_readme(once, tmp_path) != once
+    pytest.importorskip("matplotlib")
+    from bench.plots import draw_quality
+
+    path = draw_quality(tmp_path)
+    assert path == tmp_path / "quality.png"
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "quality.jsonl").unlink()
+    assert draw_quality(tmp_path) is None
