@@ -1,12 +1,10 @@
-"""The `python -m bench` command: measure, tune, fit, calibrate, render."""
+"""The `python -m bench` command: measure time and quality, tune, fit, calibrate, render."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +18,15 @@ from bench.fit import fit_rates
 from bench.inputs import WORKLOADS
 from bench.memory import free_bytes, needed_bytes, shortage
 from bench.needle.capture import model_config
+from bench.quality_cli import quality
 from bench.render import README, render_readme
 from bench.report import calibration_table, one_line, result_table
 from bench.rows import RESULTS, Row, append, read
 from bench.spec import check_backends, parse_lengths, parse_list, parse_numbers, parse_selector
 from bench.synthetic import block_count
+from bench.terminal import one_line_errors, open_console
 from bench.tune import best_tiles, tuning_rows
+from flexprefill_fa.backends import flash_problem
 from flexprefill_fa.loading import UsageError, first_line, require_kernels, resolve_device, resolve_dtype
 from flexprefill_fa.progress import WorkProgress
 
@@ -37,7 +38,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_LOG_WIDTH = 140  # of the table where there is no terminal
 _HEADS = (32, 8, 128)  # query heads, kv heads, head_dim
 _LENGTHS = "4096,8192,16384,32768,65536,131072,262144"
 
@@ -52,7 +52,7 @@ def attention(
         str | None, typer.Option(help="Synthetic selections of these densities instead of selectors.")
     ] = None,
     backends: Annotated[
-        str | None, typer.Option(help="Default: auto,FLASH,TRITON on a GPU and auto,CPU on a CPU.")
+        str | None, typer.Option(help="Default: auto and what the device has of FLASH, TRITON and CPU.")
     ] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Query heads, 32 by default.")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads, 8 by default.")] = None,
@@ -73,8 +73,8 @@ def attention(
 
     Exits with 1 if an output was wrong and with 2 if something could not run.
     """
-    console = _console(stderr=True)
-    with _one_line_errors():
+    console = open_console(stderr=True)
+    with one_line_errors():
         plan = _plan(
             configs=[] if density else [parse_selector(spec) for spec in parse_list("selectors", selectors)],
             densities=parse_numbers("density", density, 1) if density else [],
@@ -93,6 +93,7 @@ def attention(
         wanted = parse_lengths(lengths)
         for length, share in itertools.product(wanted, plan.densities):
             block_count(length, share)
+        _enough_memory(plan, wanted)
     rows: list[Row] = []
     skipped = False
     for length in wanted:
@@ -107,11 +108,14 @@ def attention(
             console.print(f"error: {length} tokens: {first_line(error)}", markup=False, soft_wrap=True)
             skipped = True
     if rows:
-        _console(stderr=as_json).print(result_table(rows))
+        open_console(stderr=as_json).print(result_table(rows))
     if any("error" in row for row in rows):
         raise typer.Exit(1)
     if skipped:
         raise typer.Exit(2)
+
+
+app.command()(quality)
 
 
 @app.command()
@@ -124,12 +128,12 @@ def calibrate(
 
     Takes about a second per head and sharpness at 64K tokens, four times that at 256K.
     """
-    with _one_line_errors():
+    with one_line_errors():
         factors = parse_numbers("sharpness", sharpness, 10)
         for length in parse_lengths(lengths):
             with WorkProgress().task(f"{length} tokens", calibration.HEADS) as advance:
                 densities = calibration.head_densities(length, factors, seed, advance)
-            _console(stderr=False).print(calibration_table(length, factors, densities))
+            open_console(stderr=False).print(calibration_table(length, factors, densities))
 
 
 @app.command()
@@ -142,11 +146,13 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print each row on stdout.")] = False,
 ) -> None:
     """Try tiles of FlexAttention's Triton kernel on this GPU, for the table in flexprefill_fa/backends.py."""
-    with _one_line_errors():
+    with one_line_errors():
         precision = resolve_dtype(dtype)
         if precision not in (torch.bfloat16, torch.float16):
             raise UsageError(f"dtype must be bfloat16 or float16, got {dtype!r}")
-        dims = [int(number) for number in parse_numbers("head-dims", head_dims, 256)]
+        dims = [int(item) for item in parse_list("head-dims", head_dims) if item.isdecimal() and 16 <= int(item) <= 256]
+        if len(dims) != len(parse_list("head-dims", head_dims)):
+            raise UsageError(f"head-dims must be whole numbers from 16 to 256, got {head_dims!r}")
         if not torch.cuda.is_available():
             raise UsageError("tiles are tuned on a CUDA GPU, and there is none")
         rows = []
@@ -162,20 +168,21 @@ def tune(
 @app.command()
 def fit(
     gpu: Annotated[str, typer.Option(help="Part of the GPU's name, as the rows have it.")],
+    selector: Annotated[str, typer.Option(help="By name; with its default settings.")] = "flexprefill",
     head_dim: Annotated[int, typer.Option(min=16)] = 128,
     longest: Annotated[int, typer.Option(min=1, help="Tokens: rows of longer prompts are left out.")] = 32768,
     rows: Annotated[Path, typer.Option(help="JSON lines of 'python -m bench attention'.")] = RESULTS
     / "attention.jsonl",
 ) -> None:
     """Fit the constants of flexprefill_fa/cost_model.py to measured rows, and print them."""
-    with _one_line_errors():
+    with one_line_errors():
         chosen = [
             row
             for row in read(rows)
             if gpu in row["gpu"] and row["head_dim"] == head_dim and row["workload"] == "sharpened"
         ]
         for backend in ("FLASH", "TRITON"):
-            typer.echo(f"{backend}, head_dim {head_dim}: {fit_rates(chosen, backend, longest)}")
+            typer.echo(f"{selector}, {backend}, head_dim {head_dim}: {fit_rates(chosen, selector, backend, longest)}")
 
 
 @app.command()
@@ -184,8 +191,8 @@ def render(
         bool, typer.Option("--check", help="Change nothing; exit with 1 where README.md differs.")
     ] = False,
 ) -> None:
-    """Write the README's tables and the plot from the rows in bench/results/."""
-    with _one_line_errors():
+    """Write the README's tables and the plots from the rows in bench/results/."""
+    with one_line_errors():
         before = README.read_text(encoding="utf-8")
         after = render_readme(before, RESULTS)
     if check:
@@ -193,10 +200,11 @@ def render(
             typer.echo(f"error: {README.name} is not what the rows say: run 'python -m bench render'", err=True)
             raise typer.Exit(1)
         return
-    from bench.plots import draw_attention  # matplotlib takes a second to import, and --check needs none
+    from bench.plots import draw_attention, draw_quality  # matplotlib takes a second to import, and --check needs none
 
     README.write_text(after, encoding="utf-8")
     draw_attention(RESULTS)
+    draw_quality(RESULTS)
 
 
 def _shape(
@@ -236,9 +244,8 @@ def _plan(
     if precision is None:
         raise UsageError("dtype must be bfloat16, float16 or float32, got 'auto'")
     heads, kv_heads, head_dim = shape
-    names = backends or ("auto,FLASH,TRITON" if where.type == "cuda" else "auto,CPU")
-    listed = parse_list("backends", names)
     require_kernels(where)
+    listed = parse_list("backends", backends) if backends else _backends_of(where, precision, head_dim)
     check_backends(listed, precision, head_dim, [config.block_size for config in configs] or [128], where)
     return Plan(
         configs=configs,
@@ -254,16 +261,36 @@ def _plan(
     )
 
 
+def _backends_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """What there is to measure: FLASH only where it runs."""
+    if device.type == "cpu":
+        return ["auto", "CPU"]
+    problem = flash_problem(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), 128)
+    if problem is None:
+        return ["auto", "FLASH", "TRITON"]
+    typer.echo(f"without FLASH: {problem}", err=True)
+    return ["auto", "TRITON"]
+
+
+def _enough_memory(plan: Plan, lengths: list[int]) -> None:
+    """Before anything runs.
+
+    Raises:
+        UsageError: naming the first length for which memory is short, with the bytes needed and free.
+    """
+    for length in lengths:
+        needed = needed_bytes(length, plan.batch, plan.heads, plan.kv_heads, plan.head_dim, plan.dtype, plan.device)
+        problem = shortage(needed, free_bytes(plan.device))
+        if problem:
+            raise UsageError(f"{length} tokens: {problem}")
+
+
 def _measure(plan: Plan, length: int, console: Console) -> Iterator[Row]:
     """The rows of one length.
 
     Raises:
         UsageError: if memory is short.
     """
-    needed = needed_bytes(length, plan.batch, plan.heads, plan.kv_heads, plan.head_dim, plan.dtype, plan.device)
-    problem = shortage(needed, free_bytes(plan.device))
-    if problem:
-        raise UsageError(problem)
     try:
         with WorkProgress(console).task(f"{length} tokens", plan.steps()) as advance:
             bench = LengthBenchmark(plan, length, lambda line: console.print(line, markup=False, soft_wrap=True))
@@ -273,17 +300,3 @@ def _measure(plan: Plan, length: int, console: Console) -> Iterator[Row]:
                     advance()
     except torch.OutOfMemoryError as error:
         raise UsageError(first_line(error)) from error
-
-
-def _console(*, stderr: bool) -> Console:
-    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else _LOG_WIDTH
-    return Console(stderr=stderr, highlight=False, width=wide)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except (UsageError, ValueError) as error:
-        typer.echo(f"error: {first_line(error)}", err=True)
-        raise typer.Exit(2) from error

@@ -1,4 +1,4 @@
-"""Time and speed-up against length, as bench/results/attention.png."""
+"""The README's plots: time and speed-up against length, recall and output error against density."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import matplotlib  # pyright: ignore[reportMissingImports]  # the bench extra alone brings it
 
-from bench.render import PLOT
+from bench.quality_points import families, labels, quality_groups
+from bench.render import PLOT, QUALITY_PLOT
 from bench.rows import Row, read
 from bench.tables import KERNEL_NAMES, groups
 
@@ -58,3 +59,37 @@ def _line(axes: Any, rows: list[Row], field: str, name: str, colour: str, style:
     points = sorted((row["length"], row[field]) for row in rows if row.get(field) is not None)
     if points:
         axes.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=5)
+
+
+def draw_quality(results: Path) -> Path | None:
+    """Recall and output error against density, one row of axes per length; None, and no file, without rows."""
+    found = quality_groups(read(results / "quality.jsonl"))
+    if not found:
+        return None
+    rows = found[0]
+    lengths = sorted({row["length"] for row in rows})
+    size = (11, 4.2 * len(lengths))
+    figure, grid = plt.subplots(len(lengths), 2, figsize=size, layout="constrained", squeeze=False)
+    for length, (recall, error) in zip(lengths, grid, strict=True):
+        curves = families(rows, length)
+        for number, (name, family) in enumerate(zip(labels(curves), curves, strict=True)):
+            for axes, field, style in ((recall, "recall", "o-"), (error, "error", "o-"), (error, "corrected", "s--")):
+                points = [
+                    (point.density, value) for point in family.points if (value := getattr(point, field)) is not None
+                ]
+                if points:
+                    shown = f"{name}, mean-corrected" if field == "corrected" else name
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=shown, markersize=4)
+        recall.set(ylabel="recall")
+        error.set(ylabel="relative output error", yscale="log")
+        for axes in (recall, error):
+            axes.set(xscale="log", xlabel="density", title=f"{length:,} tokens")
+            axes.grid(alpha=0.3)
+        recall.legend(fontsize=7)
+        error.legend(fontsize=6)
+    row = rows[0]
+    figure.suptitle(f"The needle model's heads, {row['gpu']}, {row['dtype']}; mean over layers and heads", size=10)
+    path = results / QUALITY_PLOT
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

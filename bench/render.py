@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.quality_tables import correction_tables, selector_tables
 from bench.rows import ROOT, read
 from bench.tables import attention_tables, demo_table, density_tables, groups
 
 README = ROOT / "README.md"
 PLOT = "attention.png"
+QUALITY_PLOT = "quality.png"
 
 _BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /bench:(?P=name) -->", re.DOTALL)
 _MARKER = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
@@ -19,8 +21,17 @@ _MARKER = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
 def _plot(results: Path) -> str:
     if not groups(read(results / "attention.jsonl"), "cuda", "sharpened", synthetic=False):
         return ""
-    path = (results / PLOT).relative_to(ROOT) if results.is_relative_to(ROOT) else results / PLOT
-    return f"![Time and speed-up of sparse prefill attention against the length of the prompt]({path})"
+    return _image(results / PLOT, "Time and speed-up of sparse prefill attention against the length of the prompt")
+
+
+def _quality_plot(results: Path) -> str:
+    if not read(results / "quality.jsonl"):
+        return ""
+    return _image(results / QUALITY_PLOT, "Recall and output error of each selector against the density it keeps")
+
+
+def _image(file: Path, what: str) -> str:
+    return f"![{what}]({file.relative_to(ROOT) if file.is_relative_to(ROOT) else file})"
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
@@ -30,6 +41,9 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "attention-cpu": lambda results: attention_tables(read(results / "attention.jsonl"), "cpu", "needle"),
     "density": lambda results: density_tables(read(results / "attention.jsonl")),
     "plot": _plot,
+    "quality": lambda results: selector_tables(read(results / "quality.jsonl")),
+    "quality-plot": _quality_plot,
+    "mean-correction": lambda results: correction_tables(read(results / "quality.jsonl")),
     "demo": lambda results: demo_table(read(results / "demo.jsonl")),
 }
 """Markdown by the name of its markers, from the folder of result rows; empty where there are no rows for it."""

@@ -42,6 +42,22 @@ def parse_lengths(text: str) -> list[int]:
     return sorted(lengths)
 
 
+def parse_layers(text: str | None, layers: int) -> list[int]:
+    """Numbers of a model's layers, ascending; all `layers` of them for None.
+
+    Raises:
+        UsageError: for anything but whole numbers in [0, layers).
+    """
+    if text is None:
+        return list(range(layers))
+    numbers = []
+    for item in parse_list("layers", text):
+        if not item.isdecimal() or int(item) >= layers:
+            raise UsageError(f"layers must be whole numbers in [0, {layers}), got {item!r}")
+        numbers.append(int(item))
+    return sorted(numbers)
+
+
 def parse_numbers(option: str, text: str, most: float) -> list[float]:
     """Positive numbers, in the order given.
 

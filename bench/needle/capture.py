@@ -1,8 +1,9 @@
-"""The queries, keys and values that one layer of the needle model sees on a needle prompt."""
+"""The queries, keys and values that layers of the needle model see on a needle prompt."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,11 +24,18 @@ def model_config() -> dict[str, Any]:
 def capture(
     length: int, layer: int, *, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query `[1, 8, n, 64]`, key and value `[1, 2, n, 64]` as the layer's attention gets them, positions applied.
+    """query `[1, 8, n, 64]`, key and value `[1, 2, n, 64]` of one layer, see `capture_layers`."""
+    return capture_layers(length, [layer], dtype=dtype, device=device, seed=seed)[layer]
+
+
+def capture_layers(
+    length: int, layers: Sequence[int], *, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """query `[1, 8, n, 64]`, key and value `[1, 2, n, 64]` as each layer's attention gets them, positions applied.
 
     Args:
         length: tokens of the prompt.
-        layer: which layer, from 0.
+        layers: which layers, from 0; one pass of the model serves them all.
         dtype, device: of the model and the result.
         seed: of the prompt.
 
@@ -42,19 +50,20 @@ def capture(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     decoder: Any = model.get_decoder()
-    if not 0 <= layer < len(decoder.layers):
-        raise ValueError(f"layer must be in [0, {len(decoder.layers)}), got {layer}")
-    captured: list[tuple[Tensor, Tensor, Tensor]] = []
+    for layer in layers:
+        if not 0 <= layer < len(decoder.layers):
+            raise ValueError(f"layer must be in [0, {len(decoder.layers)}), got {layer}")
+    captured: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def capturing(module: Any, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Any:
-        if module.layer_idx == layer:
-            captured.append((query.contiguous(), key.contiguous(), value.contiguous()))
+        if module.layer_idx in layers:
+            captured[module.layer_idx] = (query.contiguous(), key.contiguous(), value.contiguous())
         return sdpa_attention_forward(module, query, key, value, *arguments, **options)
 
     prompt = build_prompt(Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json")), length, needles=_NEEDLES, seed=seed)
     AttentionInterface.register("capturing", capturing)
     model.set_attn_implementation("capturing")
-    decoder.layers = decoder.layers[: layer + 1]  # the layers above it are not needed
+    decoder.layers = decoder.layers[: max(layers) + 1]  # the layers above it are not needed
     with torch.no_grad():
         decoder(torch.tensor([prompt.token_ids], device=device), use_cache=False)
-    return captured[0]
+    return captured

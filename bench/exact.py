@@ -1,0 +1,96 @@
+"""Exact dense attention in fp32, and what a block-sparse output loses against it, head by head."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexprefill_fa import BlockSelection
+
+MASS_BLOCK = 64
+"""Tokens per block of `Exact.mass`: selections of 64- and of 128-token blocks both are unions of such blocks."""
+
+_SCORE_BYTES = 256 * 2**20  # fp32 scores of one kv head held at a time
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Dense causal attention of as many queries as keys.
+
+    Attributes:
+        out: fp32 `[B, Hq, n, D]`.
+        mass: fp32 `[B, Hq, nb, nb]`, the probability that the rows of query block I give to the keys of key block J,
+            summed over the rows; blocks of `MASS_BLOCK` tokens.
+    """
+
+    out: Tensor
+    mass: Tensor
+
+    def recall(self, selection: BlockSelection) -> Tensor:
+        """Share of the exact probability in kept blocks, fp64 `[B, Hq]`, the mean over all rows.
+
+        What `BlockSelection.recall` computes, without computing the scores again.
+
+        Raises:
+            ValueError: for a selection of other lengths, batch or heads, or of blocks that are no multiple of
+                `MASS_BLOCK`.
+        """
+        batch, heads, length, _ = self.out.shape
+        expected = (batch, heads, length, length)
+        got = (*selection.kv_num_blocks.shape[:2], selection.q_len, selection.kv_len)
+        if got != expected:
+            raise ValueError(f"the selection must be for (batch, heads, q_len, kv_len) = {expected}, got {got}")
+        factor, rest = divmod(selection.block_size, MASS_BLOCK)
+        if rest:
+            raise ValueError(f"block_size must be a multiple of {MASS_BLOCK}, got {selection.block_size}")
+        keep = selection.to_dense().repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+        blocks = self.mass.shape[-1]
+        kept = self.mass.double().masked_fill_(~keep[..., :blocks, :blocks], 0)
+        return kept.sum((-2, -1)) / length
+
+    def head_errors(self, out: Tensor) -> Tensor:
+        """Relative L2 distance of an output `[B, Hq, n, D]` from `out`, over each head's rows, fp64 `[B, Hq]`.
+
+        Raises:
+            ValueError: for an output of another shape.
+        """
+        if out.shape != self.out.shape:
+            raise ValueError(f"out must have the shape {tuple(self.out.shape)}, got {tuple(out.shape)}")
+        exact = self.out.double()
+        return (out.double() - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)
+
+
+def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Exact:
+    """Dense causal attention in fp32 at the default scale, some rows of one kv head at a time.
+
+    Args:
+        query: `[B, Hq, n, D]`. key, value: `[B, Hkv, n, D]`, Hq a multiple of Hkv.
+    """
+    batch, heads, length, dim = query.shape
+    groups = heads // key.shape[1]
+    blocks = -(-length // MASS_BLOCK)
+    padded = blocks * MASS_BLOCK
+    # Padding stands behind every real token: no real row sees it.
+    queries, keys, values = (F.pad(tensor.float(), (0, 0, 0, padded - length)) for tensor in (query, key, value))
+    queries = queries * dim**-0.5
+    out = torch.empty(batch, heads, padded, dim, device=query.device)
+    mass = torch.zeros(batch, heads, blocks, blocks, device=query.device)
+    positions = torch.arange(padded, device=query.device)
+    step = max(1, _SCORE_BYTES // (4 * groups * padded * MASS_BLOCK)) * MASS_BLOCK
+    for first in range(0, padded, step):
+        last = min(first + step, padded)
+        later = positions[:last] > positions[first:last, None]  # [rows, keys]
+        for b, kv_head in itertools.product(range(batch), range(key.shape[1])):
+            group = slice(kv_head * groups, (kv_head + 1) * groups)
+            scores = queries[b, group, first:last] @ keys[b, kv_head, :last].mT  # [G, rows, keys]
+            probability = scores.masked_fill_(later, float("-inf")).softmax(-1)
+            out[b, group, first:last] = probability @ values[b, kv_head, :last]
+            if last > length:
+                probability[:, length - first :] = 0
+            by_block = probability.unflatten(-1, (-1, MASS_BLOCK)).sum(-1).unflatten(1, (-1, MASS_BLOCK)).sum(2)
+            mass[b, group, first // MASS_BLOCK : last // MASS_BLOCK, : last // MASS_BLOCK] = by_block
+    return Exact(out[:, :, :length], mass)

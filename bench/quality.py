@@ -1,0 +1,171 @@
+"""What selections keep and what their outputs lose, on the queries, keys and values of the needle model's layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.check import reference, verify
+from bench.exact import Exact, exact_attention
+from bench.needle.capture import capture_layers
+from bench.rows import Row, environment
+from bench.workloads import Inputs
+from flexprefill_fa import sparse_prefill_attention
+from flexprefill_fa.loading import first_line
+
+BACKEND = {"cuda": "TRITON", "cpu": "CPU"}
+"""The kernel that runs, by device; named, so that attention never goes dense."""
+
+_GAMMAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+_ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
+_WINDOWS = (1024, 2048, 4096, 8192)
+_SIZES = (512, 1024, 2048, 4096, 8192)
+
+SWEEP = (
+    *(
+        f"flexprefill:variant={variant}+tau={tau}+gamma={gamma}+min_budget=512"
+        for variant in ("published", "paper")
+        for tau in (0.1, 0)
+        for gamma in _GAMMAS
+    ),
+    *(f"flashprefill:alpha={alpha}" for alpha in _ALPHAS),
+    *(f"streaming_llm:sink=128+window={window}" for window in _WINDOWS),
+    *(f"vertical_slash:vertical_size={size}+slash_size={size}" for size in _SIZES),
+)
+"""Selectors and settings, from few blocks to many, as `bench.spec.parse_selector` reads them."""
+
+
+@dataclass(frozen=True)
+class QualityPlan:
+    """What to measure.
+
+    Attributes:
+        configs: selectors with their settings.
+        corrections: with mean correction, without, or both.
+        layers: of the needle model.
+        dtype, device: of the model and the attention; the yardstick is fp32 in any case.
+        seed: of the prompt.
+    """
+
+    configs: Sequence[Any]
+    corrections: Sequence[bool]
+    layers: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+
+    def steps(self) -> int:
+        """Rows per length."""
+        return len(self.layers) * len(self.configs) * len(self.corrections)
+
+
+def quality_rows(plan: QualityPlan, length: int, failed: Callable[[str], None]) -> Iterator[Row]:
+    """One row for each layer, setting and correction at one length.
+
+    Args:
+        plan: what to measure.
+        length: tokens n of the prompt.
+        failed: called with a line about each setting that raised an error or whose output was wrong; it has no row.
+
+    Raises:
+        ValueError: for a length that the prompt cannot have.
+        UsageError: without transformers.
+        torch.OutOfMemoryError: where the GPU is too small.
+    """
+    captured = capture_layers(length, plan.layers, dtype=plan.dtype, device=plan.device, seed=plan.seed)
+    conditions: Row = {"kind": "quality", "device": plan.device.type, **environment(plan.device), "length": length}
+    for layer in plan.layers:
+        inputs = Inputs(*captured.pop(layer))
+        with torch.no_grad():
+            exact = exact_attention(inputs.query, inputs.key, inputs.value)
+            described = conditions | {
+                "batch": inputs.query.shape[0],
+                "heads": inputs.query.shape[1],
+                "kv_heads": inputs.key.shape[1],
+                "head_dim": inputs.query.shape[-1],
+                "dtype": str(plan.dtype).removeprefix("torch."),
+                "workload": "needle",
+                "layer": layer,
+                "seed": plan.seed,
+                "dense_error": _four_digits(exact.head_errors(_dense(inputs)).mean().item()),
+            }
+            for config in plan.configs:
+                for correction in plan.corrections:
+                    try:
+                        found = measure(inputs, exact, config, BACKEND[plan.device.type], correction)
+                    except torch.OutOfMemoryError:
+                        raise
+                    except Exception as error:  # the other rows of a long run are still worth having
+                        who = f"{length} tokens, layer {layer}, {config}, mean_correction={correction}"
+                        failed(f"{who}: {type(error).__name__}: {first_line(error)}")
+                        continue
+                    yield described | found
+
+
+def measure(inputs: Inputs, exact: Exact, config: Any, backend: str, correction: bool) -> Row:
+    """Density, recall and output error of one setting: over the heads, and head by head.
+
+    `error` is the relative L2 distance of a head's output from exact dense attention, in the mean over heads;
+    `error_max` is the worst head's.
+
+    Args:
+        inputs: of one layer, batch 1.
+        exact: dense attention of these inputs.
+        config: the selector and its settings.
+        backend: "TRITON", "FLASH" or "CPU".
+        correction: whether to ask for mean correction.
+
+    Raises:
+        ArithmeticError: if the output is not finite, or (without correction) is not attention over the kept blocks.
+        ValueError, TypeError: for a setting or backend that cannot run.
+    """
+    options: dict[str, Any] = {"mean_correction": True} if correction else {}
+    out, selection = sparse_prefill_attention(
+        inputs.query, inputs.key, inputs.value, config, backend=backend, return_selection=True, **options
+    )
+    problem = None if correction else verify(out, reference(inputs, selection)).problem
+    errors = exact.head_errors(out)
+    if problem is None and not errors.isfinite().all():
+        problem = "the output is not finite"
+    if problem is not None:
+        raise ArithmeticError(problem)
+    density, recall = selection.density(), exact.recall(selection)
+    return {
+        "selector": config.name,
+        "settings": dataclasses.asdict(config),
+        "backend": backend,
+        "mean_correction": correction,
+        "density": round(density.mean().item(), 5),
+        "density_min": round(density.min().item(), 5),
+        "density_max": round(density.max().item(), 5),
+        "recall": round(recall.mean().item(), 5),
+        "recall_min": round(recall.min().item(), 5),
+        "error": round(errors.mean().item(), 5),
+        "error_max": round(errors.max().item(), 5),
+        "head_density": _per_head(density),
+        "head_recall": _per_head(recall),
+        "head_error": _per_head(errors),
+    }
+
+
+def _dense(inputs: Inputs) -> Tensor:
+    """Dense attention `[1, Hq, n, D]` in the inputs' dtype: its error is that of rounding alone."""
+    groups = inputs.query.shape[1] // inputs.key.shape[1]
+    # Repeated by hand: in fp32 on a GPU, grouped heads would take a kernel that holds all scores.
+    key, value = (tensor.repeat_interleave(groups, 1) for tensor in (inputs.key, inputs.value))
+    return F.scaled_dot_product_attention(inputs.query, key, value, is_causal=True)
+
+
+def _per_head(values: Tensor) -> list[float]:
+    """`[1, Hq]` as a list."""
+    return [_four_digits(value) for value in values[0].tolist()]
+
+
+def _four_digits(value: float) -> float:
+    return float(f"{value:.4g}")
