@@ -16,6 +16,8 @@ matplotlib.use("Agg")  # no window
 
 import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
+_DENSITY_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+
 
 def draw_attention(results: Path) -> Path | None:
     """Draw the first table's rows; None, and no file, where there are none."""
@@ -78,15 +80,19 @@ def draw_quality(results: Path) -> Path | None:
                     (point.density, value) for point in family.points if (value := getattr(point, field)) is not None
                 ]
                 if points:
-                    shown = f"{name}, mean-corrected" if field == "corrected" else name
+                    shown = None if field == "corrected" else name
                     axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=shown, markersize=4)
         recall.set(ylabel="recall")
         error.set(ylabel="relative output error", yscale="log")
         for axes in (recall, error):
             axes.set(xscale="log", xlabel="density", title=f"{length:,} tokens")
+            axes.set_xticks(_DENSITY_TICKS, [f"{tick:.0%}" for tick in _DENSITY_TICKS])
+            axes.set_xlim(0.9 * min(row["density"] for row in rows), 1.05)
+            axes.minorticks_off()
             axes.grid(alpha=0.3)
-        recall.legend(fontsize=7)
-        error.legend(fontsize=6)
+        recall.legend(fontsize=8)
+        error.plot([], [], "s--", color="grey", label="with mean correction", markersize=4)
+        error.legend(fontsize=8)
     row = rows[0]
     figure.suptitle(f"The needle model's heads, {row['gpu']}, {row['dtype']}; mean over layers and heads", size=10)
     path = results / QUALITY_PLOT

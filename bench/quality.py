@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +82,9 @@ def quality_rows(plan: QualityPlan, length: int, failed: Callable[[str], None]) 
     captured = capture_layers(length, plan.layers, dtype=plan.dtype, device=plan.device, seed=plan.seed)
     conditions: Row = {"kind": "quality", "device": plan.device.type, **environment(plan.device), "length": length}
     for layer in plan.layers:
+        on_device = torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext()
         inputs = Inputs(*captured.pop(layer))
-        with torch.no_grad():
+        with torch.no_grad(), on_device:
             exact = exact_attention(inputs.query, inputs.key, inputs.value)
             described = conditions | {
                 "batch": inputs.query.shape[0],

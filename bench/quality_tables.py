@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from bench.quality_points import KNOBS, Family, at_density, families, labels, qu
 from bench.report import number
 from bench.rows import Row
 from bench.tables import conditions, markdown_table
+from flexprefill_fa import get_selector
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 CORRECTED_ALPHAS = (0.05, 0.1, 0.2)
@@ -40,7 +42,8 @@ def _selector_table(group: Sequence[Row]) -> str:
         recall, error, corrected = (_columns(found, field) for field in ("recall", "error", "corrected"))
         best = [_bold(recall, max), _bold(error, min), _bold(corrected, min)]
         for row, name in enumerate(labels(found)):
-            errors = [" / ".join(pair) for pair in zip(best[1][row], best[2][row], strict=True)]
+            pairs = zip(best[1][row], best[2][row], strict=True)
+            errors = ["-" if pair == ("-", "-") else " / ".join(pair) for pair in pairs]
             lines.append([f"{length:,}", name, *best[0][row], *errors])
         verdicts += [_verdict(found, length, "recall"), _verdict(found, length, "error")]
     what = (
@@ -142,17 +145,19 @@ def _caption(group: Sequence[Row]) -> str:
     )
 
 
-def setting_text(selector: str, settings: dict[str, Any]) -> str:
-    """A selector and the setting that a sweep varies."""
-    return " ".join([selector, *(f"{name}={settings[name]}" for name in KNOBS[selector] if name in settings)])
-
-
 def quality_line(row: Row) -> str:
     """A row for a log."""
-    who = f"{row['length']} tokens, layer {row['layer']}, {setting_text(row['selector'], row['settings'])}"
+    usual = dataclasses.asdict(get_selector(row["selector"])())
+    told = {name: value for name, value in row["settings"].items() if value != usual[name]}
+    told |= {name: row["settings"][name] for name in KNOBS.get(row["selector"], ())}
+    who = f"{row['length']} tokens, layer {row['layer']}, {row['selector']} {_assignments(told)}"
     corrected = ", mean-corrected" if row["mean_correction"] else ""
     found = ", ".join(f"{name} {row[name]:{_DIGITS}}" for name in ("density", "recall", "error"))
     return f"{who}{corrected}: {found}"
+
+
+def _assignments(settings: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def quality_summary(rows: Sequence[Row]) -> Table:
@@ -164,7 +169,7 @@ def quality_summary(rows: Sequence[Row]) -> Table:
         found = families(rows, length)
         for name, family in zip(labels(found), found, strict=True):
             for point in family.points:
-                setting = setting_text(family.selector, point.settings).partition(" ")[2]
+                swept = {name: value for name, value in point.settings.items() if name not in family.fixed}
                 values = (point.density, point.recall, point.error, point.corrected)
-                table.add_row(str(length), name, setting, *(number(value, _DIGITS) for value in values))
+                table.add_row(str(length), name, _assignments(swept), *(number(value, _DIGITS) for value in values))
     return table

@@ -42,8 +42,8 @@ class Rates:
 
 # By compute capability, selector, backend and head dim; for half precision and blocks of 128 tokens.
 RATES: dict[tuple[tuple[int, int], str, str, int], Rates] = {
-    ((9, 0), "flexprefill", "FLASH", 128): Rates(0.0214, 644.2, 0.0579, 0.4701, 0.0173, 643.3),
-    ((9, 0), "flexprefill", "TRITON", 128): Rates(0.0198, 599.2, 0.0579, 0.4701, 0.0255, 418.1),
+    ((9, 0), "flexprefill", "FLASH", 128): Rates(0.021, 647.8, 0.058, 0.4668, 0.0176, 655.4),
+    ((9, 0), "flexprefill", "TRITON", 128): Rates(0.0193, 600.3, 0.058, 0.4668, 0.0251, 421.2),
 }
 
 

@@ -154,13 +154,16 @@ def select_by_triton(
     mean_key = block_mean(key, ranges, 0, size)
     scores = merge_parts(parts, mean_key, ranges, heads=heads, block_size=size, scale=scale)
     aware = torch.zeros(batch * heads, dtype=torch.int32, device=query.device)
-    # `choose` turns a coverage count t into (t + 1) // 128 + 1 blocks.
-    tokens = torch.empty(2, batch * heads, dtype=torch.int32, device=query.device)
-    for kind, number in enumerate((config.columns, config.diagonals)):
-        tokens[kind] = min(number, grid.kv_blocks) * 128 - 129
-    chosen = choose(
-        scores.columns, scores.diagonals, tokens, aware, ranges, heads=heads, least=1, most=2**30, block_size=size
-    )
+    # No coverage asks for more than the least number of blocks, which is one number for both kinds.
+    nothing = torch.zeros(2, batch * heads, dtype=torch.int32, device=query.device)
+    chosen, chosen_diagonals = (
+        choose(
+            scores.columns, scores.diagonals, nothing, aware, ranges, heads=heads, least=min(number, grid.kv_blocks),
+            most=grid.kv_blocks, block_size=size,
+        )
+        for number in (config.columns, config.diagonals)
+    )  # fmt: skip
+    chosen[1] = chosen_diagonals[1]
     lists = empty_lists(batch, heads, grid, query.device)
     write_published_rows(
         ranges, aware, chosen, None, None, lists, grid, dense_tokens=0, dense=False, all_partial=all_partial,

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from flexprefill_fa.grid import cdiv
 from flexprefill_fa.masks.flexprefill import reference
 from flexprefill_fa.masks.flexprefill.config import FlexPrefillConfig
-
-Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from flexprefill_fa.masks.operator import Lists, traced_lists
 
 
 @torch.library.custom_op("flexprefill_fa::select_flexprefill", mutates_args=(), device_types="cpu")
@@ -70,14 +68,4 @@ def _(
     all_partial: bool,
     zero_tails: bool,
 ) -> Lists:
-    batch, heads, q_len, _ = query.shape
-    rows, columns = cdiv(q_len, block_size), cdiv(key.shape[2], block_size)
-    count = query.new_empty((batch, heads, rows), dtype=torch.int32)
-    indices = query.new_empty((batch, heads, rows, columns), dtype=torch.int32)
-    return (
-        count,
-        indices,
-        torch.empty_like(count),
-        torch.empty_like(indices),
-        query.new_empty((batch, heads), dtype=torch.float32),
-    )
+    return traced_lists(query, key, block_size)

@@ -4,11 +4,10 @@ import math
 
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid, cdiv, real_ranges
-from flexprefill_fa.kernels.common import unit_stride, unpadded_ranges
+from flexprefill_fa.grid import cdiv
 from flexprefill_fa.kernels.coverage import Prefix, coverage
+from flexprefill_fa.kernels.outputs import empty_lists, prepare
 from flexprefill_fa.kernels.pooling import block_mean
-from flexprefill_fa.kernels.row_lists import MAX_BLOCKS
 from flexprefill_fa.masks.flexprefill.config import FlexPrefillConfig
 from flexprefill_fa.masks.flexprefill.kernels import paper, published, rows
 from flexprefill_fa.masks.flexprefill.kernels.last_query import last_query_scores
@@ -34,20 +33,12 @@ def select(
     Raises:
         ValueError: for more key blocks than the row writer can count.
     """
-    query, key = unit_stride(query), unit_stride(key)
-    batch, heads, q_len, dim = query.shape
-    size = config.block_size
-    grid = Grid(q_len, key.shape[2], size)
-    if grid.kv_blocks > MAX_BLOCKS:
-        raise ValueError(f"at most {MAX_BLOCKS} key blocks of {size} tokens can be selected from, got {grid.kv_blocks}")
+    query, key, grid, ranges = prepare(query, key, starts, lengths, config.block_size)
+    batch, heads, _, dim = query.shape
+    size = grid.block_size
     scale = 1 / math.sqrt(dim) if scale is None else scale
     is_published = config.variant == "published"
-    device = query.device
-    if starts is None and lengths is None:
-        ranges = unpadded_ranges(batch, grid.kv_len, device)
-    else:
-        ranges = real_ranges(starts, lengths, batch, grid.kv_len, device)
-    lists = rows.empty_lists(batch, heads, grid, device)
+    lists = empty_lists(batch, heads, grid, query.device)
     outputs = {"dense_tokens": config.dense_tokens, "all_partial": all_partial, "zero_tails": zero_tails}
 
     mean_key = block_mean(key, ranges, 0, size)

@@ -3,7 +3,6 @@
 # Triton's kernels and launches are not what a type checker sees in them.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from flexprefill_fa.grid import Grid
 from flexprefill_fa.kernels.common import LENGTHS, bits_of, on_device, real_range, top_of_row
 from flexprefill_fa.kernels.coverage import Prefix, in_prefix
+from flexprefill_fa.kernels.outputs import row_constants
 from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_blocks
 
 CHUNK = 512  # blocks of a row at a time
@@ -151,25 +151,6 @@ def _paper_rows_kernel(
     finish_row(
         written, target, kv_blocks, partial_counts, partial_indices, full_counts, full_indices, WIDTH, ZERO_TAILS
     )
-
-
-def empty_lists(batch: int, heads: int, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unwritten kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices."""
-    shape = (batch, heads, grid.q_blocks)
-    count, full_count = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
-    index, full_index = (torch.empty(*shape, grid.kv_blocks, dtype=torch.int32, device=device) for _ in range(2))
-    return count, index, full_count, full_index
-
-
-def row_constants(grid: Grid, all_partial: bool, zero_tails: bool) -> dict[str, int]:
-    """Constants of both row kernels."""
-    width = triton.next_power_of_2(grid.kv_blocks)
-    return {
-        "BLOCK": grid.block_size,
-        "WIDTH": width,
-        "ALL_PARTIAL": all_partial,
-        "ZERO_TAILS": zero_tails,
-    }
 
 
 def _pooled_arguments(scores: Tensor | None, prefix: Prefix | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
