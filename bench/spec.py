@@ -10,7 +10,7 @@ import torch
 
 from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.cli import make_config
-from flexprefill_fa.loading import UsageError
+from flexprefill_fa.loading import UsageError, selector_spec
 
 
 def parse_list(option: str, text: str) -> list[str]:
@@ -82,25 +82,8 @@ def parse_selector(spec: str) -> Any:
     Raises:
         UsageError: for an unknown selector or field, a malformed pair, or a value that the selector refuses.
     """
-    name, colon, rest = spec.partition(":")
-    options: dict[str, Any] = {}
-    for pair in rest.split("+") if colon else ():
-        field, equals, value = pair.partition("=")
-        if not (field and equals and value):
-            raise UsageError(f"selector {spec!r} must have the form name:field=value+field=value, got {pair!r}")
-        if field in options:
-            raise UsageError(f"selector {spec!r} sets {field} more than once")
-        options[field] = _value(value)
+    name, options = selector_spec(spec)
     return make_config(name, **options)
-
-
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def check_backends(

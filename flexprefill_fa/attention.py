@@ -14,7 +14,7 @@ from flexprefill_fa.dense import dense_attention, dense_mask_fits
 from flexprefill_fa.masks.selector import SelectorConfig, check_selector
 from flexprefill_fa.region import run_attend, run_select_and_attend
 from flexprefill_fa.selection import BlockSelection, every_block
-from flexprefill_fa.validation import check_padding, check_query_key, check_scale, check_value
+from flexprefill_fa.validation import check_mean_correction, check_padding, check_query_key, check_scale, check_value
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ def sparse_prefill_attention(
     starts: Tensor | Sequence[int] | None = None,
     mask_mod: Callable[..., Tensor] | None = None,
     score_mod: Callable[..., Tensor] | None = None,
+    mean_correction: bool = False,
     backend: str = "auto",
     return_selection: bool = False,
 ) -> Any:
@@ -50,6 +51,8 @@ def sparse_prefill_attention(
         mask_mod: a further mask, in FlexAttention's sense (q_idx counts from the first query, kv_idx from the first
             key). The selector does not see it. Every block is then masked pair by pair, which costs up to 2x.
         score_mod: FlexAttention's score_mod. The selector does not see it.
+        mean_correction: let each dropped block count with its mean key and value, see `mean_correction.py`. On the CPU
+            alone so far, and not with a mask_mod or score_mod.
         backend: "auto", or "TRITON", "FLASH" or "CPU" to insist.
         return_selection: also return the `BlockSelection` that was computed; where attention ran dense, every block.
 
@@ -63,6 +66,7 @@ def sparse_prefill_attention(
     check_query_key(query, key)
     check_value(key, value)
     check_scale(scale)
+    check_mean_correction(mean_correction, mask_mod, score_mod, query.device)
     starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
     resolved = resolve_backend(
         backend,
@@ -71,6 +75,7 @@ def sparse_prefill_attention(
         has_score_mod=score_mod is not None,
         has_mask_mod=mask_mod is not None,
         position_in_graph=is_compiling() and needs_position(query, key, starts, lengths),
+        mean_correction=mean_correction,
     )
     whole = not needs_position(query, key, starts, lengths)
     if whole and not is_compiling():
@@ -97,6 +102,7 @@ def sparse_prefill_attention(
         mask_mod=mask_mod,
         score_mod=score_mod,
         options=options,
+        mean_correction=mean_correction,
     )
     if not return_selection:
         return out
@@ -113,12 +119,13 @@ def block_sparse_attention(
     scale: float | None = None,
     mask_mod: Callable[..., Tensor] | None = None,
     score_mod: Callable[..., Tensor] | None = None,
+    mean_correction: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Causal attention over the blocks of a given selection, compiled as `sparse_prefill_attention` is.
 
     Args:
-        query, key, value, scale, score_mod, backend: as for `sparse_prefill_attention`.
+        query, key, value, scale, score_mod, mean_correction, backend: as for `sparse_prefill_attention`.
         selection: the blocks to compute, for these lengths and this padding.
         mask_mod: a further mask; it needs a selection made with `all_partial=True`, because FlexAttention evaluates
             no mask in full blocks.
@@ -132,6 +139,7 @@ def block_sparse_attention(
     check_query_key(query, key)
     check_value(key, value)
     check_scale(scale)
+    check_mean_correction(mean_correction, mask_mod, score_mod, query.device)
     expected = (selection.q_len, selection.kv_len, *selection.kv_num_blocks.shape[:2])
     got = (query.shape[2], key.shape[2], query.shape[0], query.shape[1])
     if got != expected:
@@ -151,6 +159,7 @@ def block_sparse_attention(
         has_score_mod=score_mod is not None,
         has_mask_mod=mask_mod is not None,
         position_in_graph=is_compiling() and needs_position(query, key, starts, lengths),
+        mean_correction=mean_correction,
     )
     return run_attend(
         query,
@@ -164,4 +173,5 @@ def block_sparse_attention(
         mask_mod=mask_mod,
         score_mod=score_mod,
         options=kernel_options(resolved, query, key, selection.block_size),
+        mean_correction=mean_correction,
     )

@@ -22,6 +22,7 @@ from flexprefill_fa.loading import (
     require_kernels,
     resolve_device,
     resolve_dtype,
+    selector_spec,
 )
 from flexprefill_fa.masks import SelectorConfig, get_selector
 from flexprefill_fa.progress import WorkProgress
@@ -124,7 +125,9 @@ def demo(
 def generate(
     model: Annotated[str, typer.Option(help="A local folder with a causal language model in Hugging Face format.")],
     prompt_file: Annotated[str, typer.Option(help="The prompt, UTF-8 text; - reads standard input.")],
-    selector: Annotated[str, typer.Option(help="Which selector chooses the blocks.")] = "flexprefill",
+    selector: Annotated[
+        str, typer.Option(help="Which selector chooses the blocks: name, or name:field=value+field=value.")
+    ] = "flexprefill",
     gamma: Gamma = None,
     tau: Tau = None,
     min_budget: MinBudget = None,
@@ -149,7 +152,12 @@ def generate(
         if compare not in (None, "dense"):
             raise UsageError(f"compare must be dense, got {compare!r}")
         settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
-        config = make_config(selector, **settings, block_size=block_size, variant=variant)
+        settings |= {"block_size": block_size, "variant": variant}
+        name, fields = selector_spec(selector)
+        for field in fields:
+            if settings.get(field) is not None:
+                raise UsageError(f"{field} is given twice, as an option and in selector {selector!r}")
+        config = make_config(name, **(settings | fields))
         where, weights = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
         text = read_prompt(prompt_file)

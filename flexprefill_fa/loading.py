@@ -156,3 +156,30 @@ def load_model(
     except Exception as error:
         raise UsageError(f"cannot load the model in {path}: {first_line(error)}") from error
     return model, tokenizer
+
+
+def selector_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and fields of a selector written as `name` or `name:field=value+field=value`.
+
+    Raises:
+        UsageError: for a malformed pair, or a field that comes twice.
+    """
+    name, colon, rest = spec.partition(":")
+    options: dict[str, Any] = {}
+    for pair in rest.split("+") if colon else ():
+        field, equals, value = pair.partition("=")
+        if not (field and equals and value):
+            raise UsageError(f"selector {spec!r} must have the form name:field=value+field=value, got {pair!r}")
+        if field in options:
+            raise UsageError(f"selector {spec!r} sets {field} more than once")
+        options[field] = _value(value)
+    return name, options
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)

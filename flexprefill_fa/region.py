@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.fx.experimental._config as fx_config
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attention
 
 from flexprefill_fa.block_mask import assemble, both, causal, causal_at, needs_position
 from flexprefill_fa.grid import cdiv, positions, real_ranges
 from flexprefill_fa.masks.selector import SelectOperator, SelectorConfig
+from flexprefill_fa.mean_correction import correct_by_means, mean_mask, mean_score, with_means
 
 # Compiled variants per code object: dtypes, head dims, padding forms, batch 1 or more, backends. Beyond the limit
 # fullgraph compilation raises; torch's default of 8 is too few for one process that serves several models.
@@ -35,8 +36,11 @@ def attend(
     mask_mod: Callable[..., Tensor] | None,
     score_mod: Callable[..., Tensor] | None,
     options: dict[str, Any],
+    mean_correction: bool = False,
 ) -> Tensor:
     """Attention over the blocks in `lists`, `[B, Hq, Lq, D]`. Only for tracing, as `select_and_attend`."""
+    if mean_correction and query.device.type == "cpu":
+        return _attend_with_means(query, key, value, lists, starts, lengths, block_size, scale, options)
     if position is None and needs_position(query, key, starts, lengths):
         position = positions(query, key, starts, lengths)
     base = causal if position is None else causal_at(position)
@@ -47,17 +51,54 @@ def attend(
         q_len=query.shape[2],
         kv_len=key.shape[2],
     )
+    arguments: dict[str, Any] = {
+        "score_mod": score_mod,
+        "block_mask": block_mask,
+        "scale": scale,
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "kernel_options": options or None,
+    }
+    if not mean_correction:
+        out = flex_attention(query, key, value, **arguments)
+        assert isinstance(out, Tensor)  # flex_attention returns more only when asked to
+        return out
+    out, found = flex_attention(query, key, value, return_aux=AuxRequest(lse=True), **arguments)
+    assert isinstance(found, AuxOutput) and found.lse is not None  # asked for
+    return correct_by_means(query, key, value, out, found.lse, *lists, starts, lengths, scale, block_size)
+
+
+def _attend_with_means(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: Lists,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    block_size: int,
+    scale: float | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """`attend` with the means as further keys, where the kernel gives no log-sum-exp."""
+    found = with_means(query, key, value, *lists, starts, lengths, block_size)
+    more_keys, more_values, extended, bias = found[0], found[1], found[2:6], found[10]
+    block_mask = assemble(
+        *extended,
+        block_size=block_size,
+        mask_mod=mean_mask(found[6], found[7], found[8], found[9], block_size),
+        q_len=query.shape[2],
+        kv_len=more_keys.shape[2],
+    )
     out = flex_attention(  # pyright: ignore[reportCallIssue]
         query,
-        key,
-        value,
-        score_mod=score_mod,
+        more_keys,
+        more_values,
+        score_mod=mean_score(bias),
         block_mask=block_mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=options or None,  # pyright: ignore[reportArgumentType]  # built by kernel_options()
     )
-    assert isinstance(out, Tensor)  # flex_attention returns more only when asked to
+    assert isinstance(out, Tensor)
     return out
 
 
@@ -76,6 +117,7 @@ def select_and_attend(
     mask_mod: Callable[..., Tensor] | None,
     score_mod: Callable[..., Tensor] | None,
     options: dict[str, Any],
+    mean_correction: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Selection and attention as one region for `torch.compile(fullgraph=True)`; see `sparse_prefill_attention`.
 
@@ -102,6 +144,7 @@ def select_and_attend(
         mask_mod=mask_mod,
         score_mod=score_mod,
         options=options,
+        mean_correction=mean_correction,
     )
     return out, lists
 

@@ -24,7 +24,7 @@ def index_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
     return count, torch.where(indices < width, indices, 0).to(torch.int32).contiguous()
 
 
-def _scatter_lists(count: Tensor, indices: Tensor, width: int) -> Tensor:
+def scatter_lists(count: Tensor, indices: Tensor, width: int) -> Tensor:
     """The inverse of `index_lists`; what lies past the counts may be uninitialised."""
     valid = torch.arange(indices.shape[-1], device=indices.device) < count[..., None]
     dense = torch.zeros(*count.shape, width + 1, dtype=torch.bool, device=indices.device)
@@ -89,7 +89,7 @@ class BlockSelection:
     def to_dense(self) -> Tensor:
         """bool `[B, Hq, nq, nk]`: True where a block is kept."""
         width = self.grid.kv_blocks
-        return _scatter_lists(self.kv_num_blocks, self.kv_indices, width) | _scatter_lists(
+        return scatter_lists(self.kv_num_blocks, self.kv_indices, width) | scatter_lists(
             self.full_kv_num_blocks, self.full_kv_indices, width
         )
 

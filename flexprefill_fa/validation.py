@@ -47,6 +47,17 @@ def check_scale(scale: float | None) -> None:
         raise ValueError(f"scale must be a positive finite number, got {scale}")
 
 
+def check_mean_correction(mean_correction: object, mask_mod: object, score_mod: object, device: torch.device) -> None:
+    """A bool; the means of dropped blocks know nothing of a mask_mod or score_mod."""
+    if not isinstance(mean_correction, bool):
+        raise TypeError(f"mean_correction must be True or False, got {type(mean_correction).__name__}")
+    given = [name for name, mod in (("mask_mod", mask_mod), ("score_mod", score_mod)) if mod is not None]
+    if mean_correction and given:
+        raise ValueError(f"mean_correction cannot be combined with a {' or a '.join(given)}")
+    if mean_correction and device.type != "cpu":
+        raise ValueError(f"mean_correction runs on the CPU alone so far, got tensors on {device}")
+
+
 def _check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -11,28 +11,30 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flexprefill_fa.kernels import coverage, pooling
+from flexprefill_fa.kernels import coverage, last_query, line_rows, mean_correction, merge, pooling, top_lines
 from flexprefill_fa.kernels.common import head_slices
 from flexprefill_fa.masks.flashprefill.kernels import rows as flash_rows
 from flexprefill_fa.masks.flashprefill.kernels import scores as flash_scores
-from flexprefill_fa.masks.flexprefill.kernels import last_query, merge, paper, pattern, published, rows
+from flexprefill_fa.masks.flexprefill.kernels import paper, pattern, rows
 from flexprefill_fa.masks.flexprefill.kernels.pooled_attention import _pooled_attention_kernel, tile_options
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 FLOATS = {"scale", "tau", "gamma", "gamma_rest", "log_alpha"}
 INT_POINTERS = {
-    "ranges", "aware", "active", "counts", "values", "cuts", "tokens", "above", "ties", "partial_counts",
+    "ranges", "aware", "active", "counts", "values", "cuts", "above", "ties", "partial_counts",
     "partial_indices", "full_counts", "full_indices",
 }  # fmt: skip
 FLOAT_POINTERS = {
     "thresholds", "scores", "means", "maxima", "sums", "totals", "lse", "vertical", "slash", "carry", "mean_key",
     "mean_query", "columns", "column_sums", "diagonals", "diagonal_sums", "logits", "distance", "pooled_scores",
-    "mass", "diagonal_mass", "goals", "factors",
+    "mass", "diagonal_mass", "goals", "factors", "tokens",
 }  # fmt: skip
 BYTE_POINTERS = {"kept", "chosen", "hit", "diagonal_hit"}
+OF_THE_INPUTS = {("_block_mean_kernel", "values")} | {
+    ("_correct_kernel", name) for name in ("mean_key", "mean_value", "out", "result")
+}
 # The same name for another type of data in one kernel.
 EXCEPTIONS = {
-    ("_merge_kernel", "tokens"): "*fp32",
     ("_paper_rows_kernel", "columns"): "*i8",
     ("_split_kernel", "parts"): "*fp16",
     ("_scores_kernel", "parts"): "*fp16",
@@ -54,7 +56,7 @@ def shared_memory(kernel: triton.JITFunction, arch: int, dtype: torch.dtype, opt
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("query", "key") or (kernel is pooling._block_mean_kernel and name == "values"):
+        elif name in ("query", "key") or (kernel.fn.__name__, name) in OF_THE_INPUTS:
             signature[name] = TYPES[dtype]
         else:
             signature[name] = _type_of(kernel.fn.__name__, name)
@@ -94,11 +96,16 @@ def variants(dtype: torch.dtype, dim: int, block: int):
         shape = tile_options(dim, q_blocks)
         options = {"num_stages": 2, "num_warps": shape.pop("num_warps")}
         yield _pooled_attention_kernel, options, {"D": dim, "BLOCK_D": padded, "BLOCK": block, **shape}
-    yield published._choose_kernel, {"num_warps": 8}, {"BLOCK": block, "WIDTH": 1024}
+    for flag in (True, False):
+        yield top_lines._choose_kernel, {"num_warps": 8}, {"TOKENS": flag, "BLOCK": block, "WIDTH": 1024}
     yield paper._diagonal_windows_kernel, {}, {"BLOCK": block}
     yield paper._column_hits_kernel, {}, {"BLOCK": block}
+    yield mean_correction._kept_map_kernel, {}, {"CHUNK": mean_correction.CHUNK}
+    shape = mean_correction.launch_options(dim)
+    options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
+    yield mean_correction._correct_kernel, options, {"D": dim, "BLOCK_D": padded, "BLOCK": block, **shape}
     row = {"HAS_AWARE": True, "BLOCK": block, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True}
-    yield rows._published_rows_kernel, {"num_warps": 4}, {**row, "DENSE": False, "CHUNK": rows.CHUNK}
+    yield line_rows._line_rows_kernel, {"num_warps": 4}, {**row, "DENSE": False, "CHUNK": line_rows.CHUNK}
     yield rows._paper_rows_kernel, {"num_warps": 4}, {**row, "LIMITED": True}
     two_parts = dtype == torch.float32
     shape = flash_scores.tile_options(dim, two_parts)

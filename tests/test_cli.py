@@ -174,6 +174,10 @@ def test_model_that_the_integration_refuses(prompt_file: Path, tiny_models: dict
     ("options", "message"),
     [
         (("--selector", "nonsense"), "unknown selector 'nonsense', expected one of flashprefill, flexprefill"),
+        (("--selector", "flashprefill:alpha=2"), "alpha must be in (0, 1], got 2"),
+        (("--selector", "flashprefill:gamma=0.9"), "selector flashprefill has no gamma"),
+        (("--selector", "flexprefill:gamma"), "must have the form name:field=value+field=value"),
+        (("--selector", "flexprefill:gamma=0.9", "--gamma", "0.8"), "gamma is given twice"),
         (("--gamma", "1.5"), "gamma must be in (0, 1], got 1.5"),
         (("--gamma", "nan"), "gamma must be in (0, 1], got nan"),
         (("--tau", "-1"), "tau must be in [0, 1], got -1"),

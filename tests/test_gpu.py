@@ -265,7 +265,8 @@ def test_the_cost_model_decides_what_auto_runs() -> None:
     automatic = sparse_prefill_attention(query, key, key.clone(), config)
     explicit = sparse_prefill_attention(query, key, key.clone(), config, backend="TRITON")
     everything = torch.ones((), device="cuda")
-    assert relative_error(automatic, dense, everything) < 0.02
-    assert relative_error(explicit, dense, everything) > 0.1
+    rounding = relative_error(automatic, dense, everything)
+    assert rounding < 0.005
+    assert relative_error(explicit, dense, everything) > 5 * rounding  # most blocks are kept, not all
     long = torch.empty(1, 32, 65536, 128, device="cuda", dtype=torch.bfloat16)
     assert not prefers_dense(long, long[:, :8], config, backend)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,3 +217,49 @@ def test_attention_with_padding_and_a_cached_prefix(config: Any) -> None:
     dropped = compiled_attention(query, key, value, plain)
     changed = ((dropped - by_mask) * real).abs().amax((1, 3)) > 1e-5  # [B, Lq]
     assert changed[0, 192:256].all() and changed.sum() == 64
+
+
+PACKAGE = Path(flexprefill_fa.__file__).parent
+SELECTORS = {get_selector(name).__module__.split(".")[2] for name in (*NAMES, "flexprefill")}
+
+
+def imported(path: Path, nodes: Iterable[ast.AST]) -> set[str]:
+    """What the import statements among some nodes of a source name: `from a import b` names a.b, `import a.b` too."""
+    names = set()
+    package = ("flexprefill_fa", *path.relative_to(PACKAGE).parts[:-1])
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = list(package[: len(package) - node.level + 1]) if node.level else []
+            parent += [node.module] if node.module else []
+            names |= {".".join([*parent, alias.name]) for alias in node.names}
+    return names
+
+
+def test_selectors_do_not_import_each_other() -> None:
+    """Nor does what they share import one of them, nor any the packages that hold them all."""
+    assert {"flexprefill", *NAMES} == SELECTORS
+    masks, kernels = PACKAGE / "masks", PACKAGE / "kernels"
+    modules = {path.stem for path in PACKAGE.iterdir()}
+    shared = {path.stem for path in masks.glob("*.py")} - SELECTORS - {"__init__"}
+    sources = [path for folder in (masks, kernels) for path in folder.rglob("*.py") if path != masks / "__init__.py"]
+    assert len(sources) > 20
+    for path in sources:
+        own = path.relative_to(masks).parts[0].removesuffix(".py") if masks in path.parents else None
+        for name in imported(path, ast.walk(ast.parse(path.read_text()))):
+            root, module, part = [*name.split("."), "", ""][:3]
+            if root == "flexprefill_fa":
+                assert module in modules, f"{path} imports {name}"
+                assert module != "masks" or part in shared | {own}, f"{path} imports {name}"
+
+
+def test_references_import_no_triton() -> None:
+    """Not even in a function; what holds a reference beside other things may import kernels where they run."""
+    sources = {path for path in (PACKAGE / "masks").rglob("*.py") if "kernels" not in path.relative_to(PACKAGE).parts}
+    references = {path for path in sources if path.name in ("reference.py", "last_queries.py")}
+    assert len(references) == 3
+    for path in sources:
+        tree = ast.parse(path.read_text())
+        for name in imported(path, ast.walk(tree) if path in references else tree.body):
+            assert not {"triton", "kernels"} & set(name.split(".")), f"{path} imports {name}"

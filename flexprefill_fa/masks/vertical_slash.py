@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexprefill_fa.grid import Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks
 from flexprefill_fa.masks.density import fixed_density
-from flexprefill_fa.masks.flexprefill.reference import Element, _element, block_sums, last_query_scores, top
+from flexprefill_fa.masks.last_queries import Element, block_sums, element_of, last_query_scores, top
 from flexprefill_fa.masks.operator import Lists, traced_lists
 from flexprefill_fa.selection import index_lists
 from flexprefill_fa.validation import check_block_size, check_integer
@@ -118,7 +118,7 @@ def select_vertical_slash(
     ranges = real_ranges(starts, lengths, batch, grid.kv_len, key.device)
     keep = torch.zeros(batch, heads, grid.q_blocks, grid.kv_blocks, dtype=torch.bool, device=query.device)
     for b, (start, end) in enumerate(ranges.tolist()):
-        found = _element(query[b], key[b], start, end, grid, 1 / math.sqrt(dim) if scale is None else scale)
+        found = element_of(query[b], key[b], start, end, grid, 1 / math.sqrt(dim) if scale is None else scale)
         if found is not None:
             element, rows, columns = found
             keep[b, :, rows, columns] = select_element(element, config)
@@ -139,12 +139,12 @@ def select_by_triton(
     zero_tails: bool = False,
 ) -> Lists:
     """The same by Triton kernels; entries past the counts are unwritten unless zero_tails."""
+    from flexprefill_fa.kernels.last_query import last_query_scores
+    from flexprefill_fa.kernels.line_rows import write_line_rows
+    from flexprefill_fa.kernels.merge import merge_parts
     from flexprefill_fa.kernels.outputs import empty_lists, prepare
     from flexprefill_fa.kernels.pooling import block_mean
-    from flexprefill_fa.masks.flexprefill.kernels.last_query import last_query_scores
-    from flexprefill_fa.masks.flexprefill.kernels.merge import merge_parts
-    from flexprefill_fa.masks.flexprefill.kernels.published import choose
-    from flexprefill_fa.masks.flexprefill.kernels.rows import write_published_rows
+    from flexprefill_fa.kernels.top_lines import choose
 
     query, key, grid, ranges = prepare(query, key, starts, lengths, config.block_size)
     batch, heads, _, dim = query.shape
@@ -153,20 +153,13 @@ def select_by_triton(
     parts = last_query_scores(query, key, ranges, size, scale)
     mean_key = block_mean(key, ranges, 0, size)
     scores = merge_parts(parts, mean_key, ranges, heads=heads, block_size=size, scale=scale)
-    aware = torch.zeros(batch * heads, dtype=torch.int32, device=query.device)
-    # No coverage asks for more than the least number of blocks, which is one number for both kinds.
-    nothing = torch.zeros(2, batch * heads, dtype=torch.int32, device=query.device)
-    chosen, chosen_diagonals = (
-        choose(
-            scores.columns, scores.diagonals, nothing, aware, ranges, heads=heads, least=min(number, grid.kv_blocks),
-            most=grid.kv_blocks, block_size=size,
-        )
-        for number in (config.columns, config.diagonals)
-    )  # fmt: skip
-    chosen[1] = chosen_diagonals[1]
+    counts = torch.empty(2, batch * heads, dtype=torch.int32, device=query.device)
+    for kind, number in enumerate((config.columns, config.diagonals)):
+        counts[kind].fill_(min(number, grid.kv_blocks))
+    chosen = choose(scores.columns, scores.diagonals, counts, ranges, heads=heads, block_size=size)
     lists = empty_lists(batch, heads, grid, query.device)
-    write_published_rows(
-        ranges, aware, chosen, None, None, lists, grid, dense_tokens=0, dense=False, all_partial=all_partial,
+    write_line_rows(
+        ranges, None, chosen, None, None, lists, grid, dense_tokens=0, dense=False, all_partial=all_partial,
         zero_tails=zero_tails,
     )  # fmt: skip
     return *lists, torch.zeros(batch, heads, dtype=torch.float32, device=query.device)

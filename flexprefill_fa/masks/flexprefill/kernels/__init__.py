@@ -6,14 +6,17 @@ from torch import Tensor
 
 from flexprefill_fa.grid import cdiv
 from flexprefill_fa.kernels.coverage import Prefix, coverage
+from flexprefill_fa.kernels.last_query import last_query_scores
+from flexprefill_fa.kernels.line_rows import write_line_rows
+from flexprefill_fa.kernels.merge import merge_parts
 from flexprefill_fa.kernels.outputs import empty_lists, prepare
 from flexprefill_fa.kernels.pooling import block_mean
+from flexprefill_fa.kernels.top_lines import CoverageBudget, choose
 from flexprefill_fa.masks.flexprefill.config import FlexPrefillConfig
-from flexprefill_fa.masks.flexprefill.kernels import paper, published, rows
-from flexprefill_fa.masks.flexprefill.kernels.last_query import last_query_scores
-from flexprefill_fa.masks.flexprefill.kernels.merge import merge_parts
+from flexprefill_fa.masks.flexprefill.kernels import paper
 from flexprefill_fa.masks.flexprefill.kernels.pattern import head_pattern
 from flexprefill_fa.masks.flexprefill.kernels.pooled_attention import pooled_attention
+from flexprefill_fa.masks.flexprefill.kernels.rows import write_paper_rows
 
 _NO_LIMIT = 2**30
 
@@ -58,7 +61,7 @@ def select(
     )
     js_distance = distance.view(batch, heads)
     if config.keeps_everything:  # no choice is read
-        rows.write_published_rows(ranges, aware, aware, None, None, lists, grid, dense=True, **outputs)
+        write_line_rows(ranges, aware, aware, None, None, lists, grid, dense=True, **outputs)
         return *lists, js_distance
 
     pooled_scores = pooled = None
@@ -86,18 +89,17 @@ def select(
     least = cdiv(config.min_budget, size)
     tokens = coverage(scores.tokens.flatten(0, 1), goals[:2].flatten(), keep_crossing=not is_published)
     if is_published:
-        chosen = published.choose(
+        most = _NO_LIMIT if config.max_budget is None else cdiv(config.max_budget, size)
+        chosen = choose(
             scores.columns,
             scores.diagonals,
             tokens.length,
-            aware,
             ranges,
             heads=heads,
-            least=least,
-            most=_NO_LIMIT if config.max_budget is None else cdiv(config.max_budget, size),
             block_size=size,
+            budget=CoverageBudget(aware, least, most),
         )
-        rows.write_published_rows(ranges, aware, chosen, pooled_scores, pooled, lists, grid, dense=False, **outputs)
+        write_line_rows(ranges, aware, chosen, pooled_scores, pooled, lists, grid, dense=False, **outputs)
         return *lists, js_distance
 
     by_token, by_offset = (Prefix(*(part.chunk(2)[kind] for part in tokens)) for kind in range(2))
@@ -105,7 +107,7 @@ def select(
     mass, hit = paper.diagonal_windows(
         scores.tokens[1], by_offset, ranges, heads=heads, offset=grid.offset, blocks=grid.kv_blocks, block_size=size
     )
-    rows.write_paper_rows(
+    write_paper_rows(
         ranges,
         aware,
         scores.columns,

@@ -1,4 +1,4 @@
-"""Step 1: attention of the last queries, summed by key (`vertical`) and by offset (`slash`), never stored.
+"""Attention of the last queries, summed by key (`vertical`) and by offset (`slash`), never stored.
 
     P[i, k] = exp(s q_i . k_k - lse_i)          i: the last R <= B real queries, the last one at position end - 1
     vertical[k] = 1/R sum_i P[i, k]             slash[o] = 1/R sum_i P[i, x_i - o],  x_i the position of query i

@@ -1,7 +1,9 @@
-"""Step 3 as released: the top columns and the top block diagonals, as many as the coverage counts say."""
+"""The top columns and the top block diagonals of each head, as many as its counts say."""
 
 # Triton's kernels and launches are not what a type checker sees in them.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,11 +13,27 @@ from torch import Tensor
 from flexprefill_fa.kernels.common import LENGTHS, bits_of, on_device, real_range, top_of_row
 
 
+class CoverageBudget(NamedTuple):
+    """How FlexPrefill, as released, turns the tokens that a coverage needs into blocks."""
+
+    aware: Tensor  # [B * Hq] int32, query-aware heads: they keep the least
+    least: int  # blocks
+    most: int  # blocks
+
+
+@triton.jit
+def _covering_blocks(tokens, real, aware, least, most):
+    """Blocks for a coverage of so many tokens, of which there are `real`."""
+    needed = tl.minimum(tokens, real)  # never more tokens than there are
+    count = (needed + 1) // 128 + 1  # 128 whatever the block size, as released
+    return tl.where(aware != 0, least, tl.minimum(tl.maximum(count, least), most))
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _choose_kernel(
     column_sums,  # [rows, blocks]
     diagonal_sums,  # [rows, blocks]
-    tokens,  # [2, rows] int32, coverage counts of columns and diagonals
+    counts,  # [2, rows] int32, of columns and of diagonals: blocks, or the tokens that the coverage needs
     aware,  # [rows] int32
     ranges,
     kept,  # [2, rows, blocks] int8, out: columns by absolute block, diagonals by blocks below the main one
@@ -23,6 +41,7 @@ def _choose_kernel(
     blocks,
     least,
     most,
+    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -36,10 +55,10 @@ def _choose_kernel(
     first = tl.where(kind == 0, base, 0)
     place = lane - first
     inside = (place >= 0) & (place < number)
-    needed = tl.minimum(tl.load(tokens + kind * rows + row), end - base * BLOCK)  # never more tokens than there are
-    count = (needed + 1) // 128 + 1  # 128 whatever the block size, as released
-    count = tl.minimum(tl.maximum(count, least), tl.minimum(most, number))
-    count = tl.where(tl.load(aware + row) != 0, least, count)
+    count = tl.load(counts + kind * rows + row)
+    if TOKENS:
+        count = _covering_blocks(count, end - base * BLOCK, tl.load(aware + row), least, most)
+    count = tl.minimum(count, number)
     if kind == 0:
         scores = tl.load(column_sums + row * blocks + lane, mask=inside, other=0.0)
     else:
@@ -52,26 +71,26 @@ def _choose_kernel(
 def choose(
     column_sums: Tensor,
     diagonal_sums: Tensor,
-    tokens: Tensor,
-    aware: Tensor,
+    counts: Tensor,
     ranges: Tensor,
     *,
     heads: int,
-    least: int,
-    most: int,
     block_size: int,
+    budget: CoverageBudget | None = None,
 ) -> Tensor:
     """Kept columns (by absolute block) and kept block diagonals (by distance), int8 `[2, B * Hq, nk]`.
 
     Args:
-        column_sums, diagonal_sums: fp32 `[B * Hq, nk]`. tokens: int32 `[2, B * Hq]`, what the coverage needs.
-        aware: int32 `[B * Hq]`. ranges: int32 `[B, 2]`. least, most: budgets in blocks.
+        column_sums, diagonal_sums: fp32 `[B * Hq, nk]`. ranges: int32 `[B, 2]`.
+        counts: int32 `[2, B * Hq]`, columns and diagonals to keep, in blocks; at most all are kept.
+        budget: given, counts are the tokens that a coverage needs, and this turns them into blocks.
     """
     rows, blocks = column_sums.shape
     kept = torch.empty(2, rows, blocks, dtype=torch.int8, device=column_sums.device)
+    aware, least, most = budget or (counts, 0, 0)  # not read
     with on_device(column_sums):
         _choose_kernel[(rows, 2)](
-            column_sums, diagonal_sums, tokens, aware, ranges, kept, heads, blocks, least, most, BLOCK=block_size,
-            WIDTH=triton.next_power_of_2(blocks), num_warps=8,
+            column_sums, diagonal_sums, counts, aware, ranges, kept, heads, blocks, least, most,
+            TOKENS=budget is not None, BLOCK=block_size, WIDTH=triton.next_power_of_2(blocks), num_warps=8,
         )  # fmt: skip
     return kept

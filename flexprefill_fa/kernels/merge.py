@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
-from flexprefill_fa.masks.flexprefill.kernels.last_query import LastQueryScores
+from flexprefill_fa.kernels.last_query import LastQueryScores
 
 
 class HeadScores(NamedTuple):

@@ -1,0 +1,207 @@
+"""Mean correction (arXiv 2608.19758): a dropped block counts with its mean key and mean value.
+
+Each dropped block J whose last real key is visible to a query adds |B_J| exp(s q . K_[J]) to the denominator of that
+query's softmax, and the same times V_[J] to the numerator. Two ways to the same sums:
+
+- `correct_by_means` adds them to finished attention and merges by log-sum-exp. For CUDA, where it is not switched on
+  yet (`check_mean_correction`); FlexAttention's FLASH kernel gives no log-sum-exp.
+- `with_means` appends the means as further keys, for one FlexAttention call with a mask_mod that admits the dropped
+  blocks' means and a score_mod that adds log |B_J|. On the CPU, whose kernel gives no log-sum-exp either.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexprefill_fa.grid import Grid, cdiv, real_ranges
+from flexprefill_fa.selection import scatter_lists
+
+_UNSEEN = 2**31 - 1  # no position is this far
+
+
+@torch.library.custom_op("flexprefill_fa::correct_by_means", mutates_args=(), device_types="cuda")
+def correct_by_means(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    full_kv_num_blocks: Tensor,
+    full_kv_indices: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    scale: float | None,
+    block_size: int,
+) -> Tensor:
+    """Attention over kept blocks, corrected by the means of the dropped ones.
+
+    Args:
+        query: `[B, Hq, Lq, D]`. key, value: `[B, Hkv, Lkv, D]`.
+        out: `[B, Hq, Lq, D]`, attention over the kept blocks. lse: fp32 `[B, Hq, Lq]`, its log-sum-exp.
+        kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices: the kept blocks.
+        starts, lengths: int `[B]`, first real key and number of real keys, or None.
+        scale: score scale, None for 1/sqrt(D).
+        block_size: tokens per block.
+
+    Returns:
+        `[B, Hq, Lq, D]`.
+    """
+    from flexprefill_fa.kernels.mean_correction import correct  # Triton only where it runs
+
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    lists = (kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices)
+    return correct(query, key, value, out, lse, lists, starts, lengths, factor, block_size)
+
+
+@correct_by_means.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    full_kv_num_blocks: Tensor,
+    full_kv_indices: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    scale: float | None,
+    block_size: int,
+) -> Tensor:
+    return torch.empty_like(out)
+
+
+@torch.library.custom_op("flexprefill_fa::with_means", mutates_args=())
+def with_means(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    full_kv_num_blocks: Tensor,
+    full_kv_indices: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The attention problem with the means of all blocks as further keys, behind the real ones.
+
+    Args:
+        query, key, value, kv_num_blocks ... lengths, block_size: as for `correct_by_means`.
+
+    Returns:
+        key and value `[B, Hkv, (nk + nx) * block, D]`, nx blocks of means; the four index tensors, whose partial list
+        also has the blocks of means that a row may see; and what `mean_mask` and `mean_score` read: offset int32
+        `[B + 1]`, slot int32 `[keys]` (0 for a real key, 1 + J for the mean of block J), bound int32 `[B, keys]` (the
+        position from which a key is visible), permit bool `[B, Hq, nq, 1 + nk]`, bias fp32 `[B, keys]`.
+    """
+    batch, _, q_len, _ = query.shape
+    grid = Grid(q_len, key.shape[2], block_size)
+    device, blocks = key.device, grid.kv_blocks
+    extra = cdiv(blocks, block_size)
+    start, end = real_ranges(starts, lengths, batch, grid.kv_len, device).long().unbind(1)
+
+    def lengthened(values: Tensor, real: Tensor) -> Tensor:
+        padded = F.pad(values, (0, 0, 0, blocks * block_size - grid.kv_len))
+        sums = (padded.float() * real[:, None, :, None]).unflatten(2, (blocks, block_size)).sum(3)
+        means = sums / count.clamp(min=1)[:, None, :, None]
+        return torch.cat((padded, F.pad(means.to(values.dtype), (0, 0, 0, extra * block_size - blocks))), 2)
+
+    position = torch.arange(blocks * block_size, device=device)
+    real = (position >= start[:, None]) & (position < end[:, None])  # [B, nk * block]
+    block = torch.arange(blocks, device=device)
+    last = torch.minimum(end[:, None], (block + 1) * block_size)  # [B, nk], past a block's last real key
+    count = (last - torch.maximum(start[:, None], block * block_size)).clamp(min=0)
+    bound = torch.cat((torch.where(real, position, _UNSEEN), torch.where(count > 0, last - 1, _UNSEEN)), 1)
+    bias = torch.cat((torch.zeros_like(real, dtype=torch.float32), count.clamp(min=1).float().log()), 1)
+    unused = extra * block_size - blocks
+    bound, bias = F.pad(bound, (0, unused), value=_UNSEEN), F.pad(bias, (0, unused))
+    slot = F.pad(torch.cat((torch.zeros_like(position), 1 + block)), (0, unused))
+
+    kept = scatter_lists(kv_num_blocks, kv_indices, blocks) | scatter_lists(full_kv_num_blocks, full_kv_indices, blocks)
+    permit = F.pad(~kept, (1, 0), value=True)
+    width = blocks + extra
+    row_last = (grid.offset + (torch.arange(grid.q_blocks, device=device) + 1) * block_size).clamp(max=grid.kv_len) - 1
+    seen = (row_last // block_size // block_size + 1).to(torch.int32)  # blocks of means that a row may see
+    column = torch.arange(width, dtype=torch.int32, device=device)
+    behind = column - kv_num_blocks[..., None]
+    old = F.pad(kv_indices, (0, width - kv_indices.shape[-1]))
+    indices = torch.where(behind < 0, old, blocks + behind.clamp(max=extra - 1)).to(torch.int32)
+    full = F.pad(full_kv_indices, (0, width - full_kv_indices.shape[-1]))
+    offset = torch.full((batch + 1,), grid.offset, dtype=torch.int32, device=device)
+    return (
+        lengthened(key, real),
+        lengthened(value, real),
+        (kv_num_blocks + seen).to(torch.int32),
+        indices.contiguous(),
+        full_kv_num_blocks.clone(),
+        full.contiguous(),
+        offset,
+        slot.to(torch.int32),
+        bound.to(torch.int32),
+        permit.contiguous(),
+        bias,
+    )
+
+
+@with_means.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    full_kv_num_blocks: Tensor,
+    full_kv_indices: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, kv_heads, kv_len, dim = key.shape
+    heads, rows = kv_num_blocks.shape[1:]
+    blocks = cdiv(kv_len, block_size)
+    width = blocks + cdiv(blocks, block_size)
+    keys = width * block_size
+    indices = kv_indices.new_empty((batch, heads, rows, width))
+    vector = kv_indices.new_empty
+    return (
+        key.new_empty((batch, kv_heads, keys, dim)),
+        value.new_empty((batch, kv_heads, keys, dim)),
+        torch.empty_like(kv_num_blocks),
+        indices,
+        torch.empty_like(kv_num_blocks),
+        torch.empty_like(indices),
+        vector((batch + 1,)),
+        vector((keys,)),
+        vector((batch, keys)),
+        query.new_empty((batch, heads, rows, 1 + blocks), dtype=torch.bool),
+        query.new_empty((batch, keys), dtype=torch.float32),
+    )
+
+
+def mean_mask(offset: Tensor, slot: Tensor, bound: Tensor, permit: Tensor, block_size: int) -> Callable[..., Tensor]:
+    """The mask_mod of `with_means`: real keys causally, means of dropped blocks once they are wholly visible."""
+
+    # Literal block sizes, as in `looked_up`.
+    def mask_128(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (bound[b, kv_idx] <= q_idx + offset[b]) & permit[b, h, q_idx // 128, slot[kv_idx]]
+
+    def mask_64(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (bound[b, kv_idx] <= q_idx + offset[b]) & permit[b, h, q_idx // 64, slot[kv_idx]]
+
+    return mask_128 if block_size == 128 else mask_64
+
+
+def mean_score(bias: Tensor) -> Callable[..., Tensor]:
+    """The score_mod of `with_means`: a mean counts as often as its block has real keys."""
+
+    def weighted(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + bias[b, kv_idx]
+
+    return weighted
