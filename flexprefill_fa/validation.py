@@ -11,6 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cuda", "cpu")
 BLOCK_SIZES = (64, 128)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+MEAN_CORRECTION_TORCH = (2, 13)  # with 2.11 a process that tested it died, for a reason not found yet
 
 
 def check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
@@ -56,6 +57,9 @@ def check_mean_correction(mean_correction: object, mask_mod: object, score_mod: 
         raise ValueError(f"mean_correction cannot be combined with a {' or a '.join(given)}")
     if mean_correction and device.type != "cpu":
         raise ValueError(f"mean_correction runs on the CPU alone so far, got tensors on {device}")
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if mean_correction and version < MEAN_CORRECTION_TORCH:
+        raise ValueError(f"mean_correction was tested with torch 2.13 and newer, got torch {torch.__version__}")
 
 
 def _check_tensor(name: str, tensor: object) -> None:

@@ -147,6 +147,13 @@ def test_it_lowers_the_error() -> None:
     assert corrected < 0.8 * plain
 
 
+def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with pytest.raises(ValueError, match=r"torch 2\.13 and newer, got torch 2\.11\.0"):
+        check_mean_correction(True, None, None, torch.device("cpu"))
+    check_mean_correction(False, None, None, torch.device("cpu"))
+
+
 def test_what_it_cannot_be_combined_with() -> None:
     query, key, value, selection = make(CASES[0])
 
