@@ -21,7 +21,7 @@ from bench.timing import Stopwatch, Times
 from flexprefill_fa import BlockSelection, select_blocks, sparse_prefill_attention
 from flexprefill_fa.attention import block_sparse_attention
 from flexprefill_fa.backends import resolve_backend
-from flexprefill_fa.cost_model import prefers_dense
+from flexprefill_fa.cost_model import causal_flop, prefers_dense
 from flexprefill_fa.dense import causal_attention, fastest_dense
 from flexprefill_fa.loading import first_line
 
@@ -144,8 +144,7 @@ class LengthBenchmark:
             return row
         row |= self._peak(call)
         total = self.watch.graph(call)
-        blocks = -(-self.length // _BLOCK)
-        flop = blocks * (blocks + 1) // 2 * row["batch"] * row["heads"] * self._block_flop(_BLOCK)
+        flop = causal_flop(batch=row["batch"], heads=row["heads"], head_dim=row["head_dim"], tokens=self.length)
         self.dense_ms[kernel] = total.median
         self.dense_tflops[kernel] = _tflops(flop, total)
         row |= self._timed(total_ms=total, **self._eager(call))

@@ -9,15 +9,11 @@ import numpy
 
 from bench.rows import Row
 from flexprefill_fa import get_selector
-from flexprefill_fa.cost_model import Rates
-
-_BLOCK = 128
+from flexprefill_fa.cost_model import Rates, causal_flop
 
 
-def causal_flop(row: Row) -> float:
-    """FLOP of dense attention over every causal block."""
-    blocks = -(-row["length"] // _BLOCK)
-    return 4.0 * row["head_dim"] * _BLOCK**2 * (blocks * (blocks + 1) // 2) * row["batch"] * row["heads"]
+def _flop(row: Row) -> int:
+    return causal_flop(batch=row["batch"], heads=row["heads"], head_dim=row["head_dim"], tokens=row["length"])
 
 
 def best_dense(rows: Sequence[Row], backend: str) -> dict[int, Row]:
@@ -72,12 +68,12 @@ def fit_rates(rows: Sequence[Row], selector: str, backend: str, longest: int) ->
     lengths = {row["length"] for row in sparse} & {row["length"] for row in dense}
     if len(lengths) < 2:
         raise ValueError(f"a fit needs dense and {backend} rows of two lengths, got {sorted(lengths)}")
-    dense_launch, dense_slope = _line([causal_flop(row) for row in dense], [row["total_ms"] for row in dense])
+    dense_launch, dense_slope = _line([_flop(row) for row in dense], [row["total_ms"] for row in dense])
     select_launch, select_slope = _line(
         [row["length"] * row["batch"] * row["heads"] for row in sparse], [row["select_ms"] for row in sparse]
     )
     attend_launch, attend_slope = _line(
-        [row["density"] * causal_flop(row) for row in sparse], [row["total_ms"] - row["select_ms"] for row in sparse]
+        [row["density"] * _flop(row) for row in sparse], [row["total_ms"] - row["select_ms"] for row in sparse]
     )
     return Rates(
         dense_launch_ms=round(dense_launch, 4),

@@ -47,12 +47,17 @@ RATES: dict[tuple[tuple[int, int], str, str, int], Rates] = {
 }
 
 
+def causal_flop(*, batch: int, heads: int, head_dim: int, tokens: int) -> int:
+    """FLOP of dense attention over every causal block, the masked half of the diagonal ones included."""
+    blocks = cdiv(tokens, _BLOCK)
+    return 4 * head_dim * _BLOCK**2 * (blocks * (blocks + 1) // 2) * batch * heads
+
+
 def predicted_ms(
     rates: Rates, *, batch: int, heads: int, head_dim: int, tokens: int, density: float
 ) -> tuple[float, float]:
     """(dense, sparse) milliseconds of one layer's attention over a whole prompt."""
-    blocks = cdiv(tokens, _BLOCK)
-    flop = 4 * head_dim * _BLOCK**2 * (blocks * (blocks + 1) // 2) * batch * heads
+    flop = causal_flop(batch=batch, heads=heads, head_dim=head_dim, tokens=tokens)
     dense = rates.dense_launch_ms + flop / rates.dense_tflops / 1e9
     select = rates.select_launch_ms + rates.select_ns * batch * heads * tokens / 1e6
     attend = rates.attend_launch_ms + density * flop / rates.attend_tflops / 1e9

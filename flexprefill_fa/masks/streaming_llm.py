@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexprefill_fa.grid import Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks
 from flexprefill_fa.masks.density import fixed_density
-from flexprefill_fa.masks.operator import Lists, traced_lists
+from flexprefill_fa.masks.operator import Lists, select_operator
 from flexprefill_fa.selection import index_lists
 from flexprefill_fa.validation import check_block_size, check_integer
 
@@ -79,22 +79,18 @@ def kept_blocks(grid: Grid, ranges: Tensor, config: StreamingLLMConfig) -> Tenso
     return (sink | window) & visible_blocks(grid, ranges)
 
 
-@torch.library.custom_op("flexprefill_fa::select_streaming_llm", mutates_args=())
-def select_streaming_llm(
+def select(
     query: Tensor,
     key: Tensor,
     starts: Tensor | None,
     lengths: Tensor | None,
-    settings: Tensor,
-    scale: float | None,
-    block_size: int,
-    all_partial: bool,
-    zero_tails: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The blocks that StreamingLLM keeps; arguments and results as `select_flashprefill`'s. No score is computed."""
+    config: StreamingLLMConfig,
+    scale: float | None = None,
+    all_partial: bool = False,
+) -> Lists:
+    """The selection, see `select_operator`. No score is computed."""
     batch, heads = query.shape[:2]
-    config = StreamingLLMConfig.from_settings(settings, block_size)
-    grid = Grid(query.shape[2], key.shape[2], block_size)
+    grid = Grid(query.shape[2], key.shape[2], config.block_size)
     ranges = real_ranges(starts, lengths, batch, grid.kv_len, query.device)
     keep = kept_blocks(grid, ranges, config)
     full = keep & unmasked_blocks(grid, ranges) & (not all_partial)
@@ -106,16 +102,4 @@ def select_streaming_llm(
     return lists[0], lists[1], lists[2], lists[3], torch.zeros(batch, heads, device=query.device)
 
 
-@select_streaming_llm.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    settings: Tensor,
-    scale: float | None,
-    block_size: int,
-    all_partial: bool,
-    zero_tails: bool,
-) -> Lists:
-    return traced_lists(query, key, block_size)
+select_streaming_llm = select_operator(StreamingLLMConfig.name, StreamingLLMConfig, select, None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flexprefill_fa.grid import Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks
 from flexprefill_fa.masks.density import fixed_density
 from flexprefill_fa.masks.last_queries import Element, block_sums, element_of, last_query_scores, top
-from flexprefill_fa.masks.operator import Lists, traced_lists
+from flexprefill_fa.masks.operator import Lists, select_operator
 from flexprefill_fa.selection import index_lists
 from flexprefill_fa.validation import check_block_size, check_integer
 
@@ -99,22 +99,18 @@ def select_element(element: Element, config: VerticalSlashConfig) -> Tensor:
     return (keep | element.always_kept()) & element.visible()
 
 
-@torch.library.custom_op("flexprefill_fa::select_vertical_slash", mutates_args=(), device_types="cpu")
-def select_vertical_slash(
+def select(
     query: Tensor,
     key: Tensor,
     starts: Tensor | None,
     lengths: Tensor | None,
-    settings: Tensor,
-    scale: float | None,
-    block_size: int,
-    all_partial: bool,
-    zero_tails: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The blocks of the top columns and diagonals; arguments and results as `select_flashprefill`'s."""
+    config: VerticalSlashConfig,
+    scale: float | None = None,
+    all_partial: bool = False,
+) -> Lists:
+    """The blocks of the top columns and diagonals in plain PyTorch, see `select_operator`."""
     batch, heads, q_len, dim = query.shape
-    config = VerticalSlashConfig.from_settings(settings, block_size)
-    grid = Grid(q_len, key.shape[2], block_size)
+    grid = Grid(q_len, key.shape[2], config.block_size)
     ranges = real_ranges(starts, lengths, batch, grid.kv_len, key.device)
     keep = torch.zeros(batch, heads, grid.q_blocks, grid.kv_blocks, dtype=torch.bool, device=query.device)
     for b, (start, end) in enumerate(ranges.tolist()):
@@ -165,32 +161,4 @@ def select_by_triton(
     return *lists, torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
 
 
-@select_vertical_slash.register_kernel("cuda")
-def _(
-    query: Tensor,
-    key: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    settings: Tensor,
-    scale: float | None,
-    block_size: int,
-    all_partial: bool,
-    zero_tails: bool,
-) -> Lists:
-    config = VerticalSlashConfig.from_settings(settings, block_size)
-    return select_by_triton(query, key, starts, lengths, config, scale, all_partial, zero_tails)
-
-
-@select_vertical_slash.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    settings: Tensor,
-    scale: float | None,
-    block_size: int,
-    all_partial: bool,
-    zero_tails: bool,
-) -> Lists:
-    return traced_lists(query, key, block_size)
+select_vertical_slash = select_operator(VerticalSlashConfig.name, VerticalSlashConfig, select, select_by_triton)
