@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ class Plan:
         device, seed: where, and of what.
         repeats: measurements of each time, fewer where they would take longer than `seconds`.
         dense: whether to time the dense kernels too.
+        mean_correction: whether to time attention with mean correction too.
     """
 
     configs: Sequence[Any]
@@ -62,6 +64,7 @@ class Plan:
     repeats: int
     seconds: float
     dense: bool
+    mean_correction: bool = False
 
     @property
     def kernels(self) -> Sequence[str]:
@@ -167,8 +170,10 @@ class LengthBenchmark:
             def total(backend: str = backend) -> Tensor:
                 return sparse_prefill_attention(query, key, value, config, backend=backend)
 
-            def attend(backend: str = backend) -> Tensor:
-                return block_sparse_attention(query, key, value, selection, backend=backend)
+            def attend(backend: str = backend, *, mean_correction: bool = False) -> Tensor:
+                return block_sparse_attention(
+                    query, key, value, selection, backend=backend, mean_correction=mean_correction
+                )
 
             row: Row = {**self.conditions, "path": "dense" if goes_dense else "sparse", "selector": config.name}
             row |= {"settings": dataclasses.asdict(config), "backend": backend}
@@ -184,6 +189,8 @@ class LengthBenchmark:
                 if not goes_dense:
                     select_times = select_times or self.watch.graph(select)
                     times |= {"select_ms": select_times, "attend_ms": self.watch.graph(attend)}
+                    if self.plan.mean_correction:
+                        times["corrected_ms"] = self.watch.graph(functools.partial(attend, mean_correction=True))
                     row |= self._throughput(selection, times["attend_ms"], kernel)
                 row |= self._timed(**times) | self._speedups(times["total_ms"])
             yield row

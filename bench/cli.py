@@ -66,6 +66,7 @@ def attention(
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each time.")] = 20,
     seconds: Annotated[float, typer.Option(min=0, help="Fewer repeats where they would take longer.")] = 5.0,
     dense: Annotated[bool, typer.Option(help="Time the dense kernels too.")] = True,
+    mean_correction: Annotated[bool, typer.Option(help="Time attention with mean correction too.")] = False,
     out: Annotated[Path, typer.Option(help="JSON lines; rows are added.")] = RESULTS / "attention.jsonl",
     as_json: Annotated[bool, typer.Option("--json", help="Print each row on stdout too, the table on stderr.")] = False,
 ) -> None:
@@ -89,6 +90,7 @@ def attention(
             repeats=repeats,
             seconds=seconds,
             dense=dense,
+            mean_correction=mean_correction,
         )
         wanted = parse_lengths(lengths)
         for length, share in itertools.product(wanted, plan.densities):

@@ -25,8 +25,8 @@ BACKEND = {"cuda": "TRITON", "cpu": "CPU"}
 
 _GAMMAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 _ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
-_WINDOWS = (1024, 2048, 4096, 8192)
-_SIZES = (512, 1024, 2048, 4096, 8192)
+_WINDOWS = (128, 512, 1024, 2048, 4096, 8192)
+_SIZES = (128, 512, 1024, 2048, 4096, 8192)
 
 SWEEP = (
     *(
@@ -35,7 +35,14 @@ SWEEP = (
         for tau in (0.1, 0)
         for gamma in _GAMMAS
     ),
+    # With little that is always kept: only so a prompt of a few thousand tokens reaches densities of 5 and 10 %.
+    *(
+        f"flexprefill:variant={v}+gamma={gamma}+min_budget=128"
+        for v in ("published", "paper")
+        for gamma in (0.3, *_GAMMAS)
+    ),
     *(f"flashprefill:alpha={alpha}" for alpha in _ALPHAS),
+    *(f"flashprefill:alpha={alpha}+sink_blocks=1+window_blocks=1+last_full_blocks=0" for alpha in _ALPHAS),
     *(f"streaming_llm:sink=128+window={window}" for window in _WINDOWS),
     *(f"vertical_slash:vertical_size={size}+slash_size={size}" for size in _SIZES),
 )

@@ -72,6 +72,8 @@ def _attention_table(dense: list[Row], selected: list[Row]) -> str:
     header = ["tokens", "density", "recall", f"{KERNEL_NAMES[yardstick]} ms", "best dense ms", "select ms"]
     for title in ("attend ms", "total ms", f"x {KERNEL_NAMES[yardstick]}", "x best dense"):
         header += [f"{title}, {name}" if len(explicit) > 1 else title for name in explicit]
+    corrected = [name for name in explicit if any(row["backend"] == name and "corrected_ms" in row for row in selected)]
+    header += [f"mean correction, {name}" for name in corrected]
     header.append("`auto`")
     lines = []
     for length in sorted({row["length"] for row in selected}):
@@ -86,6 +88,7 @@ def _attention_table(dense: list[Row], selected: list[Row]) -> str:
         cells += ["wrong" if "error" in row else _ms(row.get("total_ms")) for row in shown]
         for field in (f"speedup_{yardstick}", "speedup_best_dense"):
             cells += [_times(row.get(field)) for row in shown]
+        cells += [_correction(by_backend.get(name, {})) for name in corrected]
         cells.append(_auto(by_backend.get("auto"), yardstick))
         lines.append(cells)
     return f"{_caption(dense + selected, _selector(selected[0]))}\n\n{markdown_table(header, lines)}"
@@ -183,6 +186,13 @@ def _auto(row: Row | None, yardstick: str) -> str:
     if "error" in row:
         return "wrong"
     return f"{row['path']} {row['kernel']}: {_ms(row['total_ms'])} ms, {_times(row.get(f'speedup_{yardstick}'))}"
+
+
+def _correction(row: Row) -> str:
+    """What mean correction adds to the attention's time."""
+    if "corrected_ms" not in row:
+        return "-"
+    return f"+{row['corrected_ms'] / row['attend_ms'] - 1:.0%} of attend"
 
 
 def _ms(value: Any) -> str:

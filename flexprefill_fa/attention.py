@@ -51,8 +51,8 @@ def sparse_prefill_attention(
         mask_mod: a further mask, in FlexAttention's sense (q_idx counts from the first query, kv_idx from the first
             key). The selector does not see it. Every block is then masked pair by pair, which costs up to 2x.
         score_mod: FlexAttention's score_mod. The selector does not see it.
-        mean_correction: let each dropped block count with its mean key and value, see `mean_correction.py`. On the CPU
-            alone so far, and not with a mask_mod or score_mod.
+        mean_correction: let each dropped block count with its mean key and value, see `mean_correction.py`. Not with
+            a mask_mod or score_mod; on the CPU with torch 2.13 and newer.
         backend: "auto", or "TRITON", "FLASH" or "CPU" to insist.
         return_selection: also return the `BlockSelection` that was computed; where attention ran dense, every block.
 
@@ -75,7 +75,6 @@ def sparse_prefill_attention(
         has_score_mod=score_mod is not None,
         has_mask_mod=mask_mod is not None,
         position_in_graph=is_compiling() and needs_position(query, key, starts, lengths),
-        mean_correction=mean_correction,
     )
     whole = not needs_position(query, key, starts, lengths)
     if whole and not is_compiling():
@@ -159,7 +158,6 @@ def block_sparse_attention(
         has_score_mod=score_mod is not None,
         has_mask_mod=mask_mod is not None,
         position_in_graph=is_compiling() and needs_position(query, key, starts, lengths),
-        mean_correction=mean_correction,
     )
     return run_attend(
         query,

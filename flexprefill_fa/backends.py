@@ -42,7 +42,6 @@ def flash_problem(
     *,
     has_score_mod: bool = False,
     position_in_graph: bool = False,
-    mean_correction: bool = False,
 ) -> str | None:
     """Why the FLASH kernel cannot run this call, or None if it can."""
     if query.device.type != "cuda":
@@ -58,8 +57,6 @@ def flash_problem(
         return f"it needs block_size 128, got {block_size}"
     if has_score_mod:
         return "it does not take a score_mod here"
-    if mean_correction:
-        return "it gives no log-sum-exp, by which mean_correction is merged"
     if position_in_graph:
         return "inside a compiled model it cannot read padding or an offset, which the same graph computes"
     if not _FLASH_INSTALLED:
@@ -75,7 +72,6 @@ def resolve_backend(
     has_score_mod: bool = False,
     has_mask_mod: bool = False,
     position_in_graph: bool = False,
-    mean_correction: bool = False,
 ) -> str:
     """The kernel that runs: "TRITON", "FLASH" or "CPU".
 
@@ -85,7 +81,6 @@ def resolve_backend(
         block_size: tokens per block.
         has_score_mod, has_mask_mod: whether the caller gave one.
         position_in_graph: whether padding or an offset is computed in the graph that runs the attention.
-        mean_correction: whether dropped blocks are to count by their means.
 
     Raises:
         ValueError: for an unknown name, or an explicit request that this call cannot meet.
@@ -93,11 +88,7 @@ def resolve_backend(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     device = query.device.type
-    limits = {
-        "has_score_mod": has_score_mod,
-        "position_in_graph": position_in_graph,
-        "mean_correction": mean_correction,
-    }
+    limits = {"has_score_mod": has_score_mod, "position_in_graph": position_in_graph}
     if backend == "FLASH":
         problem = flash_problem(query, block_size, **limits)
         if problem:

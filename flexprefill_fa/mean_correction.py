@@ -3,10 +3,10 @@
 Each dropped block J whose last real key is visible to a query adds |B_J| exp(s q . K_[J]) to the denominator of that
 query's softmax, and the same times V_[J] to the numerator. Two ways to the same sums:
 
-- `correct_by_means` adds them to finished attention and merges by log-sum-exp. For CUDA, where it is not switched on
-  yet (`check_mean_correction`); FlexAttention's FLASH kernel gives no log-sum-exp.
+- `correct_by_means` adds them to finished attention and merges by log-sum-exp. For CUDA, by TRITON and FLASH alike: the
+  main call stays as it is, where a score_mod for the means would run on all of its blocks.
 - `with_means` appends the means as further keys, for one FlexAttention call with a mask_mod that admits the dropped
-  blocks' means and a score_mod that adds log |B_J|. On the CPU, whose kernel gives no log-sum-exp either.
+  blocks' means and a score_mod that adds log |B_J|. On the CPU, whose kernel gives no log-sum-exp.
 """
 
 import math

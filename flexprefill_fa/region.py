@@ -1,6 +1,7 @@
 """What `torch.compile` sees of sparse prefill: selection, BlockMask and FlexAttention as one region."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,10 +14,15 @@ from flexprefill_fa.block_mask import assemble, both, causal, causal_at, needs_p
 from flexprefill_fa.grid import cdiv, positions, real_ranges
 from flexprefill_fa.masks.selector import SelectOperator, SelectorConfig
 from flexprefill_fa.mean_correction import correct_by_means, mean_mask, mean_score, with_means
+from flexprefill_fa.validation import torch_version
 
 # Compiled variants per code object: dtypes, head dims, padding forms, batch 1 or more, backends. Beyond the limit
 # fullgraph compilation raises; torch's default of 8 is too few for one process that serves several models.
 _RECOMPILE_LIMIT = 64
+
+# The FLASH kernel's log-sum-exp is in natural logarithms, the Triton kernel's in logarithms to base 2. Before torch
+# 2.13 FlexAttention multiplies both by ln 2.
+_FLASH_LSE_IS_SCALED = torch_version() < (2, 13)
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 Position = tuple[Tensor, Tensor, Tensor]
@@ -64,7 +70,10 @@ def attend(
         return out
     out, found = flex_attention(query, key, value, return_aux=AuxRequest(lse=True), **arguments)
     assert isinstance(found, AuxOutput) and found.lse is not None  # asked for
-    return correct_by_means(query, key, value, out, found.lse, *lists, starts, lengths, scale, block_size)
+    lse = found.lse
+    if options.get("BACKEND") == "FLASH" and _FLASH_LSE_IS_SCALED:
+        lse = lse / math.log(2)
+    return correct_by_means(query, key, value, out, lse, *lists, starts, lengths, scale, block_size)
 
 
 def _attend_with_means(

@@ -27,9 +27,9 @@ INT_POINTERS = {
 FLOAT_POINTERS = {
     "thresholds", "scores", "means", "maxima", "sums", "totals", "lse", "vertical", "slash", "carry", "mean_key",
     "mean_query", "columns", "column_sums", "diagonals", "diagonal_sums", "logits", "distance", "pooled_scores",
-    "mass", "diagonal_mass", "goals", "factors", "tokens",
+    "mass", "diagonal_mass", "goals", "factors", "tokens", "best_scores",
 }  # fmt: skip
-BYTE_POINTERS = {"kept", "chosen", "hit", "diagonal_hit"}
+BYTE_POINTERS = {"kept", "again", "chosen", "hit", "diagonal_hit"}
 OF_THE_INPUTS = {("_block_mean_kernel", "values")} | {
     ("_correct_kernel", name) for name in ("mean_key", "mean_value", "out", "result")
 }
@@ -101,9 +101,12 @@ def variants(dtype: torch.dtype, dim: int, block: int):
     yield paper._diagonal_windows_kernel, {}, {"BLOCK": block}
     yield paper._column_hits_kernel, {}, {"BLOCK": block}
     yield mean_correction._kept_map_kernel, {}, {"CHUNK": mean_correction.CHUNK}
-    shape = mean_correction.launch_options(dim)
-    options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
-    yield mean_correction._correct_kernel, options, {"D": dim, "BLOCK_D": padded, "BLOCK": block, **shape}
+    shape = mean_correction.launch_options(dim, block)
+    options = {"num_warps": shape.pop("num_warps")}
+    limits = {"LIMIT": 100, "SHARE": mean_correction.SHARE}
+    for flag in (True, False):
+        constants = {"D": dim, "BLOCK_D": padded, "BLOCK": block, **limits, **shape, "ONLINE": flag}
+        yield mean_correction._correct_kernel, options, constants
     row = {"HAS_AWARE": True, "BLOCK": block, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True}
     yield line_rows._line_rows_kernel, {"num_warps": 4}, {**row, "DENSE": False, "CHUNK": line_rows.CHUNK}
     yield rows._paper_rows_kernel, {"num_warps": 4}, {**row, "LIMITED": True}

@@ -247,11 +247,16 @@ def test_mistakes_are_one_line(options: tuple[str, ...], message: str, out: Path
 
 def test_the_default_sweep() -> None:
     configs = [parse_selector(spec) for spec in SWEEP]
-    assert len(set(configs)) == len(configs) == 40
+    assert len(set(configs)) == len(configs) == 64
     assert {config.name for config in configs} == {"flexprefill", "flashprefill", "streaming_llm", "vertical_slash"}
     assert all(isinstance(config, get_selector(config.name)) for config in configs)
     flex = {(c.variant, c.tau, c.gamma, c.min_budget) for c in configs if isinstance(c, FlexPrefillConfig)}
-    assert {("published", 0.1, 0.95, 512), ("published", 0, 0.5, 512), ("paper", 0.1, 0.98, 512)} < flex
+    assert {
+        ("published", 0.1, 0.95, 512),
+        ("published", 0, 0.5, 512),
+        ("paper", 0.1, 0.98, 512),
+        ("published", 0.1, 0.3, 128),
+    } < flex
 
 
 def point(density: float, recall: float, error: float | None = None, corrected: float | None = None) -> Point:

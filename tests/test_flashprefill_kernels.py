@@ -88,8 +88,8 @@ def test_scores_are_as_exact_as_fp32(dtype: torch.dtype, size: float) -> None:
     grid, scale = Grid(200, 200, 64), 0.125 / size**2
     ranges = torch.tensor([[0, 200]], dtype=torch.int32)
     keys = kernels.split_keys(kernels.block_mean(key, ranges, 0, 64), scale)
-    scores = torch.full((4, 4), torch.nan)
-    kernels.block_scores(query, keys, ranges, scores, grid, 0)
+    scores, best = torch.full((4, 4), torch.nan), torch.empty(4)
+    kernels.block_scores(query, keys, ranges, scores, best, grid, 0)
     rows = scores.flip(0) * math.log(2)  # the last row block comes first
     mean = torch.stack([part.mean(1) for part in key.double()[0].split(64, 1)], 1)  # [1, 4, D]
     exact = query.double()[0] @ mean.mT * scale  # [1, 200, 4]

@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid
+from flexprefill_fa.grid import Grid, cdiv
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range, unit_stride
 from flexprefill_fa.kernels.outputs import prepare
 from flexprefill_fa.kernels.pooling import block_mean
 
 CHUNK = 512  # index entries at a time
+SHARE = 64  # pieces that a program of the second launch looks at
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -43,15 +44,77 @@ def _kept_map_kernel(
             tl.store(kept + target * kv_blocks + block, ones, mask=inside)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
+def _add_means(
+    sums,  # [ROWS, BLOCK_D] fp32: weighted values so far
+    total,  # [ROWS] fp32: weights so far
+    base,  # [ROWS] fp32: weights are 2 ** (score - base); ONLINE raises it as scores require
+    q,  # [ROWS, BLOCK_D]
+    mean_key,  # of this kv head, [kv_blocks, D]
+    mean_value,
+    kept,  # of this row block, [kv_blocks]
+    q_position,
+    row_first,
+    row_end,
+    start,
+    end,
+    kv_blocks,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    ONLINE: tl.constexpr,
+):
+    """Sums and total with the dropped blocks' means, and the highest of their scores."""
+    log2_block = 7.0 if BLOCK == 128 else 6.0
+    dim = tl.arange(0, BLOCK_D)
+    lane = tl.arange(0, COLUMNS)
+    highest = tl.full(base.shape, float("-inf"), tl.float32)
+    whole = (row_first + 1) // BLOCK  # every row sees the blocks before it
+    begin = start // BLOCK
+    # Loaded one tile ahead: a value that a tile waits for costs as much as its products.
+    flag = tl.load(kept + begin + lane, mask=begin + lane < kv_blocks, other=1)
+    for first in tl.range(begin, row_end // BLOCK + 1, COLUMNS, num_stages=STAGES):
+        block = first + lane
+        # A whole block of real keys counts BLOCK times.
+        bias = tl.where(flag == 0, log2_block, float("-inf"))
+        flag = tl.load(kept + block + COLUMNS, mask=block + COLUMNS < kv_blocks, other=1)
+        place = block[:, None] * D + dim[None, :]
+        inside = (block < kv_blocks)[:, None] & (dim < D)[None, :]
+        keys = tl.load(mean_key + place, mask=inside, other=0.0)
+        scores = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * scale + bias[None, :]
+        if (first + COLUMNS > whole) | (first * BLOCK < start):  # rarely, for it is work per column in every thread
+            count = tl.minimum(end, block * BLOCK + BLOCK) - tl.maximum(start, block * BLOCK)
+            # The last real key of a block must be visible: position min(end, (J + 1) B) - 1.
+            bound = tl.where(count > 0, tl.minimum(end, block * BLOCK + BLOCK) - 1, 2147483647)
+            less = tl.log2(tl.maximum(count, 1).to(tl.float32)) - log2_block
+            scores = tl.where(bound[None, :] <= q_position[:, None], scores + less[None, :], float("-inf"))
+        highest = tl.maximum(highest, tl.max(scores, 1))
+        if ONLINE:
+            higher = tl.maximum(base, highest)
+            shrink = tl.exp2(base - higher)
+            total = total * shrink
+            sums = sums * shrink[:, None]
+            base = higher
+        weights = tl.exp2(scores - base[:, None])
+        total += tl.sum(weights, 1)
+        values = tl.load(mean_value + place, mask=inside, other=0.0)
+        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="tf32x3")
+    return sums, total, highest
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "pieces"])
 def _correct_kernel(
     query,
     mean_key,  # [B, Hkv, kv_blocks, D], query's dtype
     mean_value,  # [B, Hkv, kv_blocks, D], query's dtype
-    kept,  # [rows, q_blocks, kv_blocks] int8
+    kept,  # [B * Hq, q_blocks, kv_blocks] int8
     ranges,
     out,  # [B, Hq, q_len, D]: attention over the kept blocks
-    lse,  # [rows, q_len] fp32: its log-sum-exp, natural logarithm
+    lse,  # [B * Hq, q_len] fp32: its log-sum-exp, natural logarithm
+    again,  # [B * Hq * pieces] int8: pieces whose scores are too high; out, or in with ONLINE
     result,  # [B, Hq, q_len, D], out
     q_stride_b,
     q_stride_h,
@@ -62,73 +125,76 @@ def _correct_kernel(
     r_stride_b,
     r_stride_h,
     r_stride_l,
+    lines,  # B * Hq * pieces
+    pieces,  # of ROWS queries
     heads,
     groups,
     q_len,
     offset,
+    q_blocks,
     kv_blocks,
     scale,  # times log2(e)
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHARE: tl.constexpr,
+    ONLINE: tl.constexpr,
 ):
-    """One program per row block and head; the heaviest rows, the last ones, first."""
-    row_block = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    batch, head = row // heads, row % heads
-    start, end = real_range(ranges, batch)
-    q_index = row_block * BLOCK + tl.arange(0, BLOCK)
-    q_position = offset + q_index
-    dim = tl.arange(0, BLOCK_D)
-    inside = (q_index < q_len)[:, None] & (dim < D)[None, :]
-    place = q_index.to(tl.int64)[:, None]
-    q = tl.load(
-        query + batch * q_stride_b + head * q_stride_h + place * q_stride_l + dim[None, :], mask=inside, other=0.0
-    )
-    means = (batch * (heads // groups) + head // groups) * kv_blocks * D
-    kept += (row * tl.num_programs(0) + row_block) * kv_blocks
-    highest = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    sums = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    last = tl.minimum(offset + row_block * BLOCK + BLOCK, end)  # past the last position that these rows see
-    for first in range(start // BLOCK, last // BLOCK + 1, COLUMNS):
-        block = first + tl.arange(0, COLUMNS)
-        count = tl.minimum(end, block * BLOCK + BLOCK) - tl.maximum(start, block * BLOCK)
-        here = (block < kv_blocks) & (count > 0)
-        dropped = here & (tl.load(kept + block, mask=here, other=1) == 0)
-        # The last real key of a block must be visible: position min(end, (J + 1) B) - 1.
-        bound = tl.where(dropped, tl.minimum(end, block * BLOCK + BLOCK) - 1, 2147483647)
-        keys = tl.load(
-            mean_key + means + block[:, None] * D + dim[None, :], mask=here[:, None] & (dim < D)[None, :], other=0.0
-        )
-        scores = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * scale
-        scores += tl.log2(tl.maximum(count, 1).to(tl.float32))[None, :]
-        scores = tl.where(bound[None, :] <= q_position[:, None], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2(highest - base)
-        weights = tl.exp2(scores - base[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        values = tl.load(
-            mean_value + means + block[:, None] * D + dim[None, :], mask=here[:, None] & (dim < D)[None, :], other=0.0
-        )
-        sums = sums * shrink[:, None]
-        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="tf32x3")
-        highest = higher
-    main = tl.load(out + batch * o_stride_b + head * o_stride_h + place * o_stride_l + dim[None, :], mask=inside)
-    norm = tl.load(lse + row * q_len + q_index, mask=q_index < q_len, other=0.0) * 1.4426950408889634
-    # A row that sees no key at all has no norm, and no correction either.
-    base = tl.maximum(tl.where(norm == norm, norm, float("-inf")), highest)
-    base = tl.where(base == float("-inf"), 0.0, base)
-    own, share = tl.exp2(norm - base), tl.exp2(highest - base)
-    merged = (main.to(tl.float32) * own[:, None] + sums * share[:, None]) / (own + total * share)[:, None]
-    merged = tl.where((highest == float("-inf"))[:, None], main.to(tl.float32), merged)
-    tl.store(
-        result + batch * r_stride_b + head * r_stride_h + place * r_stride_l + dim[None, :],
-        merged.to(result.dtype.element_ty),
-        mask=inside,
-    )
+    """One program per ROWS queries of a head; the heaviest, the last ones, first.
+
+    The norm of the attention over the kept blocks is known, so weights are relative to it: the sums begin with `out`
+    at weight 1, and no running maximum rescales them. Where a dropped block outweighs all kept ones by 2 ** LIMIT a
+    second launch (ONLINE) makes them again with one; its programs look at SHARE pieces each, mostly in vain.
+    """
+    first_line = tl.program_id(0)
+    stop_line = first_line + 1
+    if ONLINE:
+        first_line *= SHARE
+        line = first_line + tl.arange(0, SHARE)
+        some = tl.max(tl.load(again + line, mask=line < lines, other=0), 0)
+        stop_line = tl.where(some > 0, tl.minimum(first_line + SHARE, lines), first_line)
+    for line in range(first_line, stop_line):
+        wanted = True
+        if ONLINE:
+            wanted = tl.load(again + line) > 0
+        if wanted:
+            row = (line // pieces).to(tl.int64)
+            piece = pieces - 1 - line % pieces
+            batch, head = row // heads, row % heads
+            start, end = real_range(ranges, batch)
+            item = tl.arange(0, ROWS)
+            dim = tl.arange(0, BLOCK_D)
+            first_row = (piece * ROWS).to(tl.int64)
+            stored = (piece * ROWS + item < q_len)[:, None] & (dim < D)[None, :]
+            q_place = batch * q_stride_b + head * q_stride_h + first_row * q_stride_l
+            q = tl.load(query + q_place + item[:, None] * q_stride_l + dim[None, :], mask=stored, other=0.0)
+            norm = tl.load(lse + row * q_len + first_row + item, mask=piece * ROWS + item < q_len, other=float("-inf"))
+            normal = norm > float("-inf")  # a row that sees no kept key has no norm, minus infinity or NaN
+            base = tl.where(normal, norm * 1.4426950408889634, 0.0)
+            o_place = batch * o_stride_b + head * o_stride_h + first_row * o_stride_l
+            main = out + o_place + item[:, None] * o_stride_l + dim[None, :]
+            sums = tl.load(main, mask=stored & normal[:, None], other=0.0).to(tl.float32)
+            means = (batch * (heads // groups) + head // groups) * kv_blocks * D
+            row_first = offset + piece * ROWS
+            sums, total, highest = _add_means(
+                sums, normal.to(tl.float32), base, q, mean_key + means, mean_value + means,
+                kept + (row * q_blocks + piece * ROWS // BLOCK) * kv_blocks, row_first + item, row_first,
+                tl.minimum(row_first + ROWS, end), start, end, kv_blocks, scale, D, BLOCK_D, BLOCK, COLUMNS, STAGES,
+                ONLINE,
+            )  # fmt: skip
+            if not ONLINE:
+                tl.store(again + line, tl.where(tl.max(highest - base, 0) > LIMIT, 1, 0))
+            merged = sums / tl.where(total > 0, total, 1.0)[:, None]
+            r_place = batch * r_stride_b + head * r_stride_h + first_row * r_stride_l
+            tl.store(
+                result + r_place + item[:, None] * r_stride_l + dim[None, :],
+                merged.to(result.dtype.element_ty),
+                mask=stored,
+            )
 
 
 def kept_map(lists: tuple[Tensor, Tensor, Tensor, Tensor], grid: Grid) -> Tensor:
@@ -140,10 +206,11 @@ def kept_map(lists: tuple[Tensor, Tensor, Tensor, Tensor], grid: Grid) -> Tensor
     return kept
 
 
-def launch_options(head_dim: int) -> dict[str, int]:
-    """Columns of a tile, warps and stages."""
-    small = head_dim <= 128
-    return {"COLUMNS": 64 if small else 32, "num_warps": 8, "num_stages": 2 if small else 1}
+def launch_options(head_dim: int, block_size: int) -> dict[str, int]:
+    """Queries and columns of a tile, pipeline stages and warps: two programs per multiprocessor at D = 128."""
+    if head_dim <= 128:
+        return {"ROWS": min(128, block_size), "COLUMNS": 32, "STAGES": 2, "num_warps": 4}
+    return {"ROWS": 64, "COLUMNS": 32, "STAGES": 1, "num_warps": 4}
 
 
 def correct(
@@ -164,10 +231,17 @@ def correct(
     batch, heads, q_len, dim = query.shape
     means = [block_mean(x, ranges, 0, block_size).to(query.dtype) for x in (key, value)]
     result = torch.empty_like(out)
-    with on_device(query):
-        _correct_kernel[(grid.q_blocks, batch * heads)](
-            query, *means, kept_map(lists, grid), ranges, out, lse, result, *query.stride()[:3], *out.stride()[:3],
-            *result.stride()[:3], heads, heads // key.shape[1], q_len, grid.offset, grid.kv_blocks, scale * LOG2E,
-            D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK=block_size, **launch_options(dim),
-        )  # fmt: skip
+    options = launch_options(dim, block_size)
+    pieces = cdiv(q_len, options["ROWS"])
+    lines = batch * heads * pieces
+    again = torch.empty(lines, dtype=torch.int8, device=query.device)
+    kept = kept_map(lists, grid)
+    for online in (False, True):
+        with on_device(query):
+            _correct_kernel[(cdiv(lines, SHARE) if online else lines,)](
+                query, *means, kept, ranges, out, lse, again, result, *query.stride()[:3], *out.stride()[:3],
+                *result.stride()[:3], lines, pieces, heads, heads // key.shape[1], q_len, grid.offset, grid.q_blocks,
+                grid.kv_blocks, scale * LOG2E, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK=block_size,
+                LIMIT=14 if query.dtype == torch.float16 else 100, SHARE=SHARE, ONLINE=online, **options,
+            )  # fmt: skip
     return result

@@ -37,8 +37,9 @@ def select(
     lines = batch * heads * grid.q_blocks
     at_once = min(lines, max(1, SCORE_BYTES // (4 * grid.kv_blocks)))
     scores = torch.empty(at_once, grid.kv_blocks, dtype=torch.float32, device=query.device)
+    best = torch.empty(at_once, dtype=torch.float32, device=query.device)
     for first in range(0, lines, at_once):
         part = scores[: lines - first]
-        block_scores(query, keys, ranges, part, grid, first)
-        write_rows(ranges, part, lists, grid, config, first, all_partial=all_partial, zero_tails=zero_tails)
+        block_scores(query, keys, ranges, part, best, grid, first)
+        write_rows(ranges, part, best, lists, grid, config, first, all_partial=all_partial, zero_tails=zero_tails)
     return *lists, torch.zeros(batch, heads, dtype=torch.float32, device=query.device)

@@ -1,4 +1,4 @@
-"""The last step: one program per row block finds the row's best score and writes the blocks that come near it."""
+"""The last step: one program per row block writes the blocks whose score comes near the row's best."""
 
 # Triton's kernels and launches are not what a type checker sees in them.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
@@ -27,6 +27,7 @@ _SETTINGS = ["first_line", "log_alpha", "sink_blocks", "window_blocks", "last_fu
 def _rows_kernel(
     ranges,
     scores,  # [lines of this launch, kv_blocks] fp32, in units of log 2
+    best_scores,  # [lines of this launch] fp32
     partial_counts,
     partial_indices,
     full_counts,
@@ -54,11 +55,7 @@ def _rows_kernel(
     counted = counted_blocks(row_last, end, BLOCK)
     base = start // BLOCK
     lane = tl.arange(0, CHUNK)
-    best = tl.full([CHUNK], float("-inf"), tl.float32)
-    for first in range(base, counted, CHUNK):
-        block = first + lane
-        best = tl.maximum(best, tl.load(scores + block, mask=block < counted, other=float("-inf")))
-    threshold = tl.max(best, 0) + log_alpha
+    threshold = tl.load(best_scores + tl.program_id(0)) + log_alpha
 
     is_last = row_block > (end - 1 - offset) // BLOCK - last_full_blocks
     window = tl.where(is_last, kv_blocks, window_blocks)  # the last rows' window is everything
@@ -81,6 +78,7 @@ def _rows_kernel(
 def write_rows(
     ranges: Tensor,
     scores: Tensor,
+    best_scores: Tensor,
     lists: tuple[Tensor, Tensor, Tensor, Tensor],
     grid: Grid,
     config: FlashPrefillConfig,
@@ -89,10 +87,10 @@ def write_rows(
     all_partial: bool,
     zero_tails: bool,
 ) -> None:
-    """Fill the lists for the lines of `scores`, fp32 `[lines, nk]`, which begin at first_line."""
+    """Fill the lists of lines first_line, ... from `scores`, fp32 `[lines, nk]`, and `best_scores`, fp32 `[lines]`."""
     with on_device(ranges):
         _rows_kernel[(scores.shape[0],)](
-            ranges, scores, *lists, first_line, lists[0].shape[1], grid.offset, grid.kv_len, grid.q_blocks,
+            ranges, scores, best_scores, *lists, first_line, lists[0].shape[1], grid.offset, grid.kv_len, grid.q_blocks,
             grid.kv_blocks, max(math.log2(config.alpha), LOWEST), min(config.sink_blocks, grid.kv_blocks),
             min(config.window_blocks, grid.kv_blocks), min(config.last_full_blocks, grid.q_blocks),
             CHUNK=min(CHUNK, triton.next_power_of_2(grid.kv_blocks)), num_warps=4,

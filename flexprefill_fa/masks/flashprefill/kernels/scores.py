@@ -99,6 +99,7 @@ def _scores_kernel(
     factors,
     ranges,
     scores,  # [lines of this launch, kv_blocks] fp32, out: written up to the last block that a row counts for
+    best_scores,  # [lines of this launch] fp32, out: their maxima
     q_stride_b,
     q_stride_h,
     q_stride_l,
@@ -122,30 +123,39 @@ def _scores_kernel(
     start, end = real_range(ranges, batch)
     row_first, row_last = row_geometry(start, end, row_block, offset, kv_len, BLOCK)
     dim = tl.arange(0, BLOCK_D)
-    position = row_first + tl.arange(0, BLOCK)
+    item = tl.arange(0, BLOCK)
+    position = row_first + item
     real = (position >= start) & (position <= row_last)
-    query += batch * q_stride_b + head * q_stride_h
+    # Wide offsets in scalars, 32 bits within a tile: half of the instructions of a short row would be addresses.
+    query += batch * q_stride_b + head * q_stride_h + (row_first - offset).to(tl.int64) * q_stride_l
     values = tl.load(
-        query + (position - offset).to(tl.int64)[:, None] * q_stride_l + dim[None, :],
-        mask=real[:, None] & (dim < D)[None, :],
-        other=0.0,
+        query + item[:, None] * q_stride_l + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0
     ).to(tl.float32)
-    exponent = unit_exponent(tl.max(tl.max(tl.abs(values), 1), 0))
+    exponent = unit_exponent(tl.max(tl.reshape(tl.abs(values), [BLOCK * BLOCK_D]), 0))
     query_high, query_low = split(values, exponent)  # [BLOCK, BLOCK_D]
     query_factor = power_of_two(exponent)
     position = tl.where(real, position, -1)
 
     kv_row = (batch * (heads // groups) + head // groups) * kv_blocks
+    parts += kv_row * BLOCK_D
+    low_parts = parts + all_rows.to(tl.int64) * BLOCK_D
+    factors += kv_row
     scores += tl.program_id(0).to(tl.int64) * kv_blocks
     last = counted_blocks(row_last, end, BLOCK)
     every_row = (row_first >= start) & (row_last == row_first + BLOCK - 1)
     whole = tl.where(every_row, (row_first + 1) // BLOCK, 0)  # all rows count for the blocks before
+    best = tl.full([COLUMNS], float("-inf"), tl.float32)
+    lane = tl.arange(0, COLUMNS)
+    # Loaded one tile ahead: a value that a tile waits for costs as much as its products.
+    factor = tl.load(factors + start // BLOCK + lane, mask=start // BLOCK + lane < last, other=0.0)
     for first in range(start // BLOCK, last, COLUMNS):
-        block = first + tl.arange(0, COLUMNS)
+        block = first + lane
         inside = block < last
-        source = parts + (kv_row + block)[:, None] * BLOCK_D + dim[None, :]
-        high = tl.load(source, mask=inside[:, None], other=0.0)  # [COLUMNS, BLOCK_D]
-        low = tl.load(source + all_rows.to(tl.int64) * BLOCK_D, mask=inside[:, None], other=0.0)
+        current = tl.maximum(factor * query_factor, 1e-37)  # minus infinity times 0 would be NaN
+        factor = tl.load(factors + block + COLUMNS, mask=block + COLUMNS < last, other=0.0)
+        source = block[:, None] * BLOCK_D + dim[None, :]
+        high = tl.load(parts + source, mask=inside[:, None], other=0.0)  # [COLUMNS, BLOCK_D]
+        low = tl.load(low_parts + source, mask=inside[:, None], other=0.0)
         # Keys are the rows of the product: sums and maxima over queries then stay inside a warp.
         products = tl.dot(low, tl.trans(query_high))  # [COLUMNS, BLOCK]
         if TWO_PARTS:
@@ -155,12 +165,13 @@ def _scores_kernel(
             last_key = tl.minimum(block * BLOCK + BLOCK, end) - 1
             counts = inside[:, None] & (position[None, :] >= last_key[:, None])
             products = tl.where(counts, products, float("-inf"))
-        factor = tl.load(factors + kv_row + block, mask=inside, other=0.0) * query_factor
-        factor = tl.maximum(factor, 1e-37)  # minus infinity times 0 would be NaN
-        highest = tl.max(products, 1) * factor
+        highest = tl.max(products, 1) * current
         base = tl.where(highest == float("-inf"), 0.0, highest)
-        total = tl.sum(tl.exp2(products * factor[:, None] - base[:, None]), 1)
-        tl.store(scores + block, highest + tl.log2(tl.maximum(total, 1.0)), mask=inside)  # S >= 1 where a row counts
+        total = tl.sum(tl.exp2(products * current[:, None] - base[:, None]), 1)
+        score = highest + tl.log2(tl.maximum(total, 1.0))  # S >= 1 where a row counts
+        tl.store(scores + block, score, mask=inside)
+        best = tl.maximum(best, score)
+    tl.store(best_scores + tl.program_id(0), tl.max(best, 0))
 
 
 def split_keys(mean_key: Tensor, scale: float) -> PooledKeys:
@@ -180,12 +191,14 @@ def split_keys(mean_key: Tensor, scale: float) -> PooledKeys:
 def tile_options(head_dim: int, two_parts: bool) -> dict[str, int]:
     """Pooled keys of a tile, warps and stages: two programs per multiprocessor up to D = 128, within 163 KB beyond."""
     if head_dim <= 128:
-        return {"COLUMNS": 64, "num_warps": 4 if not two_parts else 8, "num_stages": 2}
+        return {"COLUMNS": 64, "num_warps": 4 if not two_parts else 8, "num_stages": 2 if two_parts else 1}
     return {"COLUMNS": 32, "num_warps": 8, "num_stages": 1 if two_parts else 2}
 
 
-def block_scores(query: Tensor, keys: PooledKeys, ranges: Tensor, scores: Tensor, grid: Grid, first_line: int) -> None:
-    """Fill `scores`, fp32 `[lines, nk]`, for lines first_line, first_line + 1, ... of `line_place`.
+def block_scores(
+    query: Tensor, keys: PooledKeys, ranges: Tensor, scores: Tensor, best_scores: Tensor, grid: Grid, first_line: int
+) -> None:
+    """Fill `scores`, fp32 `[lines, nk]`, and `best_scores`, `[lines]`, for lines first_line, ... of `line_place`.
 
     query `[B, Hq, Lq, D]` with unit stride in D. Blocks that no row counts for stay unwritten or become minus infinity.
     """
@@ -193,7 +206,7 @@ def block_scores(query: Tensor, keys: PooledKeys, ranges: Tensor, scores: Tensor
     two_parts = query.dtype == torch.float32
     with on_device(query):
         _scores_kernel[(scores.shape[0],)](
-            query, keys.parts, keys.factors, ranges, scores, *query.stride()[:3], first_line, heads,
+            query, keys.parts, keys.factors, ranges, scores, best_scores, *query.stride()[:3], first_line, heads,
             heads // keys.kv_heads, grid.offset, grid.kv_len, grid.q_blocks, grid.kv_blocks, keys.factors.shape[0],
             D=dim, BLOCK_D=keys.parts.shape[2], BLOCK=grid.block_size, TWO_PARTS=two_parts,
             **tile_options(dim, two_parts),
