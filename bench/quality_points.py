@@ -32,6 +32,7 @@ class Point:
         density, recall: kept blocks / causal blocks; share of the exact probability in them.
         error: relative L2 distance of the output from exact dense attention, None where it was not measured.
         corrected: the same with mean correction.
+        worst, corrected_worst: those of the worst head.
     """
 
     settings: dict[str, Any]
@@ -39,6 +40,8 @@ class Point:
     recall: float
     error: float | None
     corrected: float | None
+    worst: float | None = None
+    corrected_worst: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ def _point(rows: Sequence[Row], prompts: set[tuple[Any, ...]]) -> Point | None:
         return None
     either = next(iter(whole.values()))  # the correction changes the output, not the selection
     errors = [_mean(whole[correction], "error") if correction in whole else None for correction in (False, True)]
-    return Point(rows[0]["settings"], _mean(either, "density"), _mean(either, "recall"), *errors)
+    worst = [max(row["error_max"] for row in whole[x]) if x in whole else None for x in (False, True)]
+    return Point(rows[0]["settings"], _mean(either, "density"), _mean(either, "recall"), *errors, *worst)
 
 
 def _mean(rows: Sequence[Row], field: str) -> float:

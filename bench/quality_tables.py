@@ -57,18 +57,21 @@ def _selector_table(group: Sequence[Row]) -> str:
 def _correction_table(group: Sequence[Row]) -> str:
     lines = []
     for length in _lengths(group):
-        for family in families(group, length):
+        found = families(group, length)
+        for family, label in zip(found, labels(found), strict=True):
             for point in family.points[::-1]:
                 if family.selector != "flashprefill" or point.settings["alpha"] not in CORRECTED_ALPHAS:
                     continue
                 ratio = point.corrected / point.error if point.corrected is not None and point.error else None
                 values = (point.density, point.recall, point.error, point.corrected, ratio)
-                name = f"{point.settings['alpha']:g}"
+                values += (point.worst, point.corrected_worst)
+                name = f"{label} alpha={point.settings['alpha']:g}"
                 lines.append([f"{length:,}", name, *(number(value, _DIGITS) for value in values)])
     if not lines:
         return ""
-    header = ["tokens", "alpha", "density", "recall", "error without", "error with", "with / without"]
-    return f"{_caption(group)} flashprefill, without and with mean correction.\n\n{markdown_table(header, lines)}"
+    header = ["tokens", "selector", "density", "recall", "error without", "error with", "with / without"]
+    header += ["worst head without", "worst head with"]
+    return f"{_caption(group)} Output error without and with mean correction.\n\n{markdown_table(header, lines)}"
 
 
 def _lengths(group: Sequence[Row]) -> list[int]:

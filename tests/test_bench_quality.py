@@ -282,7 +282,8 @@ def quality_row(
     conditions |= {"commit": "abc123", "date": "2026-11-22", "length": 8192, "batch": 1, "heads": 8, "kv_heads": 2}
     conditions |= {"head_dim": 64, "dtype": "bfloat16", "workload": "needle", "layer": 0, "seed": 0}
     conditions |= {"backend": "TRITON", "mean_correction": False, "dense_error": 0.0021}
-    measured = {"selector": selector, "settings": settings, "density": density, "recall": recall, "error": error}
+    measured = {"selector": selector, "settings": settings, "density": density, "recall": recall}
+    measured |= {"error": error, "error_max": 2 * error}
     return conditions | measured | fields
 
 
@@ -364,11 +365,12 @@ def test_means_take_whole_sets_of_layers_alone() -> None:
 def test_mean_correction_table() -> None:
     rows = [*ROWS, *sweep("flashprefill", "alpha", {"sink_blocks": 2}, (0.7, 0.9), length=32768)]
     table = correction_tables(rows)
-    assert cells(table, "8,192", "0.05") == ["0.400", "0.940", "0.100", "0.050", "0.500"]
-    assert cells(table, "8,192", "0.2") == ["0.100", "0.900", "0.300", "0.150", "0.500"]
-    assert cells(table, "32,768", "0.2")[1] == "0.700"
+    assert cells(table, "8,192", "flashprefill alpha=0.05")[:5] == ["0.400", "0.940", "0.100", "0.050", "0.500"]
+    assert cells(table, "8,192", "flashprefill alpha=0.05")[5:] == ["0.200", "0.100"]
+    assert cells(table, "8,192", "flashprefill alpha=0.2")[:5] == ["0.100", "0.900", "0.300", "0.150", "0.500"]
+    assert cells(table, "32,768", "flashprefill alpha=0.2")[1] == "0.700"
     plain = [row for row in rows if not row["mean_correction"]]
-    assert cells(correction_tables(plain), "8,192", "0.2")[2:] == ["0.300", "-", "-"]
+    assert cells(correction_tables(plain), "8,192", "flashprefill alpha=0.2")[2:5] == ["0.300", "-", "-"]
     assert correction_tables(ROWS[:8]) == correction_tables([]) == selector_tables([]) == ""
 
 

@@ -245,9 +245,9 @@ def test_the_kernel_on_the_gpu(dtype: torch.dtype, head_dim: int, padded: bool) 
     expected, real = by_masked_scores(query, key, value, selection)
     got = corrected_by_kernel(query, key, value, selection)
     assert torch.isfinite(got).all()
-    assert relative_error(got, expected, real) < (1e-4 if dtype == torch.float32 else 1e-2)
     plain, _, _ = causal_oracle(query, key, value, selection)
-    assert relative_error(plain, expected, real) > 2e-2
+    allowed = 1e-4 if dtype == torch.float32 else 5e-3
+    assert relative_error(got, expected, real) < allowed < relative_error(plain, expected, real) / 2
 
 
 def on_the_gpu(dtype: torch.dtype, head_dim: int, padded: bool) -> tuple[Tensor, Tensor, Tensor, BlockSelection]:
@@ -272,9 +272,8 @@ def test_attention_and_correction_on_the_gpu(dtype: torch.dtype, head_dim: int, 
         pytest.skip(problem)
     expected, real = by_masked_scores(query, key, value, selection)
     out = block_sparse_attention(query, key, value, selection, mean_correction=True, backend=backend)
-    assert relative_error(out, expected, real) < 1e-2
     plain = block_sparse_attention(query, key, value, selection, backend=backend)
-    assert relative_error(plain, expected, real) > 2e-2
+    assert relative_error(out, expected, real) < 5e-3 < relative_error(plain, expected, real) / 2
 
 
 @pytest.mark.gpu
