@@ -90,8 +90,9 @@ def draw_quality(results: Path) -> Path | None:
             axes.set_xlim(0.9 * min(row["density"] for row in rows), 1.05)
             axes.minorticks_off()
             axes.grid(alpha=0.3)
-    error.plot([], [], "s--", color="grey", label="with mean correction", markersize=4)
-    figure.legend(*error.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    last = grid[-1, 1]
+    last.plot([], [], "s--", color="grey", label="with mean correction", markersize=4)
+    figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     row = rows[0]
     figure.suptitle(f"The needle model's heads, {row['gpu']}, {row['dtype']}; mean over layers and heads", size=10)
     path = results / QUALITY_PLOT

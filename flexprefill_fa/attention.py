@@ -13,7 +13,7 @@ from flexprefill_fa.cost_model import prefers_dense
 from flexprefill_fa.dense import dense_attention, dense_mask_fits
 from flexprefill_fa.masks.selector import SelectorConfig, check_selector
 from flexprefill_fa.region import run_attend, run_select_and_attend
-from flexprefill_fa.selection import BlockSelection, every_block
+from flexprefill_fa.selection import BlockSelection, check_selection, every_block
 from flexprefill_fa.validation import check_mean_correction, check_padding, check_query_key, check_scale, check_value
 
 logger = logging.getLogger(__name__)
@@ -82,12 +82,12 @@ def sparse_prefill_attention(
     else:
         dense = key.shape[2] <= config.dense_tokens and dense_mask_fits(query, key, starts, lengths)
     if (dense or query.shape[2] == 1) and backend == "auto" and mask_mod is None and score_mod is None:
-        logger.debug("dense attention: %d queries, %d keys", query.shape[2], key.shape[2])
+        _say("dense attention", query, key)
         out = dense_attention(query, key, value, starts, lengths, scale)
         if not return_selection:
             return out
         return out, every_block(query, key, config.block_size, starts, lengths)
-    logger.debug("sparse attention by %s: %d queries, %d keys", resolved, query.shape[2], key.shape[2])
+    _say(f"sparse attention by {resolved}", query, key)
     options = kernel_options(resolved, query, key, config.block_size)
     out, lists = run_select_and_attend(
         query,
@@ -107,6 +107,11 @@ def sparse_prefill_attention(
         return out
     lengths_of = query.shape[2], key.shape[2]
     return out, BlockSelection(*lists, *lengths_of, config.block_size, starts, lengths, mask_mod is not None)
+
+
+def _say(what: str, query: Tensor, key: Tensor) -> None:
+    if not is_compiling():  # a logger would break the caller's graph
+        logger.debug("%s: %d queries, %d keys", what, query.shape[2], key.shape[2])
 
 
 def block_sparse_attention(
@@ -135,6 +140,7 @@ def block_sparse_attention(
     Raises:
         ValueError, TypeError: for arguments that do not fit, or a backend that cannot run.
     """
+    check_selection(selection)
     check_query_key(query, key)
     check_value(key, value)
     check_scale(scale)

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from flexprefill_fa.grid import unmasked_blocks
-from flexprefill_fa.selection import BlockSelection, index_lists
+from flexprefill_fa.selection import BlockSelection, check_selection, index_lists
 
 
 def union(first: BlockSelection, second: BlockSelection) -> BlockSelection:
     """The blocks that either selection keeps.
 
-    Both must be for the same call. Blocks go to the partial list where a pair in them is masked, or all of them if a
-    selection was made with `all_partial=True`; make both so for a mask_mod. js_distance is the first one's. Nothing is
+    Both must be for the same call. Blocks go to the partial list where a pair in them is masked, or all of them if
+    either selection was made with `all_partial=True`, as a mask_mod needs. js_distance is the first one's. Nothing is
     read back from the GPU.
 
     Raises:
+        TypeError: for what is not a selection.
         ValueError: if shapes, lengths, block sizes, devices or padding differ (padding on a GPU is not compared).
     """
     _check(first, second)
@@ -30,6 +31,8 @@ def intersection(first: BlockSelection, second: BlockSelection) -> BlockSelectio
 
 
 def _check(first: BlockSelection, second: BlockSelection) -> None:
+    for selection in (first, second):
+        check_selection(selection)
     shapes = [
         (*selection.kv_num_blocks.shape[:2], selection.q_len, selection.kv_len, selection.block_size)
         for selection in (first, second)
@@ -49,15 +52,9 @@ def _check(first: BlockSelection, second: BlockSelection) -> None:
         )
 
 
-def _only_partial(selection: BlockSelection, unmasked: Tensor) -> Tensor:
-    """bool []: whether the partial list holds a block without a masked pair, so that every block belongs there."""
-    partial = replace(selection, full_kv_num_blocks=torch.zeros_like(selection.full_kv_num_blocks))
-    return (partial.to_dense() & unmasked).any()
-
-
 def _combined(first: BlockSelection, second: BlockSelection, keep: Tensor) -> BlockSelection:
-    unmasked = unmasked_blocks(first.grid, first.ranges)[:, None]
-    full = keep & unmasked & ~(_only_partial(first, unmasked) | _only_partial(second, unmasked))
+    all_partial = first.all_partial or second.all_partial
+    full = keep & unmasked_blocks(first.grid, first.ranges)[:, None] & (not all_partial)
     (count, indices), (full_count, full_indices) = index_lists(keep & ~full), index_lists(full)
     return replace(
         first,
@@ -65,4 +62,5 @@ def _combined(first: BlockSelection, second: BlockSelection, keep: Tensor) -> Bl
         kv_indices=indices,
         full_kv_num_blocks=full_count,
         full_kv_indices=full_indices,
+        all_partial=all_partial,
     )

@@ -43,8 +43,12 @@ def attend(
     score_mod: Callable[..., Tensor] | None,
     options: dict[str, Any],
     mean_correction: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention over the blocks in `lists`, `[B, Hq, Lq, D]`. Only for tracing, as `select_and_attend`."""
+    """Attention over the blocks in `lists`, `[B, Hq, Lq, D]`. Only for tracing, as `select_and_attend`.
+
+    `sinks` `[Hq]`, for CUDA: a score per head that takes its share of the softmax and gives no value.
+    """
     if mean_correction and query.device.type == "cpu":
         return _attend_with_means(query, key, value, lists, starts, lengths, block_size, scale, options)
     if position is None and needs_position(query, key, starts, lengths):
@@ -64,7 +68,7 @@ def attend(
         "enable_gqa": query.shape[1] != key.shape[1],
         "kernel_options": options or None,
     }
-    if not mean_correction:
+    if not mean_correction and sinks is None:
         out = flex_attention(query, key, value, **arguments)
         assert isinstance(out, Tensor)  # flex_attention returns more only when asked to
         return out
@@ -73,6 +77,8 @@ def attend(
     lse = found.lse
     if options.get("BACKEND") == "FLASH" and _FLASH_LSE_IS_SCALED:
         lse = lse / math.log(2)
+    if sinks is not None:
+        return out * torch.sigmoid(lse - sinks.float()[:, None])[..., None].to(out.dtype)
     return correct_by_means(query, key, value, out, lse, *lists, starts, lengths, scale, block_size)
 
 
@@ -127,6 +133,7 @@ def select_and_attend(
     score_mod: Callable[..., Tensor] | None,
     options: dict[str, Any],
     mean_correction: bool = False,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Selection and attention as one region for `torch.compile(fullgraph=True)`; see `sparse_prefill_attention`.
 
@@ -154,6 +161,7 @@ def select_and_attend(
         score_mod=score_mod,
         options=options,
         mean_correction=mean_correction,
+        sinks=sinks,
     )
     return out, lists
 
@@ -213,8 +221,13 @@ def run_select_and_attend(
     arguments["block_size"] = config.block_size
     if torch.compiler.is_compiling():  # the caller's graph is the region
         return select_and_attend(query, key, value, *place, config.operator(), settings, **arguments)
+    if arguments.get("mean_correction") and query.device.type == "cpu":
+        # In one graph with the selection, the CPU's template garbles the names of its many sizes.
+        options = arguments["scale"], config.block_size, arguments["mask_mod"] is not None, False
+        lists = config.operator()(query, key, *place[:2], settings, *options)
+        return run_attend(query, key, value, lists[:4], *place[:2], **arguments), lists
     key, value = _apart(query, key, value)
-    with _compile_limits():
+    with compile_limits():
         return _compiled_select_and_attend(query, key, value, *place, config.operator(), settings, **arguments)
 
 
@@ -232,7 +245,7 @@ def run_attend(
     if torch.compiler.is_compiling():
         return attend(query, key, value, lists, *place, **arguments)
     key, value = _apart(query, key, value)
-    with _compile_limits():
+    with compile_limits():
         return _compiled_attend(query, key, value, lists, *place, **arguments)
 
 
@@ -241,7 +254,7 @@ def run_attend_causal(query: Tensor, key: Tensor, value: Tensor, **arguments: An
     if torch.compiler.is_compiling():
         return attend_causal(query, key, value, **arguments)
     key, value = _apart(query, key, value)
-    with _compile_limits():
+    with compile_limits():
         return _compiled_attend_causal(query, key, value, **arguments)
 
 
@@ -274,7 +287,8 @@ def _apart(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def _compile_limits() -> Iterator[None]:
+def compile_limits() -> Iterator[None]:
+    """What every compiled call of ours runs under: room for variants, and equal sizes not taken for the same size."""
     with (
         torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
         fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]  # added by torch

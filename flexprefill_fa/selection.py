@@ -24,6 +24,14 @@ def index_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
     return count, torch.where(indices < width, indices, 0).to(torch.int32).contiguous()
 
 
+def check_selection(selection: object) -> None:
+    """A BlockSelection, or a TypeError that says what was expected."""
+    if not isinstance(selection, BlockSelection):
+        raise TypeError(
+            f"a selection must be a BlockSelection, as select_blocks returns, got {type(selection).__name__}"
+        )
+
+
 def scatter_lists(count: Tensor, indices: Tensor, width: int) -> Tensor:
     """The inverse of `index_lists`; what lies past the counts may be uninitialised."""
     valid = torch.arange(indices.shape[-1], device=indices.device) < count[..., None]

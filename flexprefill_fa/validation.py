@@ -10,6 +10,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cuda", "cpu")
 BLOCK_SIZES = (64, 128)
+MAX_INTEGER = 2**31 - 1  # kernels count in 32 bits
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 CPU_MEAN_CORRECTION_TORCH = (2, 13)  # with 2.11 a process that tested it died, for a reason not found yet
 
@@ -32,6 +33,8 @@ def check_integer(name: str, value: object, low: int) -> None:
     """A whole number of at least low."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+    if int(value) > MAX_INTEGER:
+        raise ValueError(f"{name} must be at most {MAX_INTEGER}, got {value}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
 
@@ -49,6 +52,8 @@ def check_scale(scale: float | None) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if torch.compiler.is_compiling():  # a number without a value yet
+        return
     if not math.isfinite(scale) or scale <= 0:
         raise ValueError(f"scale must be a positive finite number, got {scale}")
 

@@ -111,8 +111,8 @@ def test_attention_table() -> None:
 def test_a_later_row_takes_an_earlier_ones_place() -> None:
     corrected = attention_tables([*ROWS, sparse("TRITON", 7.0, corrected_ms=7.7, attend_ms=7.0)], "cuda", "sharpened")
     assert "| mean correction, TRITON |" in corrected and "| +10% of attend |" in corrected
-    assert "mean correction" not in table
     table = attention_tables([*ROWS, sparse("TRITON", 7.0)], "cuda", "sharpened")
+    assert "mean correction" not in table
     assert dict(zip(cells(table, "tokens"), cells(table, "65,536"), strict=True))["total ms, TRITON"] == "7"
     assert [r["a"] for r in latest([{"a": 1, "b": 0}, {"a": 2, "b": 1}, {"a": 3, "b": 0}], lambda r: r["b"])] == [3, 2]
 

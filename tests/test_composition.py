@@ -67,6 +67,27 @@ def test_all_partial_stays_all_partial() -> None:
         assert (compose(normal, normal).full_kv_num_blocks > 0).any()
 
 
+@pytest.mark.parametrize("compose", [union, intersection])
+@pytest.mark.parametrize("flags", [(False, False), (True, False), (False, True), (True, True)])
+def test_all_partial_follows_from_either(compose: Any, flags: tuple[bool, bool]) -> None:
+    """The first keeps masked blocks alone, so that its lists do not tell how it was made."""
+    query, key = blocky_qk(1, 2, 1, N, N, 16)
+    narrow = StreamingLLMConfig(sink=0, window=1, block_size=64)
+    wide = VerticalSlashConfig(vertical_size=128, slash_size=128, block_size=64)
+    first, second = (select_blocks(query, key, c, all_partial=f) for c, f in zip((narrow, wide), flags, strict=True))
+    result = compose(first, second)
+    assert result.all_partial == any(flags)
+    full = result.full_kv_num_blocks.sum()
+    assert full == 0 if any(flags) or compose is intersection else full > 0
+
+
+def test_what_is_not_a_selection() -> None:
+    query, key, first, _ = selections()
+    for call in (lambda: union(first, None), lambda: block_sparse_attention(query, key, key, key)):  # type: ignore
+        with pytest.raises(TypeError, match="a selection must be a BlockSelection, as select_blocks returns, got"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -122,6 +122,40 @@ def test_the_kernel_is_what_the_definition_says(case: tuple) -> None:
     assert relative_error(got, expected, real) < 1e-5
 
 
+@pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernel runs there, see below")
+def test_the_kernel_over_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles, index chunks and shares of the second launch so small that each of them has a second one."""
+    from flexprefill_fa.kernels import mean_correction as kernel
+
+    monkeypatch.setattr(kernel, "launch_options", lambda *_: {"ROWS": 64, "COLUMNS": 16, "STAGES": 1, "num_warps": 4})
+    monkeypatch.setattr(kernel, "CHUNK", 4)
+    monkeypatch.setattr(kernel, "SHARE", 4)
+    query, key = structured_qk(1, 2, 1, 140, 3300, 32, seed=7)
+    value = torch.randn_like(key)
+    selection = select_blocks(query, key, SMALL)
+    assert (selection.kv_num_blocks + selection.full_kv_num_blocks).max() > 4  # an index chunk
+    got = corrected_by_kernel(query, key, value, selection)
+    assert relative_error(got, by_masked_scores(query, key, value, selection)[0], torch.ones(1)) < 1e-5
+    query, key = opposed(700, 32, last=300)
+    value = torch.randn_like(key)
+    selection = select_blocks(query, key, WINDOW)
+    got = corrected_by_kernel(query, key, value, selection)
+    assert relative_error(got, by_masked_scores(query, key, value, selection)[0], torch.ones(1)) < 1e-5
+
+
+@pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernel runs there, see below")
+@pytest.mark.parametrize("shift", [-300.0, 0.0, 300.0])
+def test_rows_that_keep_nothing(shift: float) -> None:
+    """Their means alone count, at whatever scores: an emptied row block has no norm to be relative to."""
+    query, key = structured_qk(1, 2, 1, 400, 400, 32, seed=2)
+    query[..., 0], key[..., 0] = 1.0, shift * 32**0.5
+    value = torch.randn_like(key)
+    selection = select_blocks(query, key, SMALL)
+    selection.kv_num_blocks[:, :, 4] = selection.full_kv_num_blocks[:, :, 4] = 0
+    expected = by_masked_scores(query, key, value, selection)[0]
+    assert relative_error(corrected_by_kernel(query, key, value, selection), expected, torch.ones(1)) < 1e-4
+
+
 def opposed(length: int, head_dim: int, last: int) -> tuple[Tensor, Tensor]:
     """Queries whose last `last` keys score some 120 below all the others."""
     axis = torch.nn.functional.one_hot(torch.tensor(0), head_dim) * 60.0 * head_dim**0.5
@@ -150,6 +184,29 @@ def test_rows_that_drop_nothing_are_unchanged() -> None:
     out = sparse_prefill_attention(query, key, value, everything, backend="CPU", mean_correction=True)
     plain = sparse_prefill_attention(query, key, value, everything, backend="CPU")
     torch.testing.assert_close(out, plain, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_one_call_for_a_padded_batch(size: int) -> None:
+    config = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=64, block_size=size)
+    query, key = structured_qk(2, 4, 2, 600, 600, 32, seed=5)
+    value = torch.randn_like(key)
+    place: dict[str, Any] = {"starts": [0, 70], "lengths": [600, 500]}
+    out, selection = sparse_prefill_attention(
+        query, key, value, config, mean_correction=True, return_selection=True, backend="CPU", **place
+    )
+    expected, real = by_masked_scores(query, key, value, selection)
+    assert relative_error(out, expected, real) < 1e-5
+    plain = sparse_prefill_attention(query, key, value, config, backend="CPU", **place)
+    assert relative_error(plain, expected, real) > 1e-2
+
+
+def test_more_than_one_block_of_means() -> None:
+    query, key = structured_qk(1, 2, 1, 130, 5000, 32, seed=6)
+    value = torch.randn_like(key)
+    selection = select_blocks(query, key, SMALL)
+    out = block_sparse_attention(query, key, value, selection, mean_correction=True)
+    assert relative_error(out, by_masked_scores(query, key, value, selection)[0], torch.ones(1)) < 1e-5
 
 
 def test_one_call_selects_and_corrects() -> None:
@@ -251,10 +308,11 @@ def test_the_kernel_on_the_gpu(dtype: torch.dtype, head_dim: int, padded: bool) 
 
 
 def on_the_gpu(dtype: torch.dtype, head_dim: int, padded: bool) -> tuple[Tensor, Tensor, Tensor, BlockSelection]:
+    n = 5001  # 40 blocks: more than a tile of means
     query, key = (
-        x.to("cuda", dtype) for x in structured_qk(2, 4, 2, 1000 if padded else 1301, 1301, head_dim, seed=head_dim)
+        x.to("cuda", dtype) for x in structured_qk(2, 4, 2, 1000 if padded else n, n, head_dim, seed=head_dim)
     )
-    place: dict[str, Any] = {"starts": [0, 300], "lengths": [1301, 900]} if padded else {}
+    place: dict[str, Any] = {"starts": [0, 300], "lengths": [n, n - 401]} if padded else {}
     selection = select_blocks(query, key, FlashPrefillConfig(alpha=0.3, window_blocks=1, last_full_blocks=0), **place)
     assert selection.density().mean() < 0.9
     return query, key, torch.randn_like(key), selection

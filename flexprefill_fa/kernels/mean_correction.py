@@ -92,13 +92,15 @@ def _add_means(
             less = tl.log2(tl.maximum(count, 1).to(tl.float32)) - log2_block
             scores = tl.where(bound[None, :] <= q_position[:, None], scores + less[None, :], float("-inf"))
         highest = tl.maximum(highest, tl.max(scores, 1))
+        finite = base
         if ONLINE:
             higher = tl.maximum(base, highest)
-            shrink = tl.exp2(base - higher)
+            finite = tl.where(higher == float("-inf"), 0.0, higher)
+            shrink = tl.exp2(base - finite)
             total = total * shrink
             sums = sums * shrink[:, None]
             base = higher
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(scores - finite[:, None])
         total += tl.sum(weights, 1)
         values = tl.load(mean_value + place, mask=inside, other=0.0)
         sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="tf32x3")
@@ -147,8 +149,9 @@ def _correct_kernel(
     """One program per ROWS queries of a head; the heaviest, the last ones, first.
 
     The norm of the attention over the kept blocks is known, so weights are relative to it: the sums begin with `out`
-    at weight 1, and no running maximum rescales them. Where a dropped block outweighs all kept ones by 2 ** LIMIT a
-    second launch (ONLINE) makes them again with one; its programs look at SHARE pieces each, mostly in vain.
+    at weight 1, and no running maximum rescales them. Where a dropped block outweighs all kept ones by 2 ** LIMIT, or
+    nothing is kept, a second launch (ONLINE) makes them again with one; its programs look at SHARE pieces each, mostly
+    in vain.
     """
     first_line = tl.program_id(0)
     stop_line = first_line + 1
@@ -174,7 +177,7 @@ def _correct_kernel(
             q = tl.load(query + q_place + item[:, None] * q_stride_l + dim[None, :], mask=stored, other=0.0)
             norm = tl.load(lse + row * q_len + first_row + item, mask=piece * ROWS + item < q_len, other=float("-inf"))
             normal = norm > float("-inf")  # a row that sees no kept key has no norm, minus infinity or NaN
-            base = tl.where(normal, norm * 1.4426950408889634, 0.0)
+            base = tl.where(normal, norm * 1.4426950408889634, float("-inf") if ONLINE else 0.0)
             o_place = batch * o_stride_b + head * o_stride_h + first_row * o_stride_l
             main = out + o_place + item[:, None] * o_stride_l + dim[None, :]
             sums = tl.load(main, mask=stored & normal[:, None], other=0.0).to(tl.float32)
@@ -187,7 +190,10 @@ def _correct_kernel(
                 ONLINE,
             )  # fmt: skip
             if not ONLINE:
-                tl.store(again + line, tl.where(tl.max(highest - base, 0) > LIMIT, 1, 0))
+                # Without a norm there is nothing for weights to be relative to; padded rows mean nothing anyway.
+                position = row_first + item
+                astray = (normal == 0) & (position >= start) & (position < end) & (highest > float("-inf"))
+                tl.store(again + line, tl.max((astray | (highest - base > LIMIT)).to(tl.int32), 0))
             merged = sums / tl.where(total > 0, total, 1.0)[:, None]
             r_place = batch * r_stride_b + head * r_stride_h + first_row * r_stride_l
             tl.store(

@@ -23,7 +23,7 @@ class StreamingLLMConfig:
 
     Args:
         sink: first real tokens of the prompt, in tokens (at least 0).
-        window: latest tokens, the query's own included, in tokens (at least 1).
+        window: latest tokens, the query's own included, in tokens (at least 1); one larger than the prompt keeps all.
         block_size: tokens per block, 64 or 128.
 
     Raises:

@@ -20,7 +20,8 @@ class FlashPrefillConfig:
         alpha: share of the row's largest block score that a block must reach, in (0, 1]. Published per model: 0.18 for
             Llama-3.1-8B, 0.08 for Qwen2-7B and Qwen2.5-7B, 0.12 for Qwen3-30B-A3B.
         sink_blocks: first blocks with a real key that every row keeps, in blocks (at least 0).
-        window_blocks: blocks up to the diagonal that every row keeps, the diagonal included (at least 1).
+        window_blocks: blocks up to the diagonal that every row keeps, the diagonal included (at least 1). A window
+            larger than the prompt keeps all of it.
         last_full_blocks: last query blocks with a real query, which keep all they see (at least 0).
         block_size: tokens per block, 64 or 128.
 

@@ -19,6 +19,8 @@ from flexprefill_fa.grid import Grid, real_ranges, unmasked_blocks, visible_bloc
 from flexprefill_fa.masks.flashprefill.config import FlashPrefillConfig
 from flexprefill_fa.selection import index_lists
 
+ROW_BLOCKS = 16  # whose scores are in memory at a time
+
 
 def mean_keys(key: Tensor, start: int, end: int, block_size: int) -> Tensor:
     """Mean over the real keys of each block: [Hkv, Lkv, D] -> fp32 [Hkv, nk, D], 0 for a block without any."""
@@ -32,19 +34,33 @@ def mean_keys(key: Tensor, start: int, end: int, block_size: int) -> Tensor:
 
 
 def block_scores(query: Tensor, key: Tensor, start: int, end: int, grid: Grid, scale: float) -> Tensor:
-    """P, fp32 [H, nq, nk]; 0 where no row counts. query [H, Lq, D], key [Hkv, Lkv, D]."""
-    size, heads = grid.block_size, query.shape[0]
-    pooled = mean_keys(key, start, end, size).repeat_interleave(heads // key.shape[0], 0)  # [H, nk, D]
-    position = grid.offset + torch.arange(grid.q_len, device=query.device)
-    real = (position >= start) & (position < end)  # [Lq]
+    """P, fp32 [H, nq, nk]; 0 where no row counts. query [H, Lq, D], key [Hkv, Lkv, D].
+
+    A few row blocks at a time: the scores of all queries would be B times the result.
+    """
+    size = grid.block_size
+    pooled = mean_keys(key, start, end, size).repeat_interleave(query.shape[0] // key.shape[0], 0)  # [H, nk, D]
+    rows = ROW_BLOCKS * size
+    parts = [
+        _row_scores(query[:, first : first + rows], pooled, first, start, end, grid, scale)
+        for first in range(0, grid.q_len, rows)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _row_scores(query: Tensor, pooled: Tensor, first: int, start: int, end: int, grid: Grid, scale: float) -> Tensor:
+    """P of the row blocks of some queries, query `first` and those behind it; pooled [H, nk, D]."""
+    size = grid.block_size
+    position = grid.offset + first + torch.arange(query.shape[1], device=query.device)
+    real = (position >= start) & (position < end)  # [L], L the queries given
     block_first = torch.arange(grid.kv_blocks, device=query.device) * size
     last_key = (block_first + size).clamp(max=end) - 1  # [nk], position of each block's last real key
     holds_key = (block_first + size > start) & (block_first < end)
-    counts = real[:, None] & holds_key & (position[:, None] >= last_key)  # [Lq, nk]
+    counts = real[:, None] & holds_key & (position[:, None] >= last_key)  # [L, nk]
 
-    scores = torch.where(real[:, None], query.float(), 0.0) @ pooled.mT * scale  # [H, Lq, nk]
+    scores = torch.where(real[:, None], query.float(), 0.0) @ pooled.mT * scale  # [H, L, nk]
     scores = scores.masked_fill(~counts, float("-inf"))
-    scores = F.pad(scores, (0, 0, 0, -grid.q_len % size), value=float("-inf")).unflatten(1, (-1, size))
+    scores = F.pad(scores, (0, 0, 0, -query.shape[1] % size), value=float("-inf")).unflatten(1, (-1, size))
     highest = scores.amax(2)  # m, [H, nq, nk]
     base = highest.masked_fill(highest == float("-inf"), 0.0)
     total = (scores - base[:, :, None]).exp().sum(2)  # S; exp(-inf) = 0 where no row counts

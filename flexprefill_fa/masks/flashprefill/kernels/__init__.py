@@ -11,7 +11,7 @@ from flexprefill_fa.masks.flashprefill.config import FlashPrefillConfig
 from flexprefill_fa.masks.flashprefill.kernels.rows import write_rows
 from flexprefill_fa.masks.flashprefill.kernels.scores import block_scores, split_keys
 
-SCORE_BYTES = 2 * 2**30  # scores in memory at a time
+SCORE_BYTES = 2**27  # scores in memory at a time: all of 32 heads at 128K tokens, a part beyond
 
 
 def select(
