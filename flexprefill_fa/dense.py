@@ -1,5 +1,6 @@
 """Dense causal attention: for prompts too short to gain from sparsity, and as the yardstick."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ from flexprefill_fa.validation import check_query_key, check_scale, check_value
 
 # The largest square mask that dense attention may build: 64 MB per batch element.
 _MAX_DENSE_MASK_TOKENS = 8192
+_ROWS_AT_ONCE = 512  # queries whose scores `attention_with_extras` holds
 _BLOCK_SIZE = 128  # of FlexAttention's all-causal mask
 _FLASH_TOKENS = 2048  # prompts from which FLASH is taken
 _SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -69,18 +71,86 @@ def dense_attention(
             return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=gqa)
         if q_len == kv_len:
             return causal_attention(query, key, value, fastest_dense(query), scale=scale)
-    ranges = real_ranges(starts, lengths, query.shape[0], kv_len, query.device)
-    kv_position = torch.arange(kv_len, device=query.device)
-    q_position = kv_len - q_len + torch.arange(q_len, device=query.device)
+    mask = _causal_mask(query, key, 0, q_len, starts, lengths, mask_mod)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+
+
+def _causal_mask(
+    query: Tensor,
+    key: Tensor,
+    first: int,
+    end: int,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    mask_mod: Callable[..., Tensor] | None,
+) -> Tensor:
+    """bool `[B, 1, end - first, Lkv]` of queries first ... end - 1."""
+    kv_len, device = key.shape[2], query.device
+    ranges = real_ranges(starts, lengths, query.shape[0], kv_len, device)
+    kv_position = torch.arange(kv_len, device=device)
+    row = torch.arange(first, end, device=device)
+    q_position = kv_len - query.shape[2] + row
     # A padded query sees at least one key (its own position or, before the first real key, key 0): never 0 / 0.
     real = (kv_position >= ranges[:, :1]) & (kv_position < ranges[:, 1:])
     alone = (q_position < ranges[:, :1])[:, :, None] & (kv_position == 0)
     mask = (kv_position <= q_position[:, None]) & real[:, None]
     if mask_mod is not None:
-        batch = torch.arange(query.shape[0], device=query.device)[:, None, None]
-        mask = mask & mask_mod(batch, 0, torch.arange(q_len, device=query.device)[:, None], kv_position)
-    mask = mask | alone
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=gqa)
+        batch = torch.arange(query.shape[0], device=device)[:, None, None]
+        mask = mask & mask_mod(batch, 0, row[:, None], kv_position)
+    return (mask | alone)[:, None]
+
+
+def attention_with_extras(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask_mod: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """Dense attention by its definition, for what no kernel takes: capped scores and attention sinks on short inputs.
+
+    Scores of at most `_ROWS_AT_ONCE` queries are in memory at a time.
+
+    Args:
+        query: `[B, Hq, Lq, D]`. key: `[B, Hkv, Lkv, D]`. value: `[B, Hkv, Lkv, Dv]`.
+        mask: bool or additive `[B or 1, Hq or 1, Lq, Lkv]`, or `[Lq, Lkv]`; None for the causal one of queries that are
+            the last of the keys.
+        scale: score scale, default 1/sqrt(D).
+        softcap: scores become softcap * tanh(score / softcap).
+        sinks: `[Hq]`, a score per head that takes its share of the softmax and gives no value.
+        starts, lengths, mask_mod: of the causal mask, as in `dense_attention`.
+
+    Returns:
+        `[B, Hq, Lq, Dv]`.
+    """
+    groups = query.shape[1] // key.shape[1]
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    keys, values = (x.repeat_interleave(groups, 1) for x in (key, value))
+    parts = []
+    # A traced length is not compared with a number: all rows at once.
+    step = query.shape[2] if torch.compiler.is_compiling() else _ROWS_AT_ONCE
+    for first in range(0, query.shape[2], step):
+        end = min(first + step, query.shape[2])
+        scores = (query[:, :, first:end] @ keys.mT).float() * factor
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is None:
+            seen = _causal_mask(query, key, first, end, starts, lengths, mask_mod)
+        else:
+            seen = mask[..., first:end, :]
+        scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
+        if sinks is not None:
+            column = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+            scores = torch.cat((scores, column), -1)
+        weights = scores.softmax(-1)[..., : keys.shape[2]].nan_to_num(0.0)  # a row that sees nothing
+        parts.append(weights.to(values.dtype) @ values)
+    return torch.cat(parts, 2)
 
 
 def causal_attention(

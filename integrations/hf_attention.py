@@ -1,113 +1,235 @@
-"""What transformers calls for each layer: the attention function and the mask function.
+"""The attention function that transformers calls for each layer.
 
-The mask function hands on only what the attention function needs (padding, or that sequences are packed), so that no
-n x n mask exists for a long prompt. Both know one constant: fewer queries than `MIN_QUERY_TOKENS` are dense.
+Prompts of at least `MIN_QUERY_TOKENS` queries go to FlexAttention: sparse where the layer attends to everything, the
+window's blocks where it has one. What the layer adds is served with it: capped scores as a score_mod, attention sinks
+by the log-sum-exp. Decode steps and short chunks run dense.
 """
 
 from __future__ import annotations
 
+from . import hf_version  # noqa: F401  # isort: skip
+
+import functools
+import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flexprefill_fa.backends import kernel_options, resolve_backend
 from flexprefill_fa.block_mask import needs_position
-from flexprefill_fa.dense import dense_attention, dense_mask_fits
+from flexprefill_fa.dense import attention_with_extras, dense_attention, dense_mask_fits
 from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
-from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig
+from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, StreamingLLMConfig
 from flexprefill_fa.region import run_select_and_attend
 from flexprefill_fa.selection import BlockSelection
-from flexprefill_fa.validation import check_query_key, check_value
+from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM, check_query_key, check_value
 
-MINIMUM_VERSION = (5, 17)
+from .hf_mask import MIN_QUERY_TOKENS, PromptMask
+from .hf_plan import PLAN_ATTRIBUTE, LayerPlan, LayerStatistics, default_plan
 
-try:
-    import transformers
-except ImportError as error:
-    raise ImportError("the Hugging Face integration needs transformers: pip install 'flexprefill-fa[hf]'") from error
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM_VERSION:
-    raise ImportError(
-        f"the Hugging Face integration needs transformers >= {'.'.join(map(str, MINIMUM_VERSION))}, "
-        f"got {transformers.__version__}"
-    )
-
-from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
-from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask  # noqa: E402
-
-# A decode step or a verification chunk has fewer queries than this.
-MIN_QUERY_TOKENS = 128
-
-
-@dataclass
-class LayerStatistics:
-    """What one layer kept in its latest sparse prefill; all `[B, Hq]`.
-
-    Attributes:
-        density: kept blocks / causal blocks.
-        js_distance: FlexPrefill's Jensen-Shannon distance.
-        recall: share of the exact attention probability in kept blocks, None unless asked for.
-        kept_blocks: number of kept blocks.
-    """
-
-    density: Tensor
-    js_distance: Tensor
-    recall: Tensor | None
-    kept_blocks: Tensor
-
-
-class PackedPrompt:
-    """Stands in for the attention mask when several sequences share one row, separated by their position ids."""
-
-
-_PACKED = PackedPrompt()
-
-
-class LayerPlan:
-    """What one attention layer does: set on the module, read by the attention function."""
-
-    def __init__(self, config: SelectorConfig, min_prompt_tokens: int, statistics: str | None) -> None:
-        self.config = config
-        self.settings = config.settings()
-        self.min_prompt_tokens = min_prompt_tokens
-        self.statistics = statistics
-        self.latest: LayerStatistics | None = None
-
-
-def default_plan() -> LayerPlan:
-    """For a model that asks for the implementation by name alone."""
-    config = FlexPrefillConfig()
-    return LayerPlan(config, config.dense_tokens + 1, None)
-
+logger = logging.getLogger(__name__)
 
 _DEFAULT_PLAN = default_plan()
-_INTERSECTION = and_masks(causal_mask_function).__code__
-_KEEP_ALL = LayerPlan(FlexPrefillConfig(gamma=1.0), 1, None)
-PLAN_ATTRIBUTE = "_sparse_prefill_plan"
+_EVERYTHING = {size: FlexPrefillConfig(gamma=1.0, block_size=size) for size in (64, 128)}
 
 
-def unsupported(
-    sliding_window: int | None, softcap: float | None, s_aux: Tensor | None, position_bias: Tensor | None, cache: Any
-) -> str | None:
-    """Why a layer's attention cannot be served, or None."""
-    if sliding_window is not None:
-        return f"it attends to a sliding window ({sliding_window} tokens)"
-    if softcap is not None:
-        return f"it caps its scores (softcap {softcap})"
-    if s_aux is not None:
-        return "it has attention sinks (s_aux)"
+def flexprefill_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query `[B, Hq, q, D]`, key `[B, Hkv, kv, D]`, value `[B, Hkv, kv, Dv]`.
+
+    Returns:
+        `[B, q, Hq, Dv]` and None (there are no attention weights).
+
+    Raises:
+        ValueError: for a layer or a call that cannot be served, with what to do.
+    """
+    _check_call(module, position_bias, cache, is_causal, kwargs)
+    prompt = PromptMask.of(attention_mask) if query.shape[2] >= MIN_QUERY_TOKENS else None
+    if prompt is None:
+        if query.shape[2] >= MIN_QUERY_TOKENS:
+            _say_dense(_layer_name(module), f"an attention mask of shape {tuple(attention_mask.shape)}")
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal
+            )
+        mask = _square(attention_mask, query.shape[2], key.shape[2], query.device)
+        out = attention_with_extras(query, key, value, mask, scaling, softcap=softcap, sinks=s_aux)
+        return out.transpose(1, 2).contiguous(), None
+    if dropout:
+        raise ValueError(
+            f"{_layer_name(module)}: sparse prefill is for inference, got dropout {dropout}; call model.eval()"
+        )
+    if prompt.keys is not None:
+        key, value = key[:, :, : prompt.keys], value[:, :, : prompt.keys]
+    if prompt.packed and position_ids is None:
+        raise ValueError(
+            f"{_layer_name(module)}: packed sequences need the model to pass position_ids to its attention"
+        )
+    plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE, None) or _DEFAULT_PLAN
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    out = _prefill(module, plan, prompt, query, key, value, scale, sliding_window, softcap, s_aux, position_ids)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _check_call(
+    module: nn.Module, position_bias: Tensor | None, cache: Any, is_causal: bool | None, kwargs: dict[str, Any]
+) -> None:
+    problem = None
     if position_bias is not None:
-        return "it adds a position bias to its scores"
-    if cache is not None:
-        return "it uses a paged cache"
-    return None
+        problem = "it adds a position bias to its scores"
+    elif cache is not None:
+        problem = "it uses a paged cache"
+    elif not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        problem = "it is not causal"
+    elif kwargs.get("output_attentions"):
+        problem = "output_attentions=True needs the attention weights, which are never computed"
+    if problem is not None:
+        raise ValueError(
+            f"{_layer_name(module)} cannot run sparse prefill: {problem}. "
+            "Use attn_implementation='sdpa' or 'eager' for this model."
+        )
 
 
-def _padding(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(first real key, number of real keys), int32 `[B]` each, of a padding mask `[B, kv_len]`."""
-    return mask.to(torch.int32).argmax(-1).to(torch.int32), mask.sum(-1, dtype=torch.int32)
+def _layer_name(module: nn.Module) -> str:
+    return f"layer {getattr(module, 'layer_idx', None)} ({type(module).__name__})"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _say_dense(layer: str, reason: str) -> None:
+    """Once for each layer and reason; a traced model says nothing."""
+    if not torch.compiler.is_compiling():
+        _warn_once(f"{layer} runs dense: {reason}")
+
+
+def _square(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) -> Tensor | None:
+    """The mask that SDPA would take: none stands for causal, counted from the first key."""
+    if mask is not None or q_len == 1:
+        return mask
+    return torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril()
+
+
+def _prefill(
+    module: nn.Module,
+    plan: LayerPlan,
+    prompt: PromptMask,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """`[B, Hq, q, Dv]` of a prompt whose queries are the last of the keys."""
+    starts, lengths = (None, None) if prompt.padding is None else _run_of(prompt.padding)
+    kv_len = key.shape[2]
+    # A traced model has no lengths to compare a window with.
+    if window is not None and not torch.compiler.is_compiling() and kv_len <= window:
+        window = None
+    masks = []
+    if prompt.packed:
+        assert position_ids is not None  # checked by the caller
+        masks.append(_same_sequence(_sequence_ids(position_ids, query.shape[0])))
+    if window is not None:
+        masks.append(_from(_window_starts(query, key, window)))
+    mask_mod = functools.reduce(_both, masks) if masks else None
+
+    value_dim = value.shape[-1]
+    if max(query.shape[-1], value_dim) > MAX_HEAD_DIM:
+        problem = f"its head dim of {max(query.shape[-1], value_dim)} is above {MAX_HEAD_DIM}"
+    elif sinks is not None and query.device.type == "cpu":
+        problem = "its attention sinks need a log-sum-exp, which FlexAttention does not give on the CPU"
+    else:
+        problem = None
+    config = plan.config
+    sparse = config is not None and window is None and problem is None and kv_len >= plan.min_prompt_tokens
+    if problem is not None:
+        _say_dense(_layer_name(module), problem)
+        return attention_with_extras(
+            query, key, value, None, scaling, softcap=softcap, sinks=sinks, starts=starts, lengths=lengths,
+            mask_mod=mask_mod,
+        )  # fmt: skip
+    plain = softcap is None and sinks is None
+    if not sparse and window is None and plain and dense_mask_fits(query, key, starts, lengths, mask_mod):
+        return dense_attention(query, key, value, starts, lengths, scaling, mask_mod)
+
+    size = 128 if config is None else config.block_size
+    if window is not None:
+        chosen: SelectorConfig = StreamingLLMConfig(sink=0, window=window, block_size=size)
+    elif sparse and config is not None:
+        chosen = config
+    else:  # dense, without an n x n mask
+        chosen = _EVERYTHING[size]
+    if sparse and plan.mean_correction and mask_mod is not None:
+        raise ValueError(f"{_layer_name(module)}: mean_correction cannot be combined with packed sequences")
+    query, key, value = _padded_head_dims(query, key, value)
+    check_query_key(query, key)
+    check_value(key, value)
+    backend = resolve_backend(
+        "auto",
+        query,
+        size,
+        has_score_mod=softcap is not None,
+        has_mask_mod=mask_mod is not None,
+        position_in_graph=torch.compiler.is_compiling() and needs_position(query, key, starts, lengths),
+    )
+    out, lists = run_select_and_attend(
+        query,
+        key,
+        value,
+        starts,
+        lengths,
+        chosen,
+        chosen.settings(),
+        scale=scaling,
+        mask_mod=mask_mod,
+        score_mod=None if softcap is None else _capped(_score_caps(query, softcap)),
+        options=kernel_options(backend, query, key, size),
+        mean_correction=sparse and plan.mean_correction,
+        sinks=sinks,
+    )
+    if sparse and plan.records:
+        _record(plan, lists, query, key, (starts, lengths), scaling)
+    return out[..., :value_dim]
+
+
+def _run_of(padding: Tensor) -> tuple[Tensor, Tensor]:
+    """(first real key, number of real keys), int32 `[B]` each, of a padding mask `[B, kv]`."""
+    return padding.to(torch.int32).argmax(-1).to(torch.int32), padding.sum(-1, dtype=torch.int32)
+
+
+def _padded_head_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With one head dim that the kernels take: zeros behind neither change a score nor an output."""
+    wanted = max(query.shape[-1], value.shape[-1], MIN_HEAD_DIM)
+    query, key, value = (
+        x if x.shape[-1] == wanted else F.pad(x, (0, wanted - x.shape[-1])) for x in (query, key, value)
+    )
+    return query, key, value
 
 
 @torch.library.custom_op("flexprefill_fa::sequence_ids", mutates_args=())
@@ -134,15 +256,62 @@ def _same_sequence(sequence: Tensor) -> Callable[..., Tensor]:
     return same_sequence
 
 
+# Numbers that a mask_mod or score_mod needs come as tensors, for a traced number would not compile in either; of one
+# item, because the CPU's template garbles the names of sizes where a kernel has more than ten.
+@torch.library.custom_op("flexprefill_fa::window_starts", mutates_args=())
+def _window_starts(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """int32 `[1]`: the first position that query 0 sees, before the prompt where its window reaches further back."""
+    first = key.shape[2] - query.shape[2] - window + 1
+    return torch.full((1,), first, dtype=torch.int32, device=query.device)
+
+
+@_window_starts.register_fake
+def _(query: Tensor, key: Tensor, window: int) -> Tensor:
+    return query.new_empty((1,), dtype=torch.int32)
+
+
+@torch.library.custom_op("flexprefill_fa::score_caps", mutates_args=())
+def _score_caps(query: Tensor, softcap: float) -> Tensor:
+    """fp32 `[1]`."""
+    return torch.full((1,), softcap, dtype=torch.float32, device=query.device)
+
+
+@_score_caps.register_fake
+def _(query: Tensor, softcap: float) -> Tensor:
+    return query.new_empty((1,), dtype=torch.float32)
+
+
+def _from(window_start: Tensor) -> Callable[..., Tensor]:
+    def within_window(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return kv_idx >= q_idx + window_start[0]
+
+    return within_window
+
+
+def _both(first: Callable[..., Tensor], second: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def both_masks(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return first(b, h, q_idx, kv_idx) & second(b, h, q_idx, kv_idx)
+
+    return both_masks
+
+
+def _capped(cap: Tensor) -> Callable[..., Tensor]:
+    def capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return cap[0] * torch.tanh(score / cap[0])
+
+    return capped
+
+
 def _record(
     plan: LayerPlan,
     lists: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     query: Tensor,
     key: Tensor,
     padding: tuple[Tensor | None, Tensor | None],
-    scale: float | None,
+    scale: float,
 ) -> None:
     """Keep the statistics of a prefill; stays on the GPU."""
+    assert plan.config is not None
     kv_num_blocks, _, full_kv_num_blocks, _, js_distance = lists
     grid = Grid(query.shape[2], key.shape[2], plan.config.block_size)
     ranges = real_ranges(*padding, query.shape[0], grid.kv_len, query.device)
@@ -155,172 +324,3 @@ def _record(
         selection = BlockSelection(*lists, grid.q_len, grid.kv_len, grid.block_size, *padding)
         recall = selection.recall(query, key, scale=scale)
     plan.latest = LayerStatistics(kept / causal.clamp(min=1)[:, None], js_distance, recall, kept)
-
-
-def flexprefill_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    cache: Any = None,
-    is_causal: bool | None = None,
-    position_ids: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: query `[B, Hq, q, D]`, key and value `[B, Hkv, kv, D]`.
-
-    Returns:
-        `[B, q, Hq, D]` and None (there are no attention weights).
-
-    Raises:
-        ValueError: for a layer or a call that cannot be served, with what to do.
-    """
-    layer = getattr(module, "layer_idx", None)
-    problem = unsupported(sliding_window, softcap, s_aux, position_bias, cache)
-    if problem is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        problem = "it is not causal"
-    if problem is None and kwargs.get("output_attentions"):
-        problem = "output_attentions=True needs the attention weights, which are never computed"
-    if problem is not None:
-        raise ValueError(
-            f"layer {layer} ({type(module).__name__}) cannot run sparse prefill: {problem}. "
-            "Use attn_implementation='sdpa' or 'eager' for this model."
-        )
-    q_len, kv_len = query.shape[2], key.shape[2]
-    if q_len < MIN_QUERY_TOKENS:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal
-        )
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
-        raise ValueError(
-            f"layer {layer}: sparse prefill takes a padding mask [batch, keys] or none, got an attention mask of shape "
-            f"{tuple(attention_mask.shape)}; use attn_implementation='sdpa' for custom masks"
-        )
-    if dropout:
-        raise ValueError(f"layer {layer}: sparse prefill is for inference, got dropout {dropout}; call model.eval()")
-
-    check_query_key(query, key)
-    check_value(key, value)
-    plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE, None) or _DEFAULT_PLAN
-    starts, lengths = (None, None) if not isinstance(attention_mask, Tensor) else _padding(attention_mask)
-    mask_mod = None
-    if isinstance(attention_mask, PackedPrompt):
-        if position_ids is None:
-            raise ValueError(f"layer {layer}: packed sequences need the model to pass position_ids to its attention")
-        mask_mod = _same_sequence(_sequence_ids(position_ids, query.shape[0]))
-    if kv_len < plan.min_prompt_tokens:
-        if dense_mask_fits(query, key, starts, lengths, mask_mod):
-            out = dense_attention(query, key, value, starts, lengths, scaling, mask_mod)
-            return out.transpose(1, 2).contiguous(), None
-        plan = _KEEP_ALL  # dense all the same, without an n x n mask
-    backend = resolve_backend(
-        "auto",
-        query,
-        plan.config.block_size,
-        has_mask_mod=mask_mod is not None,
-        position_in_graph=torch.compiler.is_compiling() and needs_position(query, key, starts, lengths),
-    )
-    out, lists = run_select_and_attend(
-        query,
-        key,
-        value,
-        starts,
-        lengths,
-        plan.config,
-        plan.settings,
-        scale=scaling,
-        mask_mod=mask_mod,
-        score_mod=None,
-        options=kernel_options(backend, query, key, plan.config.block_size),
-    )
-    if plan.statistics is not None:
-        _record(plan, lists, query, key, (starts, lengths), scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _other_mask(mask_function: Callable, arguments: dict[str, Any]) -> bool:
-    """Whether a mask function that comes without a padding mask is another one than that of packed sequences."""
-    config = arguments.get("config")
-    local = arguments.get("local_size") or getattr(config, "attention_chunk_size", None)
-    # Packing intersects masks; unions (images that see themselves both ways) carry another function's code.
-    intersects = torch.compiler.is_compiling() or mask_function.__code__ is _INTERSECTION
-    return bool(local) or not intersects
-
-
-def flexprefill_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """The mask function that transformers calls; never an n x n mask for a long prompt.
-
-    Returns:
-        None for a causal prompt without padding, the padding mask `[B, kv]` where there is one, a mark for packed
-        sequences, and what SDPA wants for decode steps and short chunks.
-
-    Raises:
-        ValueError: for masks that sparse prefill does not serve. That each row's real tokens are one run is checked by
-            reading the mask back, once per forward pass; a compiled model is not checked.
-    """
-    if q_length < MIN_QUERY_TOKENS:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,  # pyright: ignore[reportArgumentType]  # a tensor with static caches
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            use_vmap=use_vmap,
-            **kwargs,
-        )
-    # Only a static cache has more keys than were seen, and counts what it has seen on the device.
-    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
-        raise ValueError(
-            "sparse prefill does not serve static caches yet: use a dynamic cache (cache_implementation=None)"
-        )
-    if mask_function is not causal_mask_function:
-        if kwargs.get("local_size"):
-            window = kwargs["local_size"]
-            raise ValueError(
-                f"this model asks for another mask than sparse prefill serves (a sliding window of {window} tokens): "
-                "use attn_implementation='sdpa'"
-            )
-        packed = attention_mask is None and q_length == kv_length and not use_vmap
-        if not packed or _other_mask(mask_function, kwargs):
-            raise ValueError(
-                "sparse prefill serves causal masks, padding and packed sequences; this model asks for another mask: "
-                "use attn_implementation='sdpa'"
-            )
-        return _PACKED
-    if attention_mask is None:
-        return None
-    mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-    if torch.compiler.is_compiling():
-        return mask
-    if mask.all():
-        return None
-    # Real tokens must be one run: from the first to the last there is no gap.
-    if not torch.equal(mask.int().diff(dim=-1).abs().sum(-1) + mask[:, 0].int() + mask[:, -1].int(), _two(mask)):
-        raise ValueError(
-            "sparse prefill needs each row's real tokens in attention_mask to be one run, "
-            "got a row with gaps or without any"
-        )
-    return mask
-
-
-def _two(mask: Tensor) -> Tensor:
-    return torch.full((mask.shape[0],), 2, dtype=torch.int64, device=mask.device)

@@ -10,74 +10,52 @@ Importing this module registers the attention implementation "flexprefill". Prom
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig
-from flexprefill_fa.masks.selector import check_selector
 from flexprefill_fa.validation import check_integer
 
-from .hf_attention import (
+from .hf_attention import flexprefill_attention
+from .hf_compile import CompiledPrefill, compile_prefill
+from .hf_mask import flexprefill_mask
+from .hf_plan import (
     PLAN_ATTRIBUTE,
+    ConfigChoice,
+    LayerDescription,
     LayerPlan,
     LayerStatistics,
-    flexprefill_attention,
-    flexprefill_mask,
-    unsupported,
+    check_model,
+    configs_of,
+    default_plan,
+    describe,
+    layer_window,
 )
+from .hf_statistics import PrefillStatistics
 
-# hf_attention says which extra is missing where transformers is not installed, so it comes first.
+# hf_version says which extra is missing where transformers is not installed, so it comes first.
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # isort: skip
 
-__all__ = ["NAME", "LayerStatistics", "SparsePrefill", "enable_sparse_prefill"]
+__all__ = [
+    "NAME",
+    "CompiledPrefill",
+    "LayerDescription",
+    "LayerStatistics",
+    "PrefillStatistics",
+    "SparsePrefill",
+    "StatisticsCollection",
+    "collect_statistics",
+    "compile_prefill",
+    "describe_sparse_prefill",
+    "enable_sparse_prefill",
+]
 
 NAME = "flexprefill"
 
 AttentionInterface.register(NAME, flexprefill_attention)
 AttentionMaskInterface.register(NAME, flexprefill_mask)
-
-
-def _attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The decoder's attention modules by layer index."""
-    layers: dict[int, nn.Module] = {}
-    for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and hasattr(module, "config") and hasattr(module, "is_causal"):
-            layers[index] = module
-    return dict(sorted(layers.items()))
-
-
-def _check_model(model: Any) -> dict[int, nn.Module]:
-    """The model's attention layers, or an error that says why it cannot run sparse prefill."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    name = type(model).__name__
-    config = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; sparse prefill is for decoder-only models")
-    if not model._can_set_attn_implementation():
-        raise ValueError(f"{name} does not use transformers' attention interface, so its attention cannot be replaced")
-    layers = _attention_layers(model)
-    if not layers:
-        raise ValueError(f"{name} has no attention layer that sparse prefill knows")
-    if getattr(config, "attention_chunk_size", None):
-        raise ValueError(
-            f"{name} cannot run sparse prefill: it attends in chunks ({config.attention_chunk_size} tokens)"
-        )
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    # Where all layers share one window, only the config knows it.
-    window = None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
-    for index, module in layers.items():
-        problem = unsupported(
-            getattr(module, "sliding_window", window), softcap, getattr(module, "sinks", None), None, None
-        )
-        if problem is None and not module.is_causal:
-            problem = "it is not causal"
-        if problem is not None:
-            raise ValueError(f"{name} cannot run sparse prefill: layer {index}: {problem}")
-    return layers
 
 
 class SparsePrefill:
@@ -133,18 +111,25 @@ class SparsePrefill:
 
 def enable_sparse_prefill(
     model: PreTrainedModel,
-    config: SelectorConfig | None = None,
+    config: ConfigChoice = None,
     *,
+    dense_layers: Sequence[int] = (),
     min_prompt_tokens: int | None = None,
+    mean_correction: bool = False,
     statistics: str | None = None,
 ) -> SparsePrefill:
     """Switch a model's prefill to sparse attention.
 
+    Layers with a sliding window compute exactly its blocks; `describe_sparse_prefill` lists what each layer does.
+
     Args:
-        model: a decoder-only transformers model (Llama, Qwen2 and Qwen3 are tested).
-        config: the selector and its settings, default `FlexPrefillConfig()`.
+        model: a decoder-only transformers model whose attention goes through the attention interface.
+        config: the selector and its settings, default `FlexPrefillConfig()`; or one for each layer: a mapping from
+            layer index, or a function of it. Layers without one (None) are dense.
+        dense_layers: layers that stay dense, by index; negative ones count from the last.
         min_prompt_tokens: prompts (cached prefix included) of fewer tokens run dense; default: the longest prompt of
             which the selector keeps every block, plus 1.
+        mean_correction: let dropped blocks count by their means, see `sparse_prefill_attention`.
         statistics: None, "density" to keep each layer's density, kept blocks and JS distance, or "recall" to also
             compute the recall (exact attention: slow).
 
@@ -154,15 +139,104 @@ def enable_sparse_prefill(
     Raises:
         TypeError, ValueError: for a model or a setting that cannot be served; the model is then unchanged.
     """
-    config = FlexPrefillConfig() if config is None else config
-    check_selector(config)
-    if min_prompt_tokens is None:
-        min_prompt_tokens = config.dense_tokens + 1
-    check_integer("min_prompt_tokens", min_prompt_tokens, 1)
+    if min_prompt_tokens is not None:
+        check_integer("min_prompt_tokens", min_prompt_tokens, 1)
+    if not isinstance(mean_correction, bool):
+        raise TypeError(f"mean_correction must be True or False, got {type(mean_correction).__name__}")
     if statistics not in (None, "density", "recall"):
         raise ValueError(f"statistics must be None, 'density' or 'recall', got {statistics!r}")
-    layers = _check_model(model)
-    plans = {index: LayerPlan(config, min_prompt_tokens, statistics) for index in layers}
+    layers = check_model(model)
+    plans: dict[int, LayerPlan] = {}
+    for index, chosen in configs_of(layers, config, dense_layers).items():
+        least = min_prompt_tokens
+        if least is None:
+            least = 1 if chosen is None else chosen.dense_tokens + 1
+        plans[index] = LayerPlan(chosen, least, statistics, mean_correction)
+    if mean_correction:
+        _check_mean_correction(model, layers, plans)
     handle = SparsePrefill(model, layers, plans)
     handle._enable()
     return handle
+
+
+def _check_mean_correction(model: PreTrainedModel, layers: dict[int, nn.Module], plans: dict[int, LayerPlan]) -> None:
+    for index, module in layers.items():
+        if plans[index].config is None or layer_window(model, index, module) is not None:
+            continue
+        why = describe(model, index, module, plans[index]).why
+        if "capped" in why or "sinks" in why:
+            raise ValueError(f"mean_correction cannot be combined with what layer {index} needs: {why}")
+
+
+class StatisticsCollection:
+    """Statistics of the prefills inside a context, see `collect_statistics`."""
+
+    def __init__(self, plans: dict[int, LayerPlan], recall: bool) -> None:
+        self._plans = plans
+        self._before = {index: plan.statistics for index, plan in plans.items()}
+        for plan in plans.values():
+            plan.statistics, plan.latest = "recall" if recall else "density", None
+
+    def latest(self) -> PrefillStatistics:
+        """Of the latest prefill, read back from the GPU now.
+
+        Raises:
+            ValueError: if none has run.
+        """
+        sparse = {index: (plan, plan.config) for index, plan in self._plans.items() if plan.config is not None}
+        return PrefillStatistics.gather(
+            {index: plan.latest for index, (plan, _) in sparse.items() if plan.latest is not None},
+            {index: getattr(config, "tau", None) for index, (_, config) in sparse.items()},
+            {index: config.name for index, (_, config) in sparse.items()},
+        )
+
+    def __enter__(self) -> StatisticsCollection:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for index, plan in self._plans.items():
+            plan.statistics = self._before[index]
+
+
+def collect_statistics(model: PreTrainedModel, *, recall: bool = False) -> StatisticsCollection:
+    """What each layer and head keeps in the prefills of a context, while sparse prefill is on.
+
+        with collect_statistics(model) as found:
+            model.generate(**inputs)
+        found.latest().save_heat_map("density.png")
+
+    Nothing is read back from the GPU before `found.latest()`, whose `table()` and `save_heat_map(path)` show density,
+    Jensen-Shannon distance and pattern.
+
+    Args:
+        model: with sparse prefill switched on by `enable_sparse_prefill`.
+        recall: also measure which share of the exact attention the kept blocks hold (exact attention: slow).
+
+    Raises:
+        TypeError, ValueError: for a model that cannot be served, or has no sparse prefill on.
+    """
+    plans = {index: getattr(module, PLAN_ATTRIBUTE, None) for index, module in check_model(model).items()}
+    found = {index: plan for index, plan in plans.items() if isinstance(plan, LayerPlan)}
+    if not found:
+        raise ValueError("collect_statistics is for sparse prefill: call enable_sparse_prefill(model) first")
+    return StatisticsCollection(found, recall)
+
+
+def describe_sparse_prefill(model: PreTrainedModel) -> list[LayerDescription]:
+    """What each attention layer does in a long prompt, and why.
+
+    Args:
+        model: with or without `enable_sparse_prefill`; without, for `attn_implementation="flexprefill"` and its default
+            settings.
+
+    Returns:
+        One description for each layer, in order.
+
+    Raises:
+        TypeError, ValueError: for a model that cannot be served.
+    """
+    plan = default_plan()
+    return [
+        describe(model, index, module, getattr(module, PLAN_ATTRIBUTE, None) or plan)
+        for index, module in check_model(model).items()
+    ]

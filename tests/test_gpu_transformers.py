@@ -19,7 +19,7 @@ def model():
     return loaded.to("cuda").eval()
 
 
-def answers(model, tokenizer, prompts: list[NeedlePrompt]) -> list[bool]:
+def answers(model, tokenizer, prompts: list[NeedlePrompt], **options) -> list[bool]:
     """Generate for a left-padded batch; which answers are right."""
     width = max(len(prompt.token_ids) for prompt in prompts)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -28,7 +28,12 @@ def answers(model, tokenizer, prompts: list[NeedlePrompt]) -> list[bool]:
         ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
         mask[row, width - len(prompt.token_ids) :] = 1
     out = model.generate(
-        input_ids=ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=ANSWER_DIGITS, do_sample=False, pad_token_id=0
+        input_ids=ids.cuda(),
+        attention_mask=mask.cuda(),
+        max_new_tokens=ANSWER_DIGITS,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
     )
     texts = [tokenizer.decode(row[width:].tolist()) for row in out]
     return [is_correct(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)]
@@ -83,3 +88,37 @@ def test_compiled_forward_is_sparse_with_one_graph(model, needle_tokenizer) -> N
                 assert (statistics.kept_blocks - before).abs().sum() <= 0.05 * before.sum(), layer
             assert logits.argmax(-1).item() == eager.argmax(-1).item()
             assert (logits - eager).abs().max() < 0.05 * eager.abs().max() + 0.1
+
+
+@pytest.mark.parametrize("chunk", [None, 2048])
+def test_compiled_generate_answers_right(model, needle_tokenizer, chunk: int | None) -> None:
+    """Every prompt by the graphs of the first ones, batch 1 and a left-padded batch, in one piece and in chunks."""
+    from torch._dynamo.utils import counters
+
+    from flexprefill_fa.integrations.transformers import compile_prefill, enable_sparse_prefill
+
+    torch._dynamo.reset()
+    lengths = (8192,) if chunk else (4096, 8192, 16384, 32768)
+    with enable_sparse_prefill(model, CONFIG, statistics="density") as handle, compile_prefill(model):
+        before = None
+        for tokens in lengths:
+            prompt = build_prompt(needle_tokenizer, tokens, seed=tokens)
+            assert answers(model, needle_tokenizer, [prompt], prefill_chunk_size=chunk) == [True]
+            assert all(layer.density.mean() < 0.95 for layer in handle.statistics.values())
+            graphs = counters["stats"]["unique_graphs"]
+            assert before in (None, graphs), "a graph of its own for another length"
+            before = graphs
+        if not chunk:
+            prompts = [build_prompt(needle_tokenizer, tokens, seed=tokens) for tokens in (8192, 3001, 6000, 8191)]
+            assert all(answers(model, needle_tokenizer, prompts))
+            assert all(layer.density.mean() < 0.95 for layer in handle.statistics.values())
+
+
+def test_a_static_cache_with_compiled_decode(model, needle_tokenizer) -> None:
+    from flexprefill_fa.integrations.transformers import enable_sparse_prefill
+
+    torch._dynamo.reset()
+    with enable_sparse_prefill(model, CONFIG, statistics="density") as handle:
+        prompt = build_prompt(needle_tokenizer, 8192, seed=0)
+        assert answers(model, needle_tokenizer, [prompt], cache_implementation="static") == [True]
+        assert all(layer.density.mean() < 0.95 for layer in handle.statistics.values())

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from flexprefill_fa import FlexPrefillConfig
-from flexprefill_fa.integrations.transformers import SparsePrefill, enable_sparse_prefill
+from flexprefill_fa.integrations.transformers import SparsePrefill, compile_prefill, enable_sparse_prefill
 
 SPARSE = FlexPrefillConfig(gamma=0.4, tau=0.0, min_budget=1)
 
@@ -53,6 +53,39 @@ def test_one_graph_serves_two_lengths_and_is_sparse(model: PreTrainedModel, padd
             before = graphs()
     dense = run(model, ids, arguments, model.config)
     assert (dense - inside)[mask.bool()].abs().max() > 0.01
+
+
+def test_generate_with_a_compiled_prefill(model: PreTrainedModel) -> None:
+    """Five lengths: one graph below min_prompt_tokens, one above, tokens as uncompiled, and the model given back."""
+
+    def generate(length: int) -> list[int]:
+        out = model.generate(prompt(1, length), max_new_tokens=4, do_sample=False)  # type: ignore[operator]
+        return out[0].tolist()
+
+    lengths = (300, 400, 650, 901, 1100)
+    with enable_sparse_prefill(model, SPARSE, min_prompt_tokens=500, statistics="density") as sparse:
+        expected = [generate(length) for length in lengths]
+        assert all(layer.density.mean() < 0.9 for layer in sparse.statistics.values())
+        with compile_prefill(model):
+            found, counts = [], []
+            for length in lengths:
+                found.append(generate(length))
+                counts.append(graphs())
+                if length > 500:
+                    assert (kept_blocks(sparse) < causal_blocks(length, 0)).all(), "dense"
+    assert found == expected
+    assert counts[1] == counts[0] and counts[2:] == [counts[0] + 1] * 3
+    assert "forward" not in vars(model)
+
+
+def test_what_cannot_be_compiled(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="call enable_sparse_prefill first; the model's attention is 'sdpa'"):
+        compile_prefill(model)
+    twice = pytest.raises(ValueError, match="the forward of this LlamaForCausalLM is replaced already")
+    with enable_sparse_prefill(model, SPARSE), compile_prefill(model), twice:
+        compile_prefill(model)
+    with pytest.raises(TypeError, match="must be a transformers PreTrainedModel, got str"):
+        compile_prefill("llama")  # type: ignore[arg-type]
 
 
 def kept_blocks(sparse: SparsePrefill) -> Tensor:

@@ -12,8 +12,13 @@ from hf_models import prompt, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from flexprefill_fa import FlexPrefillConfig
-from flexprefill_fa.integrations.transformers import NAME, enable_sparse_prefill
+from flexprefill_fa import FlexPrefillConfig, StreamingLLMConfig
+from flexprefill_fa.integrations.transformers import (
+    NAME,
+    collect_statistics,
+    describe_sparse_prefill,
+    enable_sparse_prefill,
+)
 
 SPARSE = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=1)
 SMALL: dict[str, Any] = {
@@ -163,41 +168,113 @@ def test_save_pretrained_while_enabled(llama: PreTrainedModel, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "message"),
+    ("name", "fields", "runs", "why"),
     [
-        ("Mistral", {"sliding_window": 64}, "layer 0: it attends to a sliding window (64 tokens)"),
+        ("Llama", {}, "sparse", "it attends to the whole prompt"),
+        ("Mistral", {"sliding_window": 64}, "window", "a sliding window of 64 tokens"),
         (
             "Qwen2",
-            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
-            "layer 1: it attends to a sliding window (64 tokens)",
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
+            "window",
+            "a sliding window of 64 tokens",
         ),
-        ("Gemma2", {}, "sliding window"),
-        ("Gemma2", {"layer_types": ["full_attention"] * 2}, "layer 0: it caps its scores (softcap 50.0)"),
+        (
+            "Gemma2",
+            {"sliding_window": 64},
+            "window",
+            "a sliding window of 64 tokens; scores capped at 50 by a score_mod",
+        ),
+        (
+            "Gemma2",
+            {"layer_types": ["full_attention"] * 2},
+            "sparse",
+            "it attends to the whole prompt; scores capped at 50 by a score_mod",
+        ),
         (
             "GptOss",
             {"num_local_experts": 2, "layer_types": ["full_attention"] * 2},
-            "layer 0: it has attention sinks (s_aux)",
+            "dense",
+            "attention sinks need a log-sum-exp, which the CPU kernel does not give",
         ),
     ],
 )
-def test_layers_that_cannot_be_served(name: str, fields: dict[str, Any], message: str) -> None:
+def test_what_layers_are_said_to_do(name: str, fields: dict[str, Any], runs: str, why: str) -> None:
     config = getattr(transformers, f"{name}Config")(**SMALL, **fields)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    before = state(model)
-    with pytest.raises(ValueError) as raised:
-        enable_sparse_prefill(model, SPARSE)
-    assert message in str(raised.value) and f"{name}ForCausalLM cannot run sparse prefill" in str(raised.value)
-    assert state(model) == before
-    # The same layers, reached without the check: refused at the first long prompt, not silently dropped.
-    model.set_attn_implementation(NAME)
-    with pytest.raises(ValueError, match=r"cannot run sparse prefill|asks for another mask"):
-        run(model)
+    with enable_sparse_prefill(model, SPARSE, min_prompt_tokens=300):
+        first = describe_sparse_prefill(model)[0]
+    assert (first.layer, first.runs, first.why) == (0, runs, why)
+    assert (first.config, first.min_prompt_tokens) == ((SPARSE, 300) if runs == "sparse" else (None, None))
 
 
-def test_chunked_attention_is_refused(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama.config, "attention_chunk_size", 64, raising=False)
-    with pytest.raises(ValueError, match="it attends in chunks"):
-        enable_sparse_prefill(llama)
+def test_a_config_for_each_layer(llama: PreTrainedModel) -> None:
+    other = StreamingLLMConfig(sink=128, window=128)
+
+    def described(*arguments: Any, **settings: Any) -> list[Any]:
+        with enable_sparse_prefill(llama, *arguments, **settings):
+            return [layer.config for layer in describe_sparse_prefill(llama)]
+
+    assert described(SPARSE) == [SPARSE, SPARSE]
+    assert described({1: other}) == [None, other]
+    assert described(lambda layer: other if layer == 0 else SPARSE) == [other, SPARSE]
+    assert described(SPARSE, dense_layers=(0,)) == [None, SPARSE]
+    assert described(SPARSE, dense_layers=[-1]) == [SPARSE, None]
+    before = state(llama)
+    with pytest.raises(ValueError, match="the model's attention layers are 0 to 1, got a setting for layer 2"):
+        enable_sparse_prefill(llama, {2: other})
+    with pytest.raises(ValueError, match="got a setting for layer 7"):
+        enable_sparse_prefill(llama, SPARSE, dense_layers=(7,))
+    with pytest.raises(TypeError, match=r"dense_layers must be layer indices such as \(0, 1\), got 1"):
+        enable_sparse_prefill(llama, SPARSE, dense_layers=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="config must be a selector config"):
+        enable_sparse_prefill(llama, lambda layer: "flexprefill")  # type: ignore[arg-type]
+    assert state(llama) == before
+
+
+def test_dense_layers_compute_what_the_model_does(llama: PreTrainedModel) -> None:
+    dense = run(llama).logits
+    with enable_sparse_prefill(llama, SPARSE, dense_layers=(0, 1), statistics="density") as handle:
+        torch.testing.assert_close(run(llama).logits, dense, atol=1e-5, rtol=1e-5)
+    assert handle.statistics == {}
+    with enable_sparse_prefill(llama, SPARSE, dense_layers=(0,), statistics="density") as handle:
+        assert (run(llama).logits - dense).abs().max() > 0.01
+    assert list(handle.statistics) == [1]
+
+
+def test_statistics_are_collected_on_request(llama: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"call enable_sparse_prefill\(model\) first"):
+        collect_statistics(llama)
+    with enable_sparse_prefill(llama, {0: FlexPrefillConfig(gamma=0.5, tau=0.8, min_budget=1)}) as handle:
+        with collect_statistics(llama, recall=True) as found:
+            with pytest.raises(ValueError, match="no sparse prefill has run"):
+                found.latest()
+            run(llama)
+        first = found.latest()
+        run(llama, length=300)
+        assert torch.equal(found.latest().density, first.density), "after the context nothing is collected"
+        assert handle.statistics[0].recall is not None
+    assert first.layers == (0,) and first.density.shape == (1, 1, 4) and first.selectors == ("flexprefill",)
+    assert (first.density > 0).all() and (first.density < 1).all()
+    assert first.recall is not None and (first.recall > 0.3).all() and (first.recall <= 1).all()
+    assert {first.pattern(0, head) for head in range(4)} <= {"query_aware", "vertical_slash"}
+    assert first.save_heat_map(tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")
+    assert first.table().row_count == 1
+
+
+def test_mean_correction_changes_the_output_and_refuses_what_it_cannot_do(llama: PreTrainedModel) -> None:
+    dense = run(llama).logits
+    errors = []
+    for correction in (False, True):
+        with enable_sparse_prefill(llama, SPARSE, mean_correction=correction):
+            errors.append(((run(llama).logits - dense).norm() / dense.norm()).item())
+    assert errors[1] != pytest.approx(errors[0], rel=1e-3)
+    with pytest.raises(TypeError, match="mean_correction must be True or False, got int"):
+        enable_sparse_prefill(llama, SPARSE, mean_correction=1)  # type: ignore[arg-type]
+    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SMALL)).eval()
+    with pytest.raises(
+        ValueError, match=r"mean_correction cannot be combined with what layer 1 needs: .* capped at 50"
+    ):
+        enable_sparse_prefill(gemma, SPARSE, mean_correction=True)
 
 
 def test_other_models_are_refused() -> None:
@@ -219,7 +296,9 @@ def test_other_models_are_refused() -> None:
 
 def test_settings_that_are_refused(llama: PreTrainedModel) -> None:
     before = state(llama)
-    with pytest.raises(TypeError, match=r"config must be a selector config such as FlexPrefillConfig.*, got dict"):
+    with pytest.raises(TypeError, match=r"config must be a selector config such as FlexPrefillConfig.*, got float"):
+        enable_sparse_prefill(llama, 0.9)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"config must map layer indices to selector configs, got the keys \['gamma'\]"):
         enable_sparse_prefill(llama, {"gamma": 0.9})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="statistics must be None, 'density' or 'recall', got 'all'"):
         enable_sparse_prefill(llama, SPARSE, statistics="all")
@@ -228,16 +307,24 @@ def test_settings_that_are_refused(llama: PreTrainedModel) -> None:
     assert state(llama) == before
 
 
+def test_a_mask_of_the_callers_own_runs_dense_and_says_so(
+    llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    mask = torch.ones(1, 1, 401, 401).tril().bool()
+    mask[..., 200:, :100] = False
+    with torch.no_grad():
+        dense = llama(prompt(1, 401), attention_mask=mask).logits
+        with enable_sparse_prefill(llama, SPARSE), caplog.at_level("WARNING"):
+            torch.testing.assert_close(llama(prompt(1, 401), attention_mask=mask).logits, dense, atol=1e-5, rtol=1e-5)
+    assert "layer 0 (LlamaAttention) runs dense: an attention mask of shape (1, 1, 401, 401)" in caplog.text
+
+
 def test_calls_that_are_refused(llama: PreTrainedModel) -> None:
     gaps = torch.ones(1, 400).long()
     gaps[0, 100:110] = 0
     with enable_sparse_prefill(llama, SPARSE):
         with pytest.raises(ValueError, match="to be one run, got a row with gaps"):
             run(llama, attention_mask=gaps)
-        with pytest.raises(
-            ValueError, match=r"takes a padding mask \[batch, keys\] or none, got .* \(1, 1, 400, 400\)"
-        ):
-            run(llama, attention_mask=torch.ones(1, 1, 400, 400).tril().bool())
         with pytest.raises(ValueError, match="output_attentions"):
             run(llama, output_attentions=True)
     model = tiny_model("llama", attention_dropout=0.1).train()
@@ -246,12 +333,8 @@ def test_calls_that_are_refused(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
-def test_static_caches_are_refused(llama: PreTrainedModel, gamma: float) -> None:
-    """Their keys are longer than the prompt, so the queries would be taken for the cache's last positions."""
+def test_static_caches(llama: PreTrainedModel, gamma: float) -> None:
+    """Their keys are longer than the prompt: the queries must not be taken for the cache's last positions."""
+    cache = StaticCache(config=llama.config, max_cache_len=500)
     with enable_sparse_prefill(llama, FlexPrefillConfig(gamma=gamma, min_budget=1)):
-        with pytest.raises(ValueError, match="static caches"):
-            run(llama, past_key_values=StaticCache(config=llama.config, max_cache_len=500))
-        with pytest.raises(ValueError, match="static caches"):
-            llama.generate(  # type: ignore[operator]
-                prompt(1, 400), max_new_tokens=3, do_sample=False, cache_implementation="static"
-            )
+        torch.testing.assert_close(run(llama, past_key_values=cache).logits, run(llama).logits, atol=1e-5, rtol=1e-5)

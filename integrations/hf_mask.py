@@ -1,0 +1,175 @@
+"""The mask function that transformers calls for each kind of layer; never an n x n mask for a long prompt.
+
+It hands on only what the attention function needs to know of a prompt: padding, packing, and how many keys hold tokens.
+A sliding window needs no hint, because the attention function gets it from its layer.
+"""
+
+from __future__ import annotations
+
+from . import hf_version  # noqa: F401  # isort: skip
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
+
+# A decode step or a verification chunk has fewer queries than this: dense, by the masks of SDPA.
+MIN_QUERY_TOKENS = 128
+# Masks that sparse prefill does not serve are built only up to here: 64 MB per batch element.
+MAX_SQUARE_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class PromptMask:
+    """What a prompt of at least `MIN_QUERY_TOKENS` queries sees besides the causal rule.
+
+    Attributes:
+        padding: bool `[B, keys]`, which keys are real; None: all of them.
+        packed: several sequences share a row, told apart by their position ids.
+        keys: the first so many keys of the layer hold tokens, the rest of a static cache is empty; None: all do.
+    """
+
+    padding: Tensor | None = None
+    packed: bool = False
+    keys: int | None = None
+
+    @classmethod
+    def of(cls, mask: Any) -> PromptMask | None:
+        """What a mask of `flexprefill_mask` says; None for one that SDPA would take."""
+        if mask is None:
+            return cls()
+        if isinstance(mask, PromptMask):
+            return mask
+        if mask.dtype != torch.uint8:
+            return None
+        return cls(mask[:, 0, 0].bool() if mask.shape[2] else None, keys=mask.shape[3] or None)
+
+    def as_tensor(self, batch: int, keys: int, device: Any) -> Any:
+        """In the form of the four-dimensional masks that `generate` copies and models hand on.
+
+        uint8, which no other mask is: `[B, 1, 1, keys]` of the padding, `[B, 1, 0, keys]` without any, `[B, 1, 0, 0]`
+        for a plain causal prompt. None would do for that one, but a model that computes with its mask would go on
+        without the causal rule; it fails on this. Packed sequences come only where nothing looks at the mask.
+        """
+        if self.packed:
+            return self
+        if self.padding is not None:
+            return self.padding.to(torch.uint8)[:, None, None]
+        shape = (batch, 1, 0, 0 if self.keys is None else keys)
+        return torch.empty(shape, dtype=torch.uint8, device=device)
+
+
+_INTERSECTION = and_masks(causal_mask_function).__code__
+_PACKED = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
+
+
+def _contains(function: Callable, code: Any) -> bool:
+    """Whether a mask function is, or is composed of, one with this code."""
+    if function.__code__ is code:
+        return True
+    found: list[Callable] = []
+    for cell in function.__closure__ or ():
+        inside = cell.cell_contents
+        found += [item for item in (inside if isinstance(inside, tuple) else (inside,)) if hasattr(item, "__code__")]
+    return any(_contains(item, code) for item in found)
+
+
+def _is_other(mask_function: Callable, window: int | None, use_vmap: bool, config: Any) -> bool:
+    """Whether a mask is another one than causal, a sliding window, packed sequences, or several of these at once."""
+    if mask_function is causal_mask_function:
+        return False
+    if use_vmap or (window is not None and window == getattr(config, "attention_chunk_size", None)):
+        return True
+    # Unions (images that see themselves both ways) carry another function's code; a traced function shows none.
+    return not torch.compiler.is_compiling() and mask_function.__code__ is not _INTERSECTION
+
+
+def flexprefill_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """The mask function that transformers calls.
+
+    Returns:
+        What `PromptMask.of` reads; for decode steps, short chunks and masks that sparse prefill does not serve, what
+        SDPA wants.
+
+    Raises:
+        ValueError: for rows whose real tokens have gaps (read back from the GPU once per forward pass; a compiled model
+            is not checked), for a static cache in a compiled prefill, and for prompts beyond `MAX_SQUARE_TOKENS` with a
+            mask that is not served.
+    """
+    window = kwargs.get("local_size")
+
+    def square_mask() -> Any:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,  # pyright: ignore[reportArgumentType]  # a tensor with static caches
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            use_vmap=use_vmap,
+            **kwargs,
+        )
+
+    if q_length < MIN_QUERY_TOKENS:
+        return square_mask()
+    if _is_other(mask_function, window, use_vmap, kwargs.get("config")):
+        if not torch.compiler.is_compiling() and q_length * kv_length > MAX_SQUARE_TOKENS**2:
+            raise ValueError(
+                "this model asks for a mask that sparse prefill does not serve (it serves causal, sliding, "
+                f"padded and packed ones), of {q_length} x {kv_length} tokens: use attn_implementation='sdpa'"
+            )
+        # Not skipped: the attention function must see that this is not a causal prompt.
+        kwargs["allow_is_causal_skip"] = False
+        return square_mask()
+    if isinstance(q_offset, Tensor):  # a static cache, before transformers 5.20 or so
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "sparse prefill inside a compiled model does not serve static caches (the compiler does not "
+                "know how many tokens they hold): use a dynamic cache"
+            )
+        q_offset = int(q_offset)
+    keys = q_offset + q_length - kv_offset
+    packed = mask_function is not causal_mask_function and attention_mask is None and q_length == kv_length
+    if packed and not torch.compiler.is_compiling():
+        packed = _contains(mask_function, _PACKED)
+    padding = _padding(attention_mask, kv_offset, keys)
+    shorter = keys if keys != kv_length else None
+    return PromptMask(padding, packed, shorter).as_tensor(batch_size, keys, kwargs.get("device"))
+
+
+def _padding(attention_mask: Tensor | None, kv_offset: int, keys: int) -> Tensor | None:
+    """Which keys are real, `[B, keys]`, or None where all are."""
+    if attention_mask is None:
+        return None
+    mask = attention_mask[:, kv_offset : kv_offset + keys]
+    if torch.compiler.is_compiling():
+        return mask
+    if mask.all():
+        return None
+    # Real tokens must be one run: from the first to the last there is no gap.
+    edges = mask.int().diff(dim=-1).abs().sum(-1) + mask[:, 0].int() + mask[:, -1].int()
+    if not (edges == 2).all():
+        raise ValueError(
+            "sparse prefill needs each row's real tokens in attention_mask to be one run, "
+            "got a row with gaps or without any"
+        )
+    return mask
