@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ def flexprefill_attention(
     prompt = PromptMask.of(attention_mask) if query.shape[2] >= MIN_QUERY_TOKENS else None
     if prompt is None:
         if query.shape[2] >= MIN_QUERY_TOKENS:
-            _say_dense(_layer_name(module), f"an attention mask of shape {tuple(attention_mask.shape)}")
+            _say_dense(module, "it was given an attention mask that sparse prefill does not serve")
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal
@@ -86,6 +87,12 @@ def flexprefill_attention(
             f"{_layer_name(module)}: packed sequences need the model to pass position_ids to its attention"
         )
     plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE, None) or _DEFAULT_PLAN
+    if prompt.windowed and sliding_window is None:  # some models leave their window to the mask
+        sliding_window = plan.window
+        if sliding_window is None:
+            raise ValueError(
+                f"{_layer_name(module)} does not say how long its sliding window is: call enable_sparse_prefill(model)"
+            )
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     out = _prefill(module, plan, prompt, query, key, value, scale, sliding_window, softcap, s_aux, position_ids)
     return out.transpose(1, 2).contiguous(), None
@@ -114,15 +121,15 @@ def _layer_name(module: nn.Module) -> str:
     return f"layer {getattr(module, 'layer_idx', None)} ({type(module).__name__})"
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
-def _say_dense(layer: str, reason: str) -> None:
+def _say_dense(module: nn.Module, reason: str) -> None:
     """Once for each layer and reason; a traced model says nothing."""
-    if not torch.compiler.is_compiling():
-        _warn_once(f"{layer} runs dense: {reason}")
+    if torch.compiler.is_compiling() or reason in (said := _said.setdefault(module, set())):
+        return
+    said.add(reason)
+    logger.warning("%s runs dense: %s", _layer_name(module), reason)
 
 
 def _square(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) -> Tensor | None:
@@ -148,6 +155,7 @@ def _prefill(
     """`[B, Hq, q, Dv]` of a prompt whose queries are the last of the keys."""
     starts, lengths = (None, None) if prompt.padding is None else _run_of(prompt.padding)
     kv_len = key.shape[2]
+    windowed = window is not None
     # A traced model has no lengths to compare a window with.
     if window is not None and not torch.compiler.is_compiling() and kv_len <= window:
         window = None
@@ -167,9 +175,9 @@ def _prefill(
     else:
         problem = None
     config = plan.config
-    sparse = config is not None and window is None and problem is None and kv_len >= plan.min_prompt_tokens
+    sparse = config is not None and not windowed and problem is None and kv_len >= plan.min_prompt_tokens
     if problem is not None:
-        _say_dense(_layer_name(module), problem)
+        _say_dense(module, problem)
         return attention_with_extras(
             query, key, value, None, scaling, softcap=softcap, sinks=sinks, starts=starts, lengths=lengths,
             mask_mod=mask_mod,

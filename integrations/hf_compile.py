@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from flexprefill_fa.region import compile_limits
 
-from .hf_mask import MIN_QUERY_TOKENS
+from .hf_mask import MIN_QUERY_TOKENS, real_keys
 
 logger = logging.getLogger(__name__)
+
+_MARK = "_compiles_prefill"  # on a forward of ours
 
 
 class CompiledPrefill:
@@ -26,6 +28,7 @@ class CompiledPrefill:
     def __init__(self, model: PreTrainedModel, options: dict[str, Any]) -> None:
         self._model = model
         self._uncompiled = model.forward
+        self._before = vars(model).get("forward")  # where libraries that spread a model over devices put theirs
         self._names = list(inspect.signature(model.forward).parameters)
         self._compiled = torch.compile(model.forward, **{"fullgraph": True, "dynamic": True, **options})
 
@@ -33,26 +36,35 @@ class CompiledPrefill:
         def forward(*positional: Any, **arguments: Any) -> Any:
             return self._forward(*positional, **arguments)
 
-        model.forward = forward
+        setattr(forward, _MARK, True)
+        self._installed = model.forward = forward
 
     def _forward(self, *positional: Any, **arguments: Any) -> Any:
-        arguments |= dict(zip(self._names, positional, strict=False))
-        if not self._is_prefill(arguments):
-            return self._uncompiled(**arguments)
-        mask = arguments.get("attention_mask")
-        # The compiler cannot see that a mask masks nothing; without one the kernels need not look at padding.
-        if isinstance(mask, Tensor) and arguments.get("past_key_values") is not None and bool(mask.all()):
-            arguments["attention_mask"] = None
+        named = arguments | dict(zip(self._names, positional, strict=False))
+        if len(positional) > len(self._names) or not self._is_prefill(named):
+            return self._uncompiled(*positional, **arguments)
+        mask = named.get("attention_mask")
+        if isinstance(mask, Tensor):
+            # What a traced model cannot look at: that the mask has no gaps, and that it masks nothing, so that the
+            # kernels need not look at padding. Token types stand for masks of their own, which need it.
+            whole = real_keys(mask, 0, mask.shape[1]) is None
+            plain = all(named.get(name) is None for name in ("token_type_ids", "mm_token_type_ids"))
+            if whole and plain and named.get("past_key_values") is not None:
+                named["attention_mask"] = None
         with compile_limits():
-            return self._compiled(**arguments)
+            return self._compiled(**named)
 
     def _is_prefill(self, arguments: dict[str, Any]) -> bool:
-        if torch.compiler.is_compiling():  # inside another compiled call
+        from .transformers import NAME
+
+        if torch.compiler.is_compiling() or self._model.config._attn_implementation != NAME:
             return False
-        tokens = next(
-            (arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None
-        )
+        found = (arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None)
+        tokens = next(found, None)
         if not isinstance(tokens, Tensor) or tokens.shape[1] < MIN_QUERY_TOKENS:
+            return False
+        mask = arguments.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             return False
         cache = arguments.get("past_key_values")
         if getattr(cache, "is_compileable", False) and getattr(cache, "max_cache_len", -1) > 0:
@@ -61,9 +73,13 @@ class CompiledPrefill:
         return True
 
     def disable(self) -> None:
-        """Give the model its own forward back; a second call does nothing."""
-        if vars(self._model).get("forward") is not None:
+        """Give the model the forward back that it had; a second call does nothing."""
+        if vars(self._model).get("forward") is not self._installed:
+            return
+        if self._before is None:
             del self._model.forward
+        else:
+            self._model.forward = self._before
 
     def __enter__(self) -> CompiledPrefill:
         return self
@@ -98,6 +114,6 @@ def compile_prefill(model: PreTrainedModel, **options: Any) -> CompiledPrefill:
             "compile_prefill is for sparse prefill: call enable_sparse_prefill first; "
             f"the model's attention is {model.config._attn_implementation!r}"
         )
-    if "forward" in vars(model):
-        raise ValueError(f"the forward of this {type(model).__name__} is replaced already")
+    if hasattr(model.forward, _MARK):
+        raise ValueError(f"the prefill of this {type(model).__name__} is compiled already")
     return CompiledPrefill(model, options)

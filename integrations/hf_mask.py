@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import (
     and_masks,
@@ -35,11 +36,13 @@ class PromptMask:
         padding: bool `[B, keys]`, which keys are real; None: all of them.
         packed: several sequences share a row, told apart by their position ids.
         keys: the first so many keys of the layer hold tokens, the rest of a static cache is empty; None: all do.
+        windowed: the layer has a sliding window, whether or not it tells the attention function so.
     """
 
     padding: Tensor | None = None
     packed: bool = False
     keys: int | None = None
+    windowed: bool = False
 
     @classmethod
     def of(cls, mask: Any) -> PromptMask | None:
@@ -48,23 +51,26 @@ class PromptMask:
             return cls()
         if isinstance(mask, PromptMask):
             return mask
-        if mask.dtype != torch.uint8:
+        if mask.dtype not in (torch.uint8, torch.int8):
             return None
-        return cls(mask[:, 0, 0].bool() if mask.shape[2] else None, keys=mask.shape[3] or None)
+        padding = mask[:, 0, 0].bool() if mask.shape[2] else None
+        return cls(padding, keys=mask.shape[3] or None, windowed=mask.dtype == torch.int8)
 
     def as_tensor(self, batch: int, keys: int, device: Any) -> Any:
         """In the form of the four-dimensional masks that `generate` copies and models hand on.
 
-        uint8, which no other mask is: `[B, 1, 1, keys]` of the padding, `[B, 1, 0, keys]` without any, `[B, 1, 0, 0]`
-        for a plain causal prompt. None would do for that one, but a model that computes with its mask would go on
-        without the causal rule; it fails on this. Packed sequences come only where nothing looks at the mask.
+        uint8 or, with a window, int8, which no other mask is: `[B, 1, 1, keys]` of the padding, `[B, 1, 0, keys]`
+        without any, `[B, 1, 0, 0]` for a plain causal prompt. None would do for that one, but a model that computes
+        with its mask would go on without the causal rule; it fails on this. Packed sequences come only where nothing
+        looks at the mask.
         """
         if self.packed:
             return self
+        dtype = torch.int8 if self.windowed else torch.uint8
         if self.padding is not None:
-            return self.padding.to(torch.uint8)[:, None, None]
+            return self.padding.to(dtype)[:, None, None]
         shape = (batch, 1, 0, 0 if self.keys is None else keys)
-        return torch.empty(shape, dtype=torch.uint8, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 _INTERSECTION = and_masks(causal_mask_function).__code__
@@ -82,14 +88,20 @@ def _contains(function: Callable, code: Any) -> bool:
     return any(_contains(item, code) for item in found)
 
 
-def _is_other(mask_function: Callable, window: int | None, use_vmap: bool, config: Any) -> bool:
+def _is_other(
+    mask_function: Callable, attention_mask: Tensor | None, use_vmap: bool, arguments: dict[str, Any]
+) -> bool:
     """Whether a mask is another one than causal, a sliding window, packed sequences, or several of these at once."""
     if mask_function is causal_mask_function:
         return False
-    if use_vmap or (window is not None and window == getattr(config, "attention_chunk_size", None)):
+    window = arguments.get("local_size")
+    if use_vmap or (window is not None and window == getattr(arguments.get("config"), "attention_chunk_size", None)):
         return True
-    # Unions (images that see themselves both ways) carry another function's code; a traced function shows none.
-    return not torch.compiler.is_compiling() and mask_function.__code__ is not _INTERSECTION
+    # Unions (images that see themselves both ways) carry another function's code. A traced function shows none, but
+    # with a padding mask nothing else asks that the mask be made in any case.
+    if torch.compiler.is_compiling():
+        return attention_mask is not None and arguments.get("allow_is_causal_skip") is False
+    return mask_function.__code__ is not _INTERSECTION
 
 
 def flexprefill_mask(
@@ -131,7 +143,7 @@ def flexprefill_mask(
 
     if q_length < MIN_QUERY_TOKENS:
         return square_mask()
-    if _is_other(mask_function, window, use_vmap, kwargs.get("config")):
+    if _is_other(mask_function, attention_mask, use_vmap, kwargs):
         if not torch.compiler.is_compiling() and q_length * kv_length > MAX_SQUARE_TOKENS**2:
             raise ValueError(
                 "this model asks for a mask that sparse prefill does not serve (it serves causal, sliding, "
@@ -151,25 +163,30 @@ def flexprefill_mask(
     packed = mask_function is not causal_mask_function and attention_mask is None and q_length == kv_length
     if packed and not torch.compiler.is_compiling():
         packed = _contains(mask_function, _PACKED)
-    padding = _padding(attention_mask, kv_offset, keys)
+    padding = real_keys(attention_mask, kv_offset, keys)
     shorter = keys if keys != kv_length else None
-    return PromptMask(padding, packed, shorter).as_tensor(batch_size, keys, kwargs.get("device"))
+    return PromptMask(padding, packed, shorter, window is not None).as_tensor(batch_size, keys, kwargs.get("device"))
 
 
-def _padding(attention_mask: Tensor | None, kv_offset: int, keys: int) -> Tensor | None:
-    """Which keys are real, `[B, keys]`, or None where all are."""
+def real_keys(attention_mask: Tensor | None, kv_offset: int, keys: int) -> Tensor | None:
+    """Which keys are real, `[B, keys]`, or None where all are; what a short mask does not say is padding.
+
+    Raises:
+        ValueError: for a row with gaps; not while tracing.
+    """
     if attention_mask is None:
         return None
-    mask = attention_mask[:, kv_offset : kv_offset + keys]
+    mask = attention_mask[:, kv_offset : kv_offset + keys].bool()
     if torch.compiler.is_compiling():
         return mask
+    if mask.shape[1] < keys:
+        mask = F.pad(mask, (0, keys - mask.shape[1]))
     if mask.all():
         return None
-    # Real tokens must be one run: from the first to the last there is no gap.
+    # Real tokens must be one run: from the first to the last there is no gap. A row may be all padding: a chunk's.
     edges = mask.int().diff(dim=-1).abs().sum(-1) + mask[:, 0].int() + mask[:, -1].int()
-    if not (edges == 2).all():
+    if not (edges <= 2).all():
         raise ValueError(
-            "sparse prefill needs each row's real tokens in attention_mask to be one run, "
-            "got a row with gaps or without any"
+            "sparse prefill needs each row's real tokens in attention_mask to be one run, got a row with gaps"
         )
     return mask

@@ -43,6 +43,7 @@ class LayerPlan:
         min_prompt_tokens: prompts of fewer tokens run dense.
         statistics: None, "density" or "recall".
         mean_correction: whether dropped blocks count by their means.
+        window: of the layer, in tokens; for models that leave it to the mask.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class LayerPlan:
         min_prompt_tokens: int,
         statistics: str | None,
         mean_correction: bool = False,
+        window: int | None = None,
     ) -> None:
         self.config = config
         self.min_prompt_tokens = min_prompt_tokens
         self.statistics = statistics
         self.mean_correction = mean_correction
+        self.window = window
         self.latest: LayerStatistics | None = None
 
     @property
@@ -115,6 +118,8 @@ def check_model(model: Any) -> dict[int, nn.Module]:
     for index, module in layers.items():
         if not getattr(module, "is_causal", True):
             raise ValueError(f"{name} cannot run sparse prefill: layer {index}: it is not causal")
+        if hasattr(module, "prepare_dynamic_mask"):
+            raise ValueError(f"{name} cannot run sparse prefill: layer {index}: it computes a mask of its own")
     return layers
 
 
@@ -170,7 +175,7 @@ def layer_window(model: PreTrainedModel, index: int, module: nn.Module) -> int |
     if kind is not None and kind != "sliding_attention":  # some modules carry a window that they do not use
         return None
     shared = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
-    return getattr(module, "sliding_window", shared)
+    return getattr(module, "sliding_window", shared) or None
 
 
 def describe(model: PreTrainedModel, index: int, module: nn.Module, plan: LayerPlan) -> LayerDescription:

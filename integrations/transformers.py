@@ -151,7 +151,8 @@ def enable_sparse_prefill(
         least = min_prompt_tokens
         if least is None:
             least = 1 if chosen is None else chosen.dense_tokens + 1
-        plans[index] = LayerPlan(chosen, least, statistics, mean_correction)
+        window = layer_window(model, index, layers[index])
+        plans[index] = LayerPlan(chosen, least, statistics, mean_correction, window)
     if mean_correction:
         _check_mean_correction(model, layers, plans)
     handle = SparsePrefill(model, layers, plans)
@@ -173,9 +174,8 @@ class StatisticsCollection:
 
     def __init__(self, plans: dict[int, LayerPlan], recall: bool) -> None:
         self._plans = plans
+        self._kind = "recall" if recall else "density"
         self._before = {index: plan.statistics for index, plan in plans.items()}
-        for plan in plans.values():
-            plan.statistics, plan.latest = "recall" if recall else "density", None
 
     def latest(self) -> PrefillStatistics:
         """Of the latest prefill, read back from the GPU now.
@@ -191,6 +191,8 @@ class StatisticsCollection:
         )
 
     def __enter__(self) -> StatisticsCollection:
+        for plan in self._plans.values():
+            plan.statistics, plan.latest = self._kind, None
         return self
 
     def __exit__(self, *exception: object) -> None:

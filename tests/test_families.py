@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, has_full_attention
 from hf_models import attention_function
 from torch import Tensor
@@ -66,7 +67,8 @@ def generate(model: PreTrainedModel, ids: Tensor, *, tokens: int = 4, **options:
     """The tokens that greedy (or beam) search appends to each row."""
     before = copy.deepcopy(model.generation_config)
     options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, **options}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+    options = {"attention_mask": torch.ones_like(ids), **options}
+    out = model.generate(ids, **options)  # type: ignore[operator]
     model.generation_config = before  # some options stay set on it
     return out[:, ids.shape[1] :].tolist()
 
@@ -175,6 +177,58 @@ def test_packed_sequences(one_of_few: PreTrainedModel) -> None:
     with everything(one_of_few):
         actual = logits(one_of_few, ids, **arguments)
     assert error(actual, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_chunks_of_a_batch_of_unequal_prompts(one_of_few: PreTrainedModel, cache: str | None) -> None:
+    """One row's first chunk is all padding."""
+    ids, mask = prompt(2), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :200] = 0
+    ids = ids * mask
+    options = {"attention_mask": mask, "prefill_chunk_size": 150}
+    expected = generate(one_of_few, ids, **options)
+    if cache:
+        options["cache_implementation"] = cache
+    with everything(one_of_few):
+        assert generate(one_of_few, ids, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("Phimoe", {"num_local_experts": 4, "sliding_window": 96}),
+        (
+            "Qwen2Moe",
+            {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+            | {"use_sliding_window": True, "sliding_window": 96, "layer_types": ["sliding_attention"] * 2},
+        ),
+    ],
+)
+def test_windows_that_only_the_mask_knows(name: str, fields: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_attention_heads": 4}
+    heads = {"num_key_value_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 2048, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes, **heads, **fields)
+    model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+    expected = logits(model, prompt(1))
+    for chosen in (EVERYTHING, SPARSE):  # a window's blocks are not left to a selector
+        with enable_sparse_prefill(model, chosen, min_prompt_tokens=1):
+            assert {layer.runs for layer in describe_sparse_prefill(model)} == {"window"}
+            assert error(logits(model, prompt(1)), expected) < TOLERANCE
+    model.set_attn_implementation("flexprefill")
+    with pytest.raises(ValueError, match=r"does not say how long its sliding window is: call enable_sparse_prefill"):
+        logits(model, prompt(1))
+
+
+@pytest.mark.parametrize("window", [96, 1024])
+def test_window_layers_are_exact(window: int) -> None:
+    """A window's blocks are all computed, also where the window is longer than the prompt."""
+    model = copy.deepcopy(family("mistral"))
+    model.config.sliding_window = window
+    expected = logits(model, prompt(1))
+    with enable_sparse_prefill(model, SPARSE, min_prompt_tokens=1, statistics="density") as handle:
+        assert error(logits(model, prompt(1)), expected) < TOLERANCE
+    assert handle.statistics == {}
 
 
 class NoStream:

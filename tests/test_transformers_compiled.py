@@ -78,10 +78,45 @@ def test_generate_with_a_compiled_prefill(model: PreTrainedModel) -> None:
     assert "forward" not in vars(model)
 
 
+def test_masks_that_the_compiler_does_not_see(model: PreTrainedModel) -> None:
+    gaps = torch.ones(1, 400).long()
+    gaps[0, 100:110] = 0
+    square = torch.ones(1, 1, 400, 400, dtype=torch.bool)  # not causal
+    with torch.no_grad():
+        expected = model(prompt(1, 400), attention_mask=square).logits
+        with enable_sparse_prefill(model, SPARSE), compile_prefill(model):
+            with pytest.raises(ValueError, match="to be one run, got a row with gaps"):
+                model(prompt(1, 400), attention_mask=gaps)
+            torch.testing.assert_close(
+                model(prompt(1, 400), attention_mask=square).logits, expected, atol=1e-5, rtol=1e-5
+            )
+
+
+def test_the_forward_that_was_there_comes_back(model: PreTrainedModel) -> None:
+    own = model.forward
+
+    def hooked(*arguments: Any, **named: Any) -> Any:
+        return own(*arguments, **named)
+
+    model.forward = hooked  # as libraries do that spread a model over devices
+    try:
+        with enable_sparse_prefill(model, SPARSE):
+            first = compile_prefill(model)
+            first.disable()
+            assert vars(model)["forward"] is hooked
+            with compile_prefill(model):
+                installed = vars(model)["forward"]
+                first.disable()
+                assert vars(model)["forward"] is installed
+            assert vars(model)["forward"] is hooked
+    finally:
+        del model.forward
+
+
 def test_what_cannot_be_compiled(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="call enable_sparse_prefill first; the model's attention is 'sdpa'"):
         compile_prefill(model)
-    twice = pytest.raises(ValueError, match="the forward of this LlamaForCausalLM is replaced already")
+    twice = pytest.raises(ValueError, match="the prefill of this LlamaForCausalLM is compiled already")
     with enable_sparse_prefill(model, SPARSE), compile_prefill(model), twice:
         compile_prefill(model)
     with pytest.raises(TypeError, match="must be a transformers PreTrainedModel, got str"):
