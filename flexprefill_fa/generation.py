@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from flexprefill_fa.integrations.transformers import enable_sparse_prefill
+from flexprefill_fa.integrations.transformers import describe_sparse_prefill, enable_sparse_prefill
 from flexprefill_fa.loading import UsageError, first_line
 from flexprefill_fa.masks import SelectorConfig
 from flexprefill_fa.progress import WorkProgress
@@ -103,12 +103,13 @@ def measure_sparse(
         recall: measure recall too, in one more prefill that computes exact attention.
 
     Raises:
-        UsageError: if the integration refuses the model.
+        UsageError: if the integration refuses the model, or none of its layers runs sparse.
     """
     warm_ids = input_ids[:, : max(WARM_UP_TOKENS, 2 * config.dense_tokens)]
     with ExitStack() as stack:
         with _refusal_in_one_line():
             handle = stack.enter_context(enable_sparse_prefill(model, config, statistics="density"))
+            _check_some_sparse(model)
             _, first = _generate(model, warm_ids, 1, progress, "compiling sparse")
         _, second = _generate(model, warm_ids, 1, progress, "warming up sparse")
         token_ids, seconds = _timed(model, input_ids, max_new_tokens, progress, "sparse", repeats)
@@ -119,6 +120,13 @@ def measure_sparse(
             kept = dict(handle.statistics)
     layers = tuple(_report(layer, kept[layer]) for layer in sorted(kept))
     return Measurement(token_ids, seconds, max(first - second, 0.0), layers)
+
+
+def _check_some_sparse(model: Any) -> None:
+    layers = describe_sparse_prefill(model)
+    if all(layer.runs != "sparse" for layer in layers):
+        first = layers[0]
+        raise ValueError(f"no layer of this model can run sparse; layer {first.layer} runs {first.runs}: {first.why}")
 
 
 def _report(layer: int, kept: Any) -> LayerReport:

@@ -10,7 +10,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cuda", "cpu")
 BLOCK_SIZES = (64, 128)
-MAX_INTEGER = 2**31 - 1  # kernels count in 32 bits
+MAX_INTEGER = 2**53  # settings travel as float64
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 CPU_MEAN_CORRECTION_TORCH = (2, 13)  # with 2.11 a process that tested it died, for a reason not found yet
 
