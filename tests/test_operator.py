@@ -57,6 +57,13 @@ def test_opcheck_select(arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(SELECT, arguments)
 
 
+def test_opcheck_with_means() -> None:
+    query, key = structured_qk(2, 4, 2, 300, 300, 16)
+    lists = select_blocks(query, key, FlexPrefillConfig(gamma=0.5, min_budget=64, block_size=64)).lists
+    arguments = (query, key, torch.randn_like(key), *lists, int32(0, 77), int32(300, 200), 64)
+    torch.library.opcheck(torch.ops.flexprefill_fa.with_means.default, arguments)
+
+
 @pytest.mark.parametrize("padding", [(None, None), (int32(3, 0), int32(40, 60)), (int32(3, 64), None)])
 def test_opcheck_positions(padding: tuple[Tensor | None, Tensor | None]) -> None:
     query, key = torch.randn(2, 4, 10, 16), torch.randn(2, 2, 65, 16)

@@ -12,7 +12,7 @@ from hf_models import prompt, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from flexprefill_fa import FlexPrefillConfig, StreamingLLMConfig
+from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, StreamingLLMConfig, VerticalSlashConfig
 from flexprefill_fa.integrations.transformers import (
     NAME,
     collect_statistics,
@@ -229,6 +229,22 @@ def test_a_config_for_each_layer(llama: PreTrainedModel) -> None:
     with pytest.raises(TypeError, match="config must be a selector config"):
         enable_sparse_prefill(llama, lambda layer: "flexprefill")  # type: ignore[arg-type]
     assert state(llama) == before
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FlashPrefillConfig(alpha=0.9, sink_blocks=0, window_blocks=1, last_full_blocks=0),
+        StreamingLLMConfig(sink=0, window=128),
+        VerticalSlashConfig(vertical_size=1, slash_size=1),
+    ],
+    ids=lambda config: config.name,
+)
+def test_every_selector(llama: PreTrainedModel, config: Any) -> None:
+    dense = run(llama, length=600).logits
+    with enable_sparse_prefill(llama, config, min_prompt_tokens=1, statistics="density") as handle:
+        assert (run(llama, length=600).logits - dense).abs().max() > 0.01
+    assert all(layer.density.mean() < 0.95 for layer in handle.statistics.values())
 
 
 def test_dense_layers_compute_what_the_model_does(llama: PreTrainedModel) -> None:
