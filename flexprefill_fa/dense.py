@@ -15,7 +15,7 @@ from flexprefill_fa.region import run_attend_causal
 from flexprefill_fa.validation import check_query_key, check_scale, check_value
 
 # The largest square mask that dense attention may build: 64 MB per batch element.
-_MAX_DENSE_MASK_TOKENS = 8192
+MAX_DENSE_MASK_TOKENS = 8192
 _ROWS_AT_ONCE = 512  # queries whose scores `attention_with_extras` holds
 _BLOCK_SIZE = 128  # of FlexAttention's all-causal mask
 _FLASH_TOKENS = 2048  # prompts from which FLASH is taken
@@ -46,7 +46,7 @@ def dense_mask_fits(
     """Whether `dense_attention` needs no mask for this call, or one small enough to hold."""
     return (
         (mask_mod is None and not needs_position(query, key, starts, lengths))
-        or query.shape[2] * key.shape[2] <= _MAX_DENSE_MASK_TOKENS**2
+        or query.shape[2] * key.shape[2] <= MAX_DENSE_MASK_TOKENS**2
         or query.shape[2] == 1
     )
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flexprefill_fa.backends import kernel_options, resolve_backend
-from flexprefill_fa.block_mask import needs_position
+from flexprefill_fa.block_mask import both, needs_position
 from flexprefill_fa.dense import attention_with_extras, dense_attention, dense_mask_fits
 from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
 from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, StreamingLLMConfig
@@ -165,7 +165,7 @@ def _prefill(
         masks.append(_same_sequence(_sequence_ids(position_ids, query.shape[0])))
     if window is not None:
         masks.append(_from(_window_starts(query, key, window)))
-    mask_mod = functools.reduce(_both, masks) if masks else None
+    mask_mod = functools.reduce(both, masks) if masks else None
 
     value_dim = value.shape[-1]
     if max(query.shape[-1], value_dim) > MAX_HEAD_DIM:
@@ -213,7 +213,8 @@ def _prefill(
         starts,
         lengths,
         chosen,
-        chosen.settings(),
+        # A sparse layer's are made once: a traced model then takes them as an input, whatever their values.
+        plan.settings if sparse and plan.settings is not None else chosen.settings(),
         scale=scaling,
         mask_mod=mask_mod,
         score_mod=None if softcap is None else _capped(_score_caps(query, softcap)),
@@ -221,7 +222,7 @@ def _prefill(
         mean_correction=sparse and plan.mean_correction,
         sinks=sinks,
     )
-    if sparse and plan.records:
+    if sparse and plan.statistics is not None:
         _record(plan, lists, query, key, (starts, lengths), scaling)
     return out[..., :value_dim]
 
@@ -294,13 +295,6 @@ def _from(window_start: Tensor) -> Callable[..., Tensor]:
         return kv_idx >= q_idx + window_start[0]
 
     return within_window
-
-
-def _both(first: Callable[..., Tensor], second: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def both_masks(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return first(b, h, q_idx, kv_idx) & second(b, h, q_idx, kv_idx)
-
-    return both_masks
 
 
 def _capped(cap: Tensor) -> Callable[..., Tensor]:

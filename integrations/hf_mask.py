@@ -1,7 +1,7 @@
 """The mask function that transformers calls for each kind of layer; never an n x n mask for a long prompt.
 
-It hands on only what the attention function needs to know of a prompt: padding, packing, and how many keys hold tokens.
-A sliding window needs no hint, because the attention function gets it from its layer.
+It hands on only what the attention function needs to know of a prompt: padding, packing, how many keys hold tokens, and
+that there is a sliding window, which not every layer tells its attention function.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from flexprefill_fa.dense import MAX_DENSE_MASK_TOKENS
+
 # A decode step or a verification chunk has fewer queries than this: dense, by the masks of SDPA.
 MIN_QUERY_TOKENS = 128
-# Masks that sparse prefill does not serve are built only up to here: 64 MB per batch element.
-MAX_SQUARE_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def flexprefill_mask(
 
     Raises:
         ValueError: for rows whose real tokens have gaps (read back from the GPU once per forward pass; a compiled model
-            is not checked), for a static cache in a compiled prefill, and for prompts beyond `MAX_SQUARE_TOKENS` with a
-            mask that is not served.
+            is not checked), for a static cache in a compiled prefill, and for prompts beyond `MAX_DENSE_MASK_TOKENS`
+            with a mask that is not served.
     """
     window = kwargs.get("local_size")
 
@@ -144,7 +144,7 @@ def flexprefill_mask(
     if q_length < MIN_QUERY_TOKENS:
         return square_mask()
     if _is_other(mask_function, attention_mask, use_vmap, kwargs):
-        if not torch.compiler.is_compiling() and q_length * kv_length > MAX_SQUARE_TOKENS**2:
+        if not torch.compiler.is_compiling() and q_length * kv_length > MAX_DENSE_MASK_TOKENS**2:
             raise ValueError(
                 "this model asks for a mask that sparse prefill does not serve (it serves causal, sliding, "
                 f"padded and packed ones), of {q_length} x {kv_length} tokens: use attn_implementation='sdpa'"

@@ -55,16 +55,12 @@ class LayerPlan:
         window: int | None = None,
     ) -> None:
         self.config = config
+        self.settings = None if config is None else config.settings()
         self.min_prompt_tokens = min_prompt_tokens
         self.statistics = statistics
         self.mean_correction = mean_correction
         self.window = window
         self.latest: LayerStatistics | None = None
-
-    @property
-    def records(self) -> bool:
-        """Whether statistics are kept."""
-        return self.statistics is not None
 
 
 def default_plan() -> LayerPlan:
@@ -178,14 +174,25 @@ def layer_window(model: PreTrainedModel, index: int, module: nn.Module) -> int |
     return getattr(module, "sliding_window", shared) or None
 
 
+def layer_softcap(model: PreTrainedModel, module: nn.Module) -> float | None:
+    """What the layer caps its scores at, or None."""
+    text = model.config.get_text_config(decoder=True)
+    return getattr(module, "attn_logit_softcapping", None) or getattr(text, "attn_logit_softcapping", None)
+
+
+def has_sinks(module: nn.Module) -> bool:
+    """Whether the layer has attention sinks."""
+    return getattr(module, "sinks", None) is not None
+
+
 def describe(model: PreTrainedModel, index: int, module: nn.Module, plan: LayerPlan) -> LayerDescription:
     """What one layer does in a long prompt, and why."""
     text = model.config.get_text_config(decoder=True)
     extras = []
-    softcap = getattr(module, "attn_logit_softcapping", None) or getattr(text, "attn_logit_softcapping", None)
+    softcap = layer_softcap(model, module)
     if softcap is not None:
         extras.append(f"scores capped at {softcap:g} by a score_mod")
-    sinks = getattr(module, "sinks", None) is not None
+    sinks = has_sinks(module)
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     if sinks and device != "cpu":
         extras.append("attention sinks by the log-sum-exp")

@@ -31,6 +31,8 @@ from .hf_plan import (
     configs_of,
     default_plan,
     describe,
+    has_sinks,
+    layer_softcap,
     layer_window,
 )
 from .hf_statistics import PrefillStatistics
@@ -164,9 +166,9 @@ def _check_mean_correction(model: PreTrainedModel, layers: dict[int, nn.Module],
     for index, module in layers.items():
         if plans[index].config is None or layer_window(model, index, module) is not None:
             continue
-        why = describe(model, index, module, plans[index]).why
-        if "capped" in why or "sinks" in why:
-            raise ValueError(f"mean_correction cannot be combined with what layer {index} needs: {why}")
+        layer = describe(model, index, module, plans[index])
+        if has_sinks(module) or (layer.runs == "sparse" and layer_softcap(model, module) is not None):
+            raise ValueError(f"mean_correction cannot be combined with what layer {index} needs: {layer.why}")
 
 
 class StatisticsCollection:

@@ -83,8 +83,11 @@ def test_all_partial_follows_from_either(compose: Any, flags: tuple[bool, bool])
 
 def test_what_is_not_a_selection() -> None:
     query, key, first, _ = selections()
-    for call in (lambda: union(first, None), lambda: block_sparse_attention(query, key, key, key)):  # type: ignore
-        with pytest.raises(TypeError, match="a selection must be a BlockSelection, as select_blocks returns, got"):
+    wrong: Any = key
+    for call in (lambda: union(first, wrong), lambda: block_sparse_attention(query, key, key, wrong)):
+        with pytest.raises(
+            TypeError, match="a selection must be a BlockSelection, as select_blocks returns, got Tensor"
+        ):
             call()
 
 
