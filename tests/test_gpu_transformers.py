@@ -78,10 +78,9 @@ def test_compiled_forward_is_sparse_with_one_graph(model, needle_tokenizer) -> N
 
             eager = model(ids, **cache()).logits[:, -1]
             kept = [layer.kept_blocks.clone() for layer in handle.statistics.values()]
-            if index == 0:
-                counters.clear()
+            before_it = counters["stats"]["unique_graphs"]  # the uncompiled call may have compiled its attention anew
             logits = compiled(ids, **cache()).logits[:, -1]
-            assert counters["stats"]["unique_graphs"] == 1
+            assert counters["stats"]["unique_graphs"] - before_it == (1 if index == 0 else 0)
             for layer, (statistics, before) in enumerate(zip(handle.statistics.values(), kept, strict=True)):
                 assert statistics.density.mean() < 0.95
                 # bf16 rounds differently when compiled, so later layers see slightly other inputs
