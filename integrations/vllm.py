@@ -1,0 +1,91 @@
+"""Sparse prefill in vLLM, as an attention backend of its own plug-in interface. Nothing is patched.
+
+Installed beside vLLM 0.24, the package registers itself as the backend CUSTOM:
+
+    vllm serve MODEL --attention-backend CUSTOM --additional-config '{"sparse_prefill": {"gamma": 0.95}}'
+
+Long prefill chunks are then attended sparsely over the keys that they see, cached prefix included; decode steps, short
+chunks and layers that cannot run sparse are served by the backend that vLLM would have chosen itself. Importing this
+module imports no vLLM.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from .vllm_config import SECTION, VARIABLE, version_problem
+
+__all__ = ["SECTION", "VARIABLE", "WorkerExtension", "register", "statistics"]
+
+# Below vLLM's own logger, whose handlers print it.
+logger = logging.getLogger("vllm.flexprefill_fa")
+
+_BACKEND = "flexprefill_fa.integrations.vllm_backend.SparsePrefillBackend"
+
+
+def register() -> None:
+    """Make this package vLLM's backend CUSTOM; vLLM calls it in every process, by the entry point.
+
+    It only leaves a name: whoever does not ask for CUSTOM never loads the backend, and an unfit version of vLLM is an
+    error for those who do, when their engine starts.
+
+    Raises:
+        ImportError: where vLLM is missing.
+    """
+    try:
+        from vllm.version import __version__ as version  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("the vLLM integration needs vLLM: pip install 'flexprefill-fa[vllm]'") from error
+    try:
+        from vllm.v1.attention.backends.registry import (  # pyright: ignore[reportMissingImports]
+            AttentionBackendEnum,
+            register_backend,
+        )
+    except ImportError:
+        logger.warning("%s; the backend CUSTOM is not registered", version_problem(version))
+        return
+    custom = AttentionBackendEnum.CUSTOM
+    if custom.is_overridden() and custom.get_path() != _BACKEND:
+        logger.warning(
+            "the attention backend CUSTOM is taken by %s, so sparse prefill is not registered; VLLM_PLUGINS chooses "
+            "which plug-ins vLLM loads",
+            custom.get_path(),
+        )
+        return
+    register_backend(custom, _BACKEND)
+
+
+def statistics(worker: Any, reset: bool = False) -> dict[str, dict[str, Any]]:
+    """What the sparse chunks of each layer kept; waits for the GPU.
+
+        llm.collective_rpc(statistics)  # one answer from each worker
+
+    Args:
+        worker: vLLM's, as `collective_rpc` hands it on.
+        reset: count from nothing afterwards.
+
+    Returns:
+        Layer name -> `chunks`, `queries` (tokens in them), `density` (kept blocks / causal blocks; None before the
+        first chunk) and `failures` (chunks that the parent had to serve because sparse attention failed).
+    """
+    found = {}
+    for name, layer in worker.vllm_config.compilation_config.static_forward_context.items():
+        counter = getattr(getattr(layer, "impl", None), "sparse_counter", None)
+        if counter is not None:
+            found[name] = counter.read()
+            if reset:
+                counter.reset()
+    return found
+
+
+class WorkerExtension:
+    """For workers in processes of their own: the same by a name, which travels where a function may not.
+
+    LLM(..., worker_extension_cls="flexprefill_fa.integrations.vllm.WorkerExtension")
+    llm.collective_rpc("sparse_prefill_statistics")
+    """
+
+    def sparse_prefill_statistics(self, reset: bool = False) -> dict[str, dict[str, Any]]:
+        """See `statistics`."""
+        return statistics(self, reset)

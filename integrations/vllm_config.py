@@ -1,0 +1,123 @@
+"""Settings of the vLLM backend: from the engine's `additional_config`, else from the environment. Imports no vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flexprefill_fa.backends import BACKENDS
+from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, get_selector
+from flexprefill_fa.validation import check_integer
+
+SECTION = "sparse_prefill"
+"""The key in vLLM's `additional_config`."""
+VARIABLE = "FLEXPREFILL_FA_VLLM"
+"""The environment variable that holds the same settings as a JSON object."""
+SUPPORTED = (0, 24)
+"""(major, minor) of the vLLM that the backend was written for and tested with."""
+
+# A chunk of fewer queries, or one that sees fewer keys, gains less than its selection costs.
+_MIN_PREFILL_TOKENS = 2048
+_MIN_PROMPT_TOKENS = 8192
+# A selector's rows are blocks of up to 128 queries, and speculative decoding must never be taken for a prefill.
+_LEAST_PREFILL_TOKENS = 128
+_LOG_SECONDS = 60
+_OWN = ("selector", "min_prefill_tokens", "min_prompt_tokens", "backend", "log_seconds")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the backend does.
+
+    Args:
+        selector: which blocks are kept.
+        min_prefill_tokens: prefill chunks of fewer queries go to the parent backend, in tokens, at least 128.
+        min_prompt_tokens: so do chunks that see fewer keys, cached ones included, in tokens.
+        backend: FlexAttention's kernel: "auto", "TRITON" or "FLASH".
+        log_seconds: a line with the density is logged at most this often, in seconds; 0 for none.
+        source: where the settings came from, in words.
+    """
+
+    selector: SelectorConfig = dataclasses.field(default_factory=FlexPrefillConfig)
+    min_prefill_tokens: int = _MIN_PREFILL_TOKENS
+    min_prompt_tokens: int = _MIN_PROMPT_TOKENS
+    backend: str = "auto"
+    log_seconds: int = _LOG_SECONDS
+    source: str = "defaults"
+
+    def describe(self) -> str:
+        """One line for the log."""
+        fields = dataclasses.asdict(self.selector)  # pyright: ignore[reportArgumentType]  # selectors are dataclasses
+        given = ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None)
+        return (
+            f"{self.selector.name} ({given}), backend {self.backend}, for prefill chunks of at least "
+            f"{self.min_prefill_tokens} queries and {self.min_prompt_tokens} keys; settings from {self.source}"
+        )
+
+
+def read_settings(additional_config: Any, environment: Mapping[str, str] = os.environ) -> Settings:
+    """The settings of an engine.
+
+    Args:
+        additional_config: vLLM's. What is under "sparse_prefill" counts, such as
+            `{"sparse_prefill": {"selector": "flexprefill", "gamma": 0.9, "min_prefill_tokens": 2048}}`: the keys are
+            those of `Settings` and the fields of the selector.
+        environment: where that is missing, the variable FLEXPREFILL_FA_VLLM, the same object as JSON.
+
+    Raises:
+        ValueError: for an unknown key, a value out of its range, or text that is not a JSON object.
+    """
+    if isinstance(additional_config, Mapping) and SECTION in additional_config:
+        return make_settings(additional_config[SECTION], f"additional_config[{SECTION!r}]")
+    text = environment.get(VARIABLE, "").strip()
+    if not text:
+        return make_settings({}, "defaults")
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the environment variable {VARIABLE} is not JSON: {error}") from error
+    return make_settings(given, f"the environment variable {VARIABLE}")
+
+
+def make_settings(given: Any, source: str) -> Settings:
+    """Settings from a mapping, checked.
+
+    Raises:
+        ValueError: naming `source`, the key and what was expected.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{source} must be an object of settings, got {type(given).__name__} {given!r}")
+    try:
+        kind: Any = get_selector(given.get("selector", FlexPrefillConfig.name))
+        fields = [field.name for field in dataclasses.fields(kind)]
+        unknown = [name for name in given if name not in (*_OWN, *fields)]
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]!r}, expected one of {', '.join((*_OWN, *fields))}")
+        selector = kind(**{name: given[name] for name in fields if name in given})
+        backend = given.get("backend", "auto")
+        allowed = [name for name in BACKENDS if name != "CPU"]
+        if backend not in allowed:
+            raise ValueError(f"backend must be one of {', '.join(allowed)}, got {backend!r}")
+        queries = given.get("min_prefill_tokens", _MIN_PREFILL_TOKENS)
+        check_integer("min_prefill_tokens", queries, _LEAST_PREFILL_TOKENS)
+        # A prompt of which the selector keeps every block gains nothing.
+        keys = given.get("min_prompt_tokens", max(_MIN_PROMPT_TOKENS, selector.dense_tokens + 1))
+        check_integer("min_prompt_tokens", keys, 1)
+        seconds = given.get("log_seconds", _LOG_SECONDS)
+        check_integer("log_seconds", seconds, 0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+    return Settings(selector, queries, keys, backend, seconds, source)
+
+
+def version_problem(version: str) -> str | None:
+    """Why this version of vLLM cannot be served, or None."""
+    parts = version.split(".")
+    if tuple(parts[:2]) == tuple(map(str, SUPPORTED)):
+        return None
+    supported = ".".join(map(str, SUPPORTED))
+    return f"the sparse prefill backend is for vLLM {supported}, got vLLM {version}: pip install 'vllm~={supported}.0'"

@@ -1,0 +1,237 @@
+"""Who attends how in one step of vLLM's scheduler: long prefill chunks sparsely, everything else by the parent backend.
+
+Everything here is decided from numbers that vLLM keeps on the host; nothing waits for the GPU. Imports no vLLM: a
+step's `CommonAttentionMetadata` is read by the names of its fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexprefill_fa.grid import cdiv
+
+from .vllm_config import Settings
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One prefill chunk: rows `start` to `end` of the step's queries, the last of the `kv_len` keys of a request."""
+
+    request: int
+    start: int
+    end: int
+    kv_len: int
+
+    @property
+    def q_len(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class StepSplit:
+    """`chunks` run sparse; `rest` are the other requests with queries, by index, for the parent."""
+
+    chunks: tuple[Chunk, ...]
+    rest: tuple[int, ...]
+
+
+def split_requests(query_start_loc: Sequence[int], kv_lens: Sequence[int], settings: Settings) -> StepSplit:
+    """Which requests of a step run sparse.
+
+    Args:
+        query_start_loc: first query row of each request and, last, the number of rows, `[requests + 1]`.
+        kv_lens: keys that each request's last query sees, cached ones included, `[requests]`.
+        settings: the thresholds.
+    """
+    chunks, rest = [], []
+    for request, kv_len in enumerate(kv_lens):
+        chunk = Chunk(request, query_start_loc[request], query_start_loc[request + 1], kv_len)
+        if chunk.q_len >= settings.min_prefill_tokens and kv_len >= max(settings.min_prompt_tokens, chunk.q_len):
+            chunks.append(chunk)
+        elif chunk.q_len:
+            rest.append(request)
+    return StepSplit(tuple(chunks), tuple(rest))
+
+
+# What a step must not have for the parent's metadata to be built from a part of its requests.
+_WHOLE_STEP_FIELDS = ("encoder_seq_lens", "dcp_local_seq_lens", "mm_req_doc_ranges", "logits_indices_padded")
+
+
+def split_step(common: Any, settings: Settings) -> StepSplit | None:
+    """`split_requests` of vLLM's `CommonAttentionMetadata`; None where no request runs sparse."""
+    if common.max_query_len < settings.min_prefill_tokens or common.causal is not True:
+        return None
+    if any(getattr(common, name, None) is not None for name in _WHOLE_STEP_FIELDS):
+        return None
+    kv_lens = common.seq_lens_cpu_upper_bound  # exact for prefill chunks, says vLLM
+    if kv_lens is None:
+        return None
+    requests = common.num_reqs
+    split = split_requests(common.query_start_loc_cpu[: requests + 1].tolist(), kv_lens[:requests].tolist(), settings)
+    return split if split.chunks else None
+
+
+Rows = slice | Tensor
+"""Rows of a step's queries: a slice where they stand together, else their indices, int64 on the queries' device."""
+
+
+def take(tensor: Tensor | None, rows: Rows) -> Any:
+    """`tensor[rows]` along the first dimension, without a copy where the rows stand together."""
+    if tensor is None:
+        return None
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def restrict(common: Any, requests: Sequence[int]) -> tuple[Any, Rows]:
+    """The step as if it had only some of its requests, and the rows of their queries.
+
+    Args:
+        common: vLLM's `CommonAttentionMetadata`, a dataclass; left as it is.
+        requests: indices of the requests to keep, ascending, at least one.
+
+    Returns:
+        A `CommonAttentionMetadata` of `len(requests)` requests whose queries stand together from row 0, and where
+        those rows are in the step.
+    """
+    starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+    spans = [(starts[request], starts[request + 1]) for request in requests]
+    lengths = [end - start for start, end in spans]
+    device = common.query_start_loc.device
+    first, last = requests[0], requests[-1]
+    together = spans[-1][1] - spans[0][0] == sum(lengths) and last - first + 1 == len(requests)
+    if together:
+        rows: Rows = slice(spans[0][0], spans[-1][1])
+        which: Rows = slice(first, last + 1)
+        on_host: Rows = which
+    else:
+        rows = _to_device(torch.cat([torch.arange(start, end) for start, end in spans]), device)
+        on_host = torch.tensor(requests)
+        which = _to_device(on_host, device)
+    start_loc_cpu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    kv_lens = take(common.seq_lens_cpu_upper_bound, on_host)
+    changed = {
+        "query_start_loc": _to_device(start_loc_cpu, device),
+        "query_start_loc_cpu": start_loc_cpu,
+        "seq_lens": take(common.seq_lens, which),
+        "num_reqs": len(requests),
+        "num_actual_tokens": sum(lengths),
+        "max_query_len": max(lengths),
+        "max_seq_len": int(kv_lens.max()),
+        "block_table_tensor": take(common.block_table_tensor, which),
+        "slot_mapping": take(common.slot_mapping, rows),
+        "positions": take(common.positions, rows),
+        "is_prefilling": take(common.is_prefilling, on_host),
+        "seq_lens_cpu_upper_bound": kv_lens,
+        "_seq_lens_cpu": take(common._seq_lens_cpu, on_host),
+        "_num_computed_tokens_cpu": take(common._num_computed_tokens_cpu, on_host),
+        "_num_computed_tokens_cache": None,
+    }
+    return dataclasses.replace(common, **changed), rows
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the host, without waiting for what the GPU is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@dataclass
+class SparseStep:
+    """What the builder hands to the layers in a step with sparse chunks.
+
+    Attributes:
+        chunks: the sparse chunks.
+        blocks: for each, the cache blocks of its keys in order, int32 `[blocks]`.
+        rest: the parent's metadata for the other requests, None where there are none; rows: of their queries.
+        build_dense: makes the parent's metadata for the whole step.
+        num_actual_tokens: query rows of the whole step.
+    """
+
+    chunks: tuple[Chunk, ...]
+    blocks: tuple[Tensor, ...]
+    rest: Any
+    rows: Rows | None
+    build_dense: Callable[[], Any] = field(repr=False)
+    num_actual_tokens: int
+
+    @cached_property
+    def dense(self) -> Any:
+        """The parent's metadata for every request: for layers that stay dense, and where sparse attention failed."""
+        return self.build_dense()
+
+
+def sparse_step(
+    common: Any, split: StepSplit, block_size: int, build: Callable[[Any], Any], build_dense: Callable[[], Any]
+) -> SparseStep:
+    """A step's metadata.
+
+    Args:
+        common: vLLM's `CommonAttentionMetadata`.
+        split: of it.
+        block_size: tokens per block of the KV cache, as the block table counts them.
+        build: makes the parent's metadata of a `CommonAttentionMetadata`.
+        build_dense: makes it for the whole step, by buffers of its own.
+    """
+    blocks = tuple(common.block_table_tensor[chunk.request, : cdiv(chunk.kv_len, block_size)] for chunk in split.chunks)
+    rest, rows = None, None
+    if split.rest:
+        restricted, rows = restrict(common, split.rest)
+        rest = build(restricted)
+    return SparseStep(split.chunks, blocks, rest, rows, build_dense, common.num_actual_tokens)
+
+
+def backend_problem(
+    *,
+    head_size: int,
+    dtype: torch.dtype,
+    kv_cache_dtype: str | None = None,
+    use_mla: bool = False,
+    has_sink: bool = False,
+    use_sparse: bool = False,
+    use_mm_prefix: bool = False,
+    attn_type: str = "decoder",
+    use_non_causal: bool = False,
+    **others: Any,
+) -> str | None:
+    """Why layers of this kind are served by the parent alone, or None; the arguments are vLLM's selection criteria."""
+    from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM
+
+    if use_mla or use_sparse:
+        return "multi-head latent attention"
+    if kv_cache_dtype not in (None, "auto", "float16", "bfloat16"):
+        return f"a KV cache of {kv_cache_dtype}"
+    if has_sink:
+        return "attention sinks"
+    if use_mm_prefix or use_non_causal or str(getattr(attn_type, "value", attn_type)) != "decoder":
+        return "attention that is not causal"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"{dtype}"
+    if not MIN_HEAD_DIM <= head_size <= MAX_HEAD_DIM:
+        return f"a head dim of {head_size}, outside {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+    return None
+
+
+# What some of the parents take besides vLLM's common arguments, and the value that changes nothing.
+_NEUTRAL = {"sinks": None, "use_alibi_sqrt": False, "chunk_lookback": -1}
+
+
+def layer_problem(
+    *, alibi_slopes: Any, sliding_window: int | None, logits_soft_cap: float | None, extra: dict[str, Any]
+) -> str | None:
+    """Why a layer is served by the parent alone, or None."""
+    if alibi_slopes is not None:
+        return "ALiBi"
+    if sliding_window is not None:
+        return "a sliding window"
+    if logits_soft_cap:
+        return "capped scores"
+    for name, value in extra.items():
+        if name not in _NEUTRAL or value != _NEUTRAL[name]:
+            return f"its argument {name}"
+    return None

@@ -1,0 +1,98 @@
+"""The vLLM backend's settings: where they come from, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, StreamingLLMConfig
+from flexprefill_fa.integrations.vllm_config import SECTION, VARIABLE, Settings, read_settings, version_problem
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_defaults() -> None:
+    assert read_settings({}, {}) == Settings()
+    assert read_settings(None, {}) == Settings()
+    assert read_settings({"somebody_elses": 1}, {}) == Settings()
+
+
+def test_additional_config_counts_before_the_environment() -> None:
+    environment = {VARIABLE: json.dumps({"gamma": 0.5})}
+    found = read_settings({SECTION: {"selector": "flashprefill", "alpha": 0.2, "backend": "TRITON"}}, environment)
+    assert found.selector == FlashPrefillConfig(alpha=0.2) and found.backend == "TRITON"
+    assert "additional_config" in found.describe() and "alpha 0.2" in found.describe()
+
+
+def test_the_environment() -> None:
+    found = read_settings({}, {VARIABLE: '{"gamma": 0.5, "min_prefill_tokens": 512, "log_seconds": 0}'})
+    assert (found.selector, found.min_prefill_tokens) == (FlexPrefillConfig(gamma=0.5), 512)
+    assert VARIABLE in found.source and found.log_seconds == 0
+
+
+def test_prompts_of_which_everything_is_kept_stay_dense() -> None:
+    given = {"selector": "streaming_llm", "sink": 128, "window": 20000}
+    assert read_settings({SECTION: given}, {}).min_prompt_tokens == 20129
+    found = read_settings({SECTION: {**given, "min_prompt_tokens": 5}}, {})
+    assert found.min_prompt_tokens == 5 and found.selector == StreamingLLMConfig(sink=128, window=20000)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gama": 0.9}, r"additional_config\['sparse_prefill'\]: unknown setting 'gama', expected one of selector, .*gamma"),
+        ({"alpha": 0.1}, "unknown setting 'alpha'"),
+        ({"selector": "flash"}, "unknown selector 'flash', expected one of flashprefill"),
+        ({"gamma": 1.5}, r"gamma must be in \(0, 1\], got 1.5"),
+        ({"gamma": "0.9"}, "gamma must be a number, got str"),
+        ({"backend": "CPU"}, "backend must be one of auto, TRITON, FLASH, got 'CPU'"),
+        ({"min_prefill_tokens": 64}, "min_prefill_tokens must be at least 128, got 64"),
+        ({"min_prompt_tokens": 0}, "min_prompt_tokens must be at least 1, got 0"),
+        ({"log_seconds": -1}, "log_seconds must be at least 0, got -1"),
+        ([1], "must be an object of settings, got list"),
+    ],
+)
+def test_bad_settings(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_settings({SECTION: given}, {})
+
+
+def test_a_bad_environment() -> None:
+    with pytest.raises(ValueError, match=f"environment variable {VARIABLE} is not JSON"):
+        read_settings({}, {VARIABLE: "gamma=0.9"})
+    with pytest.raises(ValueError, match=f"environment variable {VARIABLE}: unknown setting 'x'"):
+        read_settings({}, {VARIABLE: '{"x": 1}'})
+
+
+def test_versions() -> None:
+    assert version_problem("0.24.0") is None and version_problem("0.24.1+cu130") is None
+    problem = version_problem("0.25.0")
+    assert problem is not None and "is for vLLM 0.24, got vLLM 0.25.0" in problem
+    assert version_problem("0.2.4") is not None and version_problem("dev") is not None
+
+
+def test_the_entry_point_and_the_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (value,) = project["entry-points"]["vllm.general_plugins"].values()
+    assert value == "flexprefill_fa.integrations.vllm:register"
+    assert project["optional-dependencies"]["vllm"] == ["vllm>=0.24,<0.25"]
+
+
+def test_importing_needs_no_vllm_and_registering_says_that_it_does() -> None:
+    script = """
+import sys
+sys.modules["vllm"] = None
+import flexprefill_fa.integrations.vllm as integration, flexprefill_fa.integrations.vllm_paged
+assert "flexprefill_fa.integrations.vllm_backend" not in sys.modules
+try:
+    integration.register()
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "the vLLM integration needs vLLM: pip install 'flexprefill-fa[vllm]'"
