@@ -94,7 +94,8 @@ def backend_for(parent: Any) -> Any:
     dim = key_value_dim(parent.get_kv_cache_shape)
     impl = type(f"{name}Impl", (SparsePrefillImpl, parent.get_impl_cls()), {**here, "key_value_dim": dim})
     builder_class = parent.get_builder_cls()
-    builder = type(f"{name}Builder", (SparsePrefillBuilder, builder_class), {**here, "parent_class": builder_class})
+    of_parent = {"parent_class": builder_class, "parent_name": parent.get_name()}
+    builder = type(f"{name}Builder", (SparsePrefillBuilder, builder_class), {**here, **of_parent})
     methods = {
         "get_name": staticmethod(lambda: "CUSTOM"),  # vLLM looks it up among its own names
         "get_impl_cls": staticmethod(lambda: impl),
@@ -108,6 +109,7 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
     """The parent's builder for steps without long prefill chunks; others it splits, see `SparseStep`."""
 
     parent_class: Any
+    parent_name: str
     supports_update_block_table = False  # a step's chunks hold parts of the block table
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
@@ -120,7 +122,7 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         self._log = DensityLog(counters, self._settings.log_seconds)
         reason = _group_problem(kv_cache_spec, vllm_config)
         self._runs_sparse = bool(counters) and reason is None
-        parent = self.parent_class.__name__.removesuffix("MetadataBuilder")
+        parent = self.parent_name
         if counters and reason is not None:
             _say(f"sparse prefill: {reason}, so {parent} serves these layers alone", id(vllm_config))
         elif counters:

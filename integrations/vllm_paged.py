@@ -186,22 +186,18 @@ def warm_up_lengths(rows: int, max_keys: int, settings: Settings) -> list[tuple[
     """(queries, keys) of the chunks to run before the first request: one for each form that compiles on its own.
 
     A whole prompt has a simpler mask than a chunk behind a cached prefix, and lengths that 128 divides need no bounds
-    checks. The largest chunk over the most keys comes last: what it allocates is the peak.
+    checks. The largest are among them: what they allocate is the peak.
 
     Args:
         rows: the most queries of a step.
         max_keys: the most keys of a request.
     """
-    queries = min(rows, max_keys)
-    lengths = []
-    for most_keys in (queries, max_keys):
-        for cut in (1, 0):
-            q_len, kv_len = queries // 128 * 128 - cut, most_keys // 128 * 128
-            pair = (q_len, q_len if most_keys == queries else kv_len)
-            fits = q_len >= settings.min_prefill_tokens and pair[1] >= max(settings.min_prompt_tokens, q_len)
-            if fits and pair not in lengths:
-                lengths.append(pair)
-    return lengths
+    keys = max_keys // 128 * 128
+    queries = min(rows // 128 * 128, keys)
+    behind = min(queries, keys - 128)  # a cached prefix of a block at least
+    lengths = [(queries - cut, queries - cut) for cut in (1, 0)] + [(behind - cut, keys) for cut in (1, 0)]
+    least = settings.min_prefill_tokens, settings.min_prompt_tokens
+    return [(q_len, kv_len) for q_len, kv_len in lengths if q_len >= least[0] and kv_len >= least[1]]
 
 
 def warm_up(

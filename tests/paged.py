@@ -1,4 +1,4 @@
-"""A plain model of paged attention: requests whose keys and values lie in scattered blocks, as a serving engine's do."""
+"""A plain model of paged attention: requests whose keys and values lie in scattered blocks of a cache."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def test_prompts_of_which_everything_is_kept_stay_dense() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"gama": 0.9}, r"additional_config\['sparse_prefill'\]: unknown setting 'gama', expected one of selector, .*gamma"),
+        ({"gama": 0.9}, r"additional_config\['sparse_prefill'\]: unknown setting 'gama', expected one of .*gamma"),
         ({"alpha": 0.1}, "unknown setting 'alpha'"),
         ({"selector": "flash"}, "unknown selector 'flash', expected one of flashprefill"),
         ({"gamma": 1.5}, r"gamma must be in \(0, 1\], got 1.5"),
@@ -77,10 +76,12 @@ def test_versions() -> None:
 
 
 def test_the_entry_point_and_the_extra() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (value,) = project["entry-points"]["vllm.general_plugins"].values()
-    assert value == "flexprefill_fa.integrations.vllm:register"
-    assert project["optional-dependencies"]["vllm"] == ["vllm>=0.24,<0.25"]
+    project = (ROOT / "pyproject.toml").read_text()
+    entry = (
+        '[project.entry-points."vllm.general_plugins"]\nflexprefill_fa = "flexprefill_fa.integrations.vllm:register"\n'
+    )
+    assert entry in project
+    assert 'vllm = ["vllm>=0.24,<0.25"]\n' in project
 
 
 def test_importing_needs_no_vllm_and_registering_says_that_it_does() -> None:

@@ -1,0 +1,272 @@
+"""Stand-ins for the parts of vLLM that the backend touches; the parent backend is plain PyTorch and keeps a diary."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from paged import paged_attention
+
+
+class CGSupport(enum.Enum):
+    ALWAYS = 3
+    UNIFORM_BATCH = 2
+    UNIFORM_SINGLE_TOKEN_DECODE = 1
+    NEVER = 0
+
+
+class Backend:
+    forward_includes_kv_cache_update = True
+
+    @classmethod
+    def full_cls_name(cls) -> tuple[str, str]:
+        return cls.__module__, cls.__qualname__
+
+
+class Builder:
+    _cudagraph_support = CGSupport.NEVER
+    supports_update_block_table = True
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
+        self.kv_cache_spec = kv_cache_spec
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> CGSupport:
+        return cls._cudagraph_support
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        return self.build(common_prefix_len=0, common_attn_metadata=common_attn_metadata)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        raise NotImplementedError
+
+
+class Impl:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+
+@dataclass
+class ParentMetadata:
+    common: Any
+    builder: Any
+    common_prefix_len: int
+    fast_build: bool
+
+
+class ParentBuilder(Builder):
+    _cudagraph_support = CGSupport.ALWAYS
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> ParentMetadata:
+        return ParentMetadata(common_attn_metadata, self, common_prefix_len, fast_build)
+
+    def use_cascade_attention(self, common_prefix_len: int, query_lens: Any, **kwargs: Any) -> bool:
+        return common_prefix_len > 0
+
+
+class ParentImpl(Impl):
+    def __init__(
+        self, num_heads, head_size, scale, num_kv_heads=None, alibi_slopes=None, sliding_window=None,
+        kv_cache_dtype="auto", logits_soft_cap=None, attn_type="decoder", kv_sharing_target_layer_name=None, **extra,
+    ) -> None:  # fmt: skip
+        self.num_heads, self.num_kv_heads, self.head_size, self.scale = num_heads, num_kv_heads, head_size, scale
+        self.calls: list[Any] = []
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        return True
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+    ) -> torch.Tensor:
+        self.calls.append((attn_metadata, query))
+        if attn_metadata is None:
+            return output.fill_(0)
+        common = attn_metadata.common
+        rows = common.num_actual_tokens
+        output[:rows] = paged_attention(query[:rows], kv_cache, common, kv_cache.shape[2]).to(output.dtype)
+        return output
+
+
+class ParentBackend(Backend):
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "PARENT"
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        return ParentImpl
+
+    @staticmethod
+    def get_builder_cls() -> type:
+        return ParentBuilder
+
+    @staticmethod
+    def get_kv_cache_shape(blocks: int, size: int, heads: int, dim: int, cache_dtype_str: str = "auto") -> tuple:
+        return blocks, 2, size, heads, dim
+
+
+class SelectorConfig(NamedTuple):
+    head_size: int
+    dtype: torch.dtype
+    kv_cache_dtype: str | None
+    block_size: int | None
+    use_mla: bool = False
+    has_sink: bool = False
+    attn_type: str = "decoder"
+
+
+@dataclass(frozen=True)
+class FullAttentionSpec:
+    block_size: int
+    attention_chunk_size: int | None = None
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
+class SlidingWindowSpec(FullAttentionSpec):
+    pass
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, impl: Any) -> None:
+        super().__init__()
+        self.impl = impl
+
+
+def engine_config(**sparse_prefill: Any) -> Any:
+    """What the backend reads of a VllmConfig."""
+    return types.SimpleNamespace(
+        additional_config={"sparse_prefill": sparse_prefill} if sparse_prefill else {},
+        model_config=types.SimpleNamespace(max_model_len=4096),
+        scheduler_config=types.SimpleNamespace(max_num_batched_tokens=1024),
+        parallel_config=types.SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+        ),
+        cache_config=types.SimpleNamespace(kv_sharing_fast_prefill=False),
+        compilation_config=types.SimpleNamespace(static_forward_context={}),
+    )
+
+
+@dataclass
+class FakeVllm:
+    """The stand-ins in place: `module` is the backend's, imported over them."""
+
+    module: Any = None
+    config: Any = None
+    version: str = "0.24.0"
+    cuda: bool = True
+    parent: Any = ParentBackend
+    asked: list[Any] = field(default_factory=list)
+    registered: dict[str, str] = field(default_factory=dict)
+
+    def choose(self, config: Any, **changes: Any) -> Any:
+        """What vLLM's platform does for a layer with CUSTOM selected: validate, ask for the name, look it up."""
+        self.config = config
+        asked = {"head_size": 32, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": None, **changes}
+        chooser = self.module.SparsePrefillBackend
+        assert chooser.validate_configuration(device_capability=(9, 0), **asked) == []
+        module, name = chooser.full_cls_name()
+        return getattr(sys.modules[module], name)
+
+    def layer(self, backend: Any, config: Any, name: str, **extra: Any) -> Layer:
+        """An attention layer of a model, as vLLM makes it."""
+        self.config = config
+        arguments = [4, 32, 32**-0.5, 2, extra.pop("alibi_slopes", None), extra.pop("sliding_window", None), "auto"]
+        arguments += [extra.pop("logits_soft_cap", None), "decoder", None]
+        layer = Layer(backend.get_impl_cls()(*arguments, **extra))
+        config.compilation_config.static_forward_context[name] = layer
+        return layer
+
+    def builder(self, backend: Any, config: Any, names: list[str], spec: Any = None) -> Any:
+        return backend.get_builder_cls()(spec or FullAttentionSpec(16), names, config, torch.device("cpu"))
+
+
+_NAME = "flexprefill_fa.integrations.vllm_backend"
+
+
+@contextmanager
+def fake_vllm() -> Iterator[FakeVllm]:
+    """vLLM replaced by stand-ins for as long as the context lasts."""
+    fake = FakeVllm()
+
+    def find_parent(selected: Any, config: Any, heads: Any) -> str:
+        assert selected is None, "the parent is what vLLM chooses without CUSTOM"
+        fake.asked.append(config)
+        return f"{fake.parent.__module__}.{fake.parent.__qualname__}"
+
+    platform = types.SimpleNamespace(
+        is_cuda=lambda: fake.cuda, device_name="cuda" if fake.cuda else "cpu", get_attn_backend_cls=find_parent
+    )
+
+    class Enumeration(enum.Enum):
+        CUSTOM = None
+
+        def is_overridden(self) -> bool:
+            return self.name in fake.registered
+
+        def get_path(self) -> str:
+            return fake.registered[self.name]
+
+    def layers_of(config: Any, kind: type, names: list[str]) -> dict[str, Any]:
+        context = config.compilation_config.static_forward_context
+        return {name: context[name] for name in names if isinstance(context[name], kind)}
+
+    def resolve(path: str) -> Any:
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    contents: dict[str, dict[str, Any]] = {
+        "vllm": {},
+        "vllm.version": {"__version__": fake.version},
+        "vllm.config": {
+            "get_current_vllm_config": lambda: fake.config,
+            "get_layers_from_vllm_config": layers_of,
+        },
+        "vllm.platforms": {"current_platform": platform},
+        "vllm.utils": {},
+        "vllm.utils.import_utils": {"resolve_obj_by_qualname": resolve},
+        "vllm.v1": {},
+        "vllm.v1.attention": {},
+        "vllm.v1.attention.backend": {
+            "AttentionBackend": Backend,
+            "AttentionCGSupport": CGSupport,
+            "AttentionImpl": Impl,
+            "AttentionMetadataBuilder": Builder,
+            "AttentionType": types.SimpleNamespace(DECODER="decoder"),
+        },
+        "vllm.v1.attention.selector": {"AttentionSelectorConfig": SelectorConfig},
+        "vllm.v1.attention.backends": {},
+        "vllm.v1.attention.backends.registry": {
+            "AttentionBackendEnum": Enumeration,
+            "register_backend": lambda backend, path: fake.registered.update({backend.name: path}),
+        },
+        "vllm.v1.kv_cache_interface": {"FullAttentionSpec": FullAttentionSpec},
+    }
+    before = {name: sys.modules.pop(name, None) for name in [*contents, _NAME]}
+    package: Any = importlib.import_module("flexprefill_fa.integrations")
+    try:
+        for name, attributes in contents.items():
+            module = types.ModuleType(name)
+            vars(module).update(attributes)
+            sys.modules[name] = module
+        fake.module = importlib.import_module(_NAME)
+        yield fake
+    finally:
+        for name, module in before.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+        vars(package).pop("vllm_backend", None)
+
+
+def log_lines(caplog: Any) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "vllm.flexprefill_fa"]
