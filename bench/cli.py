@@ -26,6 +26,7 @@ from bench.spec import check_backends, parse_lengths, parse_list, parse_numbers,
 from bench.synthetic import block_count
 from bench.terminal import one_line_errors, open_console
 from bench.tune import best_tiles, tuning_rows
+from bench.vllm_cli import vllm
 from flexprefill_fa.backends import flash_problem
 from flexprefill_fa.loading import UsageError, first_line, require_kernels, resolve_device, resolve_dtype
 from flexprefill_fa.progress import WorkProgress
@@ -118,6 +119,7 @@ def attention(
 
 
 app.command()(quality)
+app.command()(vllm)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from pathlib import Path
 from bench.quality_tables import correction_tables, selector_tables
 from bench.rows import ROOT, read
 from bench.tables import attention_tables, demo_table, density_tables, groups
+from bench.vllm_tables import vllm_tables
 
 README = ROOT / "README.md"
 PLOT = "attention.png"
@@ -44,6 +45,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "quality": lambda results: selector_tables(read(results / "quality.jsonl")),
     "quality-plot": _quality_plot,
     "mean-correction": lambda results: correction_tables(read(results / "quality.jsonl")),
+    "vllm": lambda results: vllm_tables(read(results / "vllm.jsonl")),
     "demo": lambda results: demo_table(read(results / "demo.jsonl")),
 }
 """Markdown by the name of its markers, from the folder of result rows; empty where there are no rows for it."""

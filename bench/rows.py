@@ -32,8 +32,8 @@ def environment(device: torch.device) -> Row:
         "gpu": processor_name(device),
         "capability": list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "flash_attn_4": _version("flash-attn-4"),
+        "triton": package_version("triton"),
+        "flash_attn_4": package_version("flash-attn-4"),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
@@ -67,7 +67,8 @@ def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed package; None where it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from flexprefill_fa import BlockSelection
-from flexprefill_fa.grid import Grid
+from flexprefill_fa.grid import Grid, real_ranges, unmasked_blocks, visible_blocks
+from flexprefill_fa.selection import index_lists
 
 
 def random_selection(
@@ -51,6 +52,43 @@ def random_selection(
         q_len=length,
         kv_len=length,
         block_size=block_size,
+    )
+
+
+def chunk_selection(
+    q_len: int,
+    kv_len: int,
+    heads: int,
+    density: float,
+    *,
+    block_size: int = 128,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> BlockSelection:
+    """About `density x causal blocks` blocks per head of a chunk: the diagonal, the first column, others at random.
+
+    Args:
+        q_len, kv_len: tokens; the queries are the last of the keys.
+        heads: each draws its own blocks.
+        density: expected kept blocks / causal blocks; higher where what is always kept is more.
+        block_size: tokens per block.
+        device: where the lists go; the blocks are the same on every device.
+        seed: of the draw.
+    """
+    grid = Grid(q_len, kv_len, block_size)
+    ranges = real_ranges(None, None, 1, kv_len, torch.device("cpu"))
+    visible = visible_blocks(grid, ranges)[:, None]  # [1, 1, nq, nk]
+    full = unmasked_blocks(grid, ranges)[:, None] & visible
+    always = visible & ~full
+    always[..., 0] = True
+    causal, kept = int(visible.sum()), int(always.sum())
+    share = max(0.0, density * causal - kept) / max(1, causal - kept)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(1, heads, grid.q_blocks, grid.kv_blocks, generator=generator) < share
+    keep = (drawn & visible) | always
+    lists = [part.to(device) for blocks in (keep & ~full, keep & full) for part in index_lists(blocks)]
+    return BlockSelection(
+        lists[0], lists[1], lists[2], lists[3], torch.zeros(1, heads, device=device), q_len, kv_len, block_size
     )
 
 

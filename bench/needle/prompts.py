@@ -83,6 +83,19 @@ def build_prompt(tokenizer: Tokenizer, tokens: int, *, needles: int = 8, seed: i
     return NeedlePrompt(token_ids, asked, hidden[asked], hidden, positions)
 
 
+def another_question(tokenizer: Tokenizer, prompt: NeedlePrompt, key: str) -> NeedlePrompt:
+    """The same text with a question about another of its keys.
+
+    Raises:
+        ValueError: for a key under which the prompt hides no number.
+    """
+    if key not in prompt.needles:
+        raise ValueError(f"key must be one of {', '.join(prompt.needles)}, got {key!r}")
+    text = prompt.token_ids[: -len(_encode(tokenizer, _QUESTION.format(key=prompt.key)))]
+    question = _encode(tokenizer, _QUESTION.format(key=key))
+    return NeedlePrompt(text + question, key, prompt.needles[key], prompt.needles, prompt.positions)
+
+
 def is_correct(text: str, answer: str) -> bool:
     """Exact match: the generated text, without surrounding white space, is the answer and nothing else."""
     return text.strip() == answer

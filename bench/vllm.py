@@ -1,0 +1,276 @@
+"""Prefill-heavy load on vLLM: its default attention backend, and the same engine with sparse prefill in front.
+
+The model has the shape of Llama-3.1-8B and random weights, so its attention has no pattern of its own. The sparse
+engine therefore runs its selection in full, throws the result away, and attends over seeded random blocks of a given
+density (`attend_synthetic`). That hook is in the benchmark alone: no setting of the backend reaches it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.rows import Row, environment, package_version
+from bench.synthetic import chunk_selection
+from bench.vllm_engine import run_job, sparse_layers
+from flexprefill_fa import BlockSelection, block_sparse_attention, select_blocks
+from flexprefill_fa.integrations.vllm_config import SECTION, Settings, make_settings
+from flexprefill_fa.integrations.vllm_paged import gather
+
+MODEL: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 135168,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "torch_dtype": "bfloat16",
+}
+"""The shape of Llama-3.1-8B, as a Hugging Face config."""
+
+_ANSWER_TOKENS = 16  # room behind the longest prompt
+_DECODE_REQUESTS, _DECODE_PROMPT, _DECODE_TOKENS = 32, 512, 128
+_LONG = 65536  # prompts from which on fewer repeats are enough
+_TOGETHER = 4  # prompts of the throughput rows
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What to measure.
+
+    Attributes:
+        lengths: of the prompts, in tokens.
+        settings: of the backend, as in `additional_config`.
+        density: of the synthetic blocks.
+        repeats: of each prompt below 64K tokens; longer ones get a third.
+        batched_tokens: vLLM's max_num_batched_tokens.
+        layers: of the model.
+    """
+
+    lengths: Sequence[int]
+    settings: dict[str, Any]
+    density: float
+    repeats: int
+    batched_tokens: int
+    layers: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        make_settings(self.settings, "settings")
+
+    def engine(self, folder: str, sparse: bool) -> dict[str, Any]:
+        """Arguments of `vllm.LLM`."""
+        arguments: dict[str, Any] = {
+            "model": folder,
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "dtype": "bfloat16",
+            "max_model_len": max(self.lengths) + _ANSWER_TOKENS,
+            "max_num_batched_tokens": self.batched_tokens,
+            "seed": self.seed,
+        }
+        if sparse:
+            arguments |= {"attention_backend": "CUSTOM", "additional_config": {SECTION: self.settings}}
+        return arguments
+
+    def phases(self) -> list[dict[str, Any]]:
+        """One of each length to time the first token, one of several long prompts at once, one of decoding."""
+        draw = random.Random(self.seed)
+
+        def prompts(count: int, length: int) -> list[list[int]]:
+            return [[draw.randrange(1000, 120000) for _ in range(length)] for _ in range(count)]
+
+        phases = []
+        for length in self.lengths:
+            count = max(1, self.repeats // 3) if length >= _LONG else self.repeats
+            # The first prompt of each length compiles and fills caches; it is not counted.
+            phases.append({"prompts": prompts(count + 1, length), "max_tokens": 1, "ignore_eos": True})
+        middle = sorted(self.lengths)[len(self.lengths) // 2]
+        together = {"together": True, "ignore_eos": True}
+        phases.append({"prompts": prompts(_TOGETHER, middle), "max_tokens": 1, **together})
+        decode = {"max_tokens": _DECODE_TOKENS, **together}
+        phases += [{"prompts": prompts(_DECODE_REQUESTS, _DECODE_PROMPT), **decode} for _ in range(2)]
+        return phases
+
+
+def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
+    """The rows of both engines, the default one first.
+
+    Args:
+        plan: what to measure.
+        note: called with a line before each engine.
+
+    Raises:
+        EngineError: if an engine failed.
+    """
+    device = torch.device("cuda")
+    conditions: Row = {
+        "kind": "vllm",
+        "device": device.type,
+        **environment(device),
+        "model": "Llama-3.1-8B shape, random weights",
+        "layers": plan.layers,
+        "heads": MODEL["num_attention_heads"],
+        "kv_heads": MODEL["num_key_value_heads"],
+        "head_dim": MODEL["head_dim"],
+        "dtype": MODEL["torch_dtype"],
+        "max_num_batched_tokens": plan.batched_tokens,
+        "seed": plan.seed,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": plan.layers}))
+        for sparse in (False, True):
+            note(f"vLLM with {'sparse prefill' if sparse else 'its default backend'}")
+            job: dict[str, Any] = {"engine": plan.engine(folder, sparse), "phases": plan.phases()}
+            if sparse:
+                job["synthetic"] = plan.density
+            result = run_job(job)
+            backend: Row = {"backend": "sparse prefill" if sparse else "default", **_versions(result["log"])}
+            if sparse:
+                backend |= {"settings": plan.settings, "synthetic_density": plan.density}
+            yield from ({**conditions, **backend, **row} for row in _measured(plan, result))
+    parts = gather_share(plan)
+    note(f"one layer, a chunk of {plan.batched_tokens} queries over {max(plan.lengths)} keys: {parts}")
+    yield {
+        **conditions,
+        "backend": "gather",
+        "measure": "gather",
+        "length": max(plan.lengths),
+        "settings": plan.settings,
+        **parts,
+    }
+
+
+def _versions(log: str) -> Row:
+    """vLLM's version and which kernel it took, from what it printed."""
+    flash = re.search(r"Using FlashAttention version (\d)", log)
+    return {"vllm": package_version("vllm"), "dense_kernel": f"FlashAttention {flash[1]}" if flash else None}
+
+
+def _measured(plan: LoadPlan, result: dict[str, Any]) -> Iterator[Row]:
+    *singles, together, _, decode = result["phases"]
+    for length, phase in zip(plan.lengths, singles, strict=True):
+        seconds = phase["seconds"][1:]
+        yield {
+            "measure": "first token",
+            "length": length,
+            "ttft_ms": round(1000 * statistics.median(seconds), 2),
+            "ttft_min_ms": round(1000 * min(seconds), 2),
+            "ttft_max_ms": round(1000 * max(seconds), 2),
+            "repeats": len(seconds),
+            **_density(phase),
+        }
+    tokens = sum(map(len, plan.phases()[len(plan.lengths)]["prompts"]))
+    yield {
+        "measure": "prefill",
+        "length": tokens // _TOGETHER,
+        "requests": _TOGETHER,
+        "prompt_tokens_per_s": round(tokens / together["seconds"][0], 1),
+        **_density(together),
+    }
+    yield {
+        "measure": "decode",
+        "length": _DECODE_PROMPT,
+        "requests": _DECODE_REQUESTS,
+        "tokens_per_s": round(_DECODE_REQUESTS * _DECODE_TOKENS / decode["seconds"][0], 1),
+        **_density(decode),
+    }
+
+
+def _density(phase: dict[str, Any]) -> Row:
+    """Mean density and number of the sparse chunks of a phase, over layers."""
+    layers = [layer for worker in phase["statistics"] for layer in worker.values() if layer["chunks"]]
+    if not layers:
+        return {"density": None, "chunks": 0, "failures": 0}
+    return {
+        "density": round(statistics.fmean(layer["density"] for layer in layers), 5),
+        "chunks": max(layer["chunks"] for layer in layers),
+        "failures": sum(layer["failures"] for layer in layers),
+    }
+
+
+def attend_synthetic(worker: Any, density: float) -> None:
+    """Let every sparse layer of a worker select in full and then attend over random blocks instead."""
+    attend = synthetic_attention(density)
+    for impl in sparse_layers(worker):
+        impl.attend = attend
+
+
+def synthetic_attention(density: float) -> Callable[..., tuple[Tensor, BlockSelection]]:
+    """In the place of `attend_chunk`: the selection runs and is thrown away; the blocks of a shape are drawn once."""
+
+    @functools.cache
+    def blocks(q_len: int, kv_len: int, heads: int, block_size: int, device: torch.device) -> BlockSelection:
+        return chunk_selection(q_len, kv_len, heads, density, block_size=block_size, device=device)
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, settings: Settings, scale: float
+    ) -> tuple[Tensor, BlockSelection]:
+        select_blocks(query, key, settings.selector, scale=scale)
+        size = settings.selector.block_size
+        chosen = blocks(query.shape[2], key.shape[2], query.shape[1], size, query.device)
+        return block_sparse_attention(query, key, value, chosen, scale=scale, backend=settings.backend), chosen
+
+    return attend
+
+
+def gather_share(plan: LoadPlan, page: int = 16) -> Row:
+    """Milliseconds of gathering, selecting and attending for one layer's last chunk of the longest prompt.
+
+    The gather is all that a block table inside the mask could save.
+    """
+    device = torch.device("cuda")
+    settings = make_settings(plan.settings, "settings")
+    heads, kv_heads, dim = MODEL["num_attention_heads"], MODEL["num_key_value_heads"], MODEL["head_dim"]
+    kv_len = max(plan.lengths)
+    q_len = min(plan.batched_tokens, kv_len)
+    pages = -(-kv_len // page)
+    cache = torch.randn(pages, 2, page, kv_heads, dim, dtype=torch.bfloat16, device=device)
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).to(device, torch.int32)
+    query = torch.randn(1, heads, q_len, dim, dtype=torch.bfloat16, device=device)
+    scale = dim**-0.5
+    with torch.inference_mode():
+        key, value = (gather(part, order, kv_len) for part in cache.unbind(1))
+        attend = synthetic_attention(plan.density)
+        chosen = attend(query, key, value, settings, scale)[1]
+        return {
+            "q_len": q_len,
+            "gather_ms": _milliseconds(lambda: [gather(part, order, kv_len) for part in cache.unbind(1)]),
+            "select_ms": _milliseconds(lambda: select_blocks(query, key, settings.selector, scale=scale)),
+            "attend_ms": _milliseconds(
+                lambda: block_sparse_attention(query, key, value, chosen, scale=scale, backend=settings.backend)
+            ),
+        }
+
+
+def _milliseconds(call: Callable[[], Any], repeats: int = 10) -> float:
+    """Of a call on the GPU, by events around several of them."""
+    call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return round(start.elapsed_time(end) / repeats, 4)

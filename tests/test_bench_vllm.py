@@ -1,0 +1,140 @@
+"""The vLLM benchmark on the CPU: its synthetic blocks, its plan, and the README's table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import causal_oracle, relative_error
+from typer.testing import CliRunner
+
+from bench.cli import app
+from bench.needle.prompts import another_question, build_prompt, is_correct
+from bench.synthetic import chunk_selection
+from bench.vllm import LoadPlan, synthetic_attention
+from bench.vllm_tables import vllm_tables
+from flexprefill_fa import StreamingLLMConfig
+from flexprefill_fa.block_mask import check_layout
+from flexprefill_fa.grid import unmasked_blocks, visible_blocks
+from flexprefill_fa.integrations.vllm_config import SECTION, Settings
+from flexprefill_fa.selection import every_block
+
+
+@pytest.mark.parametrize("q_len,kv_len", [(1024, 1024), (1024, 4096), (1000, 4001), (129, 700)])
+@pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
+def test_blocks_of_a_chunk(q_len: int, kv_len: int, density: float) -> None:
+    found = chunk_selection(q_len, kv_len, 4, density, seed=3)
+    check_layout(found)
+    visible = visible_blocks(found.grid, found.ranges)[:, None]
+    full = unmasked_blocks(found.grid, found.ranges)[:, None]
+    keep = found.to_dense()
+    assert not (keep & ~visible).any() and keep[..., 0].all()
+    assert (keep | ~visible | full).all(), "what the causal boundary crosses is kept"
+    least = ((visible & ~full).sum() + (visible & full)[..., 0].sum()) / visible.sum()
+    assert found.density().mean().item() == pytest.approx(
+        max(density, least.item()), abs=0.03 if kv_len > 1000 else 0.1
+    )
+    assert torch.equal(keep, chunk_selection(q_len, kv_len, 4, density, seed=3).to_dense())
+    if density == 1.0:
+        query, key = torch.empty(1, 4, q_len, 16), torch.empty(1, 4, kv_len, 16)
+        assert torch.equal(keep, every_block(query, key, 128).to_dense())
+
+
+def test_synthetic_attention_selects_and_then_attends_over_its_own_blocks(monkeypatch) -> None:
+    import bench.vllm
+
+    selected = []
+    monkeypatch.setattr(bench.vllm, "select_blocks", lambda *arguments, **options: selected.append(options["scale"]))
+    query, key, value = torch.randn(1, 4, 300, 32), torch.randn(1, 2, 700, 32), torch.randn(1, 2, 700, 32)
+    attend = synthetic_attention(0.4)
+    chosen = Settings(selector=StreamingLLMConfig())
+    out, blocks = attend(query, key, value, chosen, 32**-0.5)
+    again = attend(query, key, value, chosen, 32**-0.5)[1]
+    assert again is blocks and selected == [32**-0.5] * 2
+    expected, _, real = causal_oracle(query, key, value, blocks)
+    assert relative_error(out, expected, real) < 1e-5
+
+
+def test_no_setting_reaches_the_synthetic_blocks() -> None:
+    with pytest.raises(ValueError, match="unknown setting 'synthetic'"):
+        LoadPlan([4096], {"synthetic": 0.05}, 0.05, 3, 8192, 2)
+
+
+def test_the_plan() -> None:
+    plan = LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6, 8192, 2)
+    short, long, together, first, second = plan.phases()
+    assert [len(phase["prompts"]) for phase in (short, long)] == [7, 3], "the first of each is not counted"
+    assert {len(prompt) for prompt in long["prompts"]} == {65536} and long["max_tokens"] == 1
+    assert short["prompts"][0] != short["prompts"][1], "no prefix to reuse"
+    assert together["together"] and first["max_tokens"] == second["max_tokens"] == 128
+    default, sparse = plan.engine("folder", False), plan.engine("folder", True)
+    assert {**default, "attention_backend": "CUSTOM", "additional_config": {SECTION: {"gamma": 0.9}}} == sparse
+
+
+def row(backend: str, **fields: Any) -> dict[str, Any]:
+    conditions = {
+        "gpu": "NVIDIA H200",
+        "vllm": "0.24.0",
+        "torch": "2.11.0",
+        "commit": "abc",
+        "date": "2026-11-22",
+        "model": "Llama-3.1-8B shape, random weights",
+        "layers": 32,
+        "dtype": "bfloat16",
+        "max_num_batched_tokens": 8192,
+        "backend": backend,
+        "density": None,
+        "dense_kernel": "FlashAttention 3",
+    }
+    if backend == "sparse prefill":
+        conditions |= {"settings": {}, "synthetic_density": 0.05}
+    return {**conditions, **fields}
+
+
+def test_the_table() -> None:
+    rows = [
+        row("default", measure="first token", length=131072, ttft_ms=12000.0),
+        row("default", measure="decode", length=512, requests=32, tokens_per_s=2000.0),
+        row("sparse prefill", measure="first token", length=131072, ttft_ms=9000.0, density=0.05),
+        row("sparse prefill", measure="first token", length=131072, ttft_ms=4000.0, density=0.052),
+        row("sparse prefill", measure="decode", length=512, requests=32, tokens_per_s=1990.0),
+        row("gather", measure="gather", length=131072, q_len=8192, gather_ms=0.4, select_ms=0.8, attend_ms=0.8),
+    ]
+    text = vllm_tables(rows)
+    assert "| 131,072 tokens: first token, ms | 0.052 | 12,000 | 4,000 | 3.00x |" in text, "the later row counts"
+    assert "| 32 requests decoding: tokens/s | - | 2,000 | 1,990 | 0.99x |" in text
+    assert "random blocks of 5% density" in text and "FlashAttention 3" in text and "commit abc" in text
+    assert "gathering the keys and values from the paged cache 0.40 ms (20%)" in text
+    assert vllm_tables([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--settings", "gamma"], "settings must be a JSON object"),
+        (["--settings", "[1]"], "settings must be a JSON object"),
+        (["--settings", '{"gama": 1}'], "unknown setting 'gama'"),
+        (["--density", "2"], "density must be in (0, 1], got 2"),
+        (["--lengths", "0"], "lengths must be whole numbers"),
+        ([], "vLLM is measured on a CUDA GPU, and there is none"),
+    ],
+)
+def test_mistakes_in_one_line(arguments: list[str], message: str) -> None:
+    if torch.cuda.is_available() and not arguments:
+        pytest.skip("there is a GPU")
+    result = CliRunner().invoke(app, ["vllm", *arguments])
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_another_question_about_the_same_text(needle_tokenizer) -> None:
+    first = build_prompt(needle_tokenizer, 2000, seed=1)
+    key = next(key for key in first.needles if key != first.key)
+    second = another_question(needle_tokenizer, first, key)
+    shared = next(
+        index for index, pair in enumerate(zip(first.token_ids, second.token_ids, strict=False)) if len(set(pair)) > 1
+    )
+    assert shared > 1950 and second.answer == first.needles[key] and is_correct(second.answer, second.answer)
+    assert needle_tokenizer.decode(second.token_ids).endswith(f"the special magic number for {key} is ")
+    with pytest.raises(ValueError, match="key must be one of"):
+        another_question(needle_tokenizer, first, "#none")

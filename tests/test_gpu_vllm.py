@@ -1,0 +1,241 @@
+"""On a CUDA GPU with vLLM: the real engine answers needle prompts with sparse prefill.
+
+Each engine runs in a process of its own (`bench.vllm_engine`), which also proves the plug-in's entry point: the package
+must be installed, `pip install --no-build-isolation --no-deps -e .` is enough.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+import torch
+
+from bench.needle import MODEL_DIR
+from bench.needle.prompts import ANSWER_DIGITS, NeedlePrompt, another_question, build_prompt, is_correct
+from bench.vllm_engine import EngineError, run_job
+from flexprefill_fa import FlexPrefillConfig
+from flexprefill_fa.integrations.vllm_config import SECTION
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.skipif(
+        not [entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "flexprefill_fa"],
+        reason="the package is not installed: pip install --no-build-isolation --no-deps -e .",
+    ),
+]
+
+CHUNK = 8192
+LENGTHS = (8192, 16384, 32768)
+TOGETHER = (300, 1500, 3000, 5000, 9000, 12000, 20000, 30000)
+SELECTOR = {"gamma": 0.95, "min_budget": 512}
+SETTINGS = {**SELECTOR, "min_prefill_tokens": 2048, "min_prompt_tokens": 8192}
+BLIND = {"selector": "streaming_llm", "sink": 0, "window": 128, "min_prefill_tokens": 2048, "min_prompt_tokens": 8192}
+
+
+@pytest.fixture(scope="module")
+def prompts(needle_tokenizer) -> dict[str, list[NeedlePrompt]]:
+    """By phase, in the order in which an engine sees them."""
+    single = [build_prompt(needle_tokenizer, tokens, seed=tokens) for tokens in LENGTHS]
+    again = []
+    for prompt in single:
+        key = next(key for key in prompt.needles if key != prompt.key)
+        again.append(another_question(needle_tokenizer, prompt, key))
+    # A long chunk behind a cached prefix: most of the 16K text, then 10,000 tokens more with needles of their own.
+    before = single[1]
+    more = next(
+        prompt
+        for prompt in (build_prompt(needle_tokenizer, 10000, seed=seed) for seed in range(100, 200))
+        if prompt.key not in before.needles
+    )
+    behind = NeedlePrompt(before.token_ids[:12288] + more.token_ids, more.key, more.answer, more.needles, [])
+    together = [build_prompt(needle_tokenizer, tokens, seed=7 * tokens) for tokens in TOGETHER]
+    faulty = [build_prompt(needle_tokenizer, 16384, seed=5)]
+    return {"single": single, "again": again, "behind": [behind], "together": together, "faulty": faulty}
+
+
+def engine(settings: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for the needle model, in a quarter of the GPU."""
+    arguments: dict[str, Any] = {
+        "model": str(MODEL_DIR),
+        "dtype": "bfloat16",
+        "max_model_len": 33280,
+        "max_num_batched_tokens": CHUNK,
+        "gpu_memory_utilization": 0.25,
+        "seed": 0,
+    }
+    if settings is not None:
+        arguments |= {"attention_backend": "CUSTOM", "additional_config": {SECTION: settings}}
+    return {**arguments, **more}
+
+
+def phases(prompts: dict[str, list[NeedlePrompt]], *names: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompts": [prompt.token_ids for prompt in prompts[name]],
+            "max_tokens": ANSWER_DIGITS,
+            "together": name == "together",
+            "fault": name == "faulty",
+        }
+        for name in names
+    ]
+
+
+def right(tokenizer: Any, prompts: list[NeedlePrompt], phase: dict[str, Any]) -> list[bool]:
+    texts = [tokenizer.decode(ids) for ids in phase["outputs"]]
+    return [is_correct(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def layers(phase: dict[str, Any]) -> list[dict[str, Any]]:
+    """Statistics of every layer of every worker."""
+    return [layer for worker in phase["statistics"] for layer in worker.values()]
+
+
+NAMES = ("single", "again", "behind", "together", "faulty")
+
+
+@pytest.fixture(scope="module", params=["compiled", "eager"])
+def served(request, prompts) -> dict[str, Any]:
+    """What an engine answered, with vLLM's default compilation and CUDA graphs, and without."""
+    result = run_job(
+        {
+            "engine": engine(SETTINGS, enforce_eager=request.param == "eager"),
+            "phases": phases(prompts, *NAMES),
+        }
+    )
+    print({"mode": request.param, "start_seconds": result["start_seconds"]})
+    return {"mode": request.param, "log": result["log"], **dict(zip(NAMES, result["phases"], strict=True))}
+
+
+def test_the_log_says_what_runs(served) -> None:
+    assert "6 of 6 layers run long prefill chunks sparse, " in served["log"]
+    assert "Using FlashAttention version 3" in served["log"] or torch.cuda.get_device_capability()[0] != 9
+    assert "sparse prefill so far:" in served["log"], "the density, while it runs"
+
+
+def test_single_prompts_in_chunks(served, prompts, needle_tokenizer) -> None:
+    found = served["single"]
+    print({"mode": served["mode"], "seconds": found["seconds"], "layers": layers(found)})
+    assert all(right(needle_tokenizer, prompts["single"], found))
+    assert len(layers(found)) == 6
+    for layer in layers(found):
+        assert (layer["chunks"], layer["queries"], layer["failures"]) == (1 + 2 + 4, sum(LENGTHS), 0)
+        assert 0.01 < layer["density"] < 0.95
+
+
+def test_a_second_question_hits_the_prefix_cache(served, prompts, needle_tokenizer) -> None:
+    found = served["again"]
+    assert all(right(needle_tokenizer, prompts["again"], found))
+    for cached, prompt in zip(found["cached"], prompts["again"], strict=True):
+        assert cached > len(prompt.token_ids) - 100
+    assert not any(layer["chunks"] for layer in layers(found)), "the question alone is short"
+
+
+def test_a_long_chunk_behind_a_cached_prefix(served, prompts, needle_tokenizer) -> None:
+    found = served["behind"]
+    assert all(right(needle_tokenizer, prompts["behind"], found))
+    assert found["cached"] == [12288]
+    for layer in layers(found):
+        assert layer["chunks"] == 1 and layer["queries"] == CHUNK and layer["density"] < 0.95
+
+
+def test_eight_requests_at_once(served, prompts, needle_tokenizer) -> None:
+    """Decode tokens, short prompts and long chunks in the same steps."""
+    found = served["together"]
+    print({"mode": served["mode"], "layers": layers(found)[:1], "seconds": found["seconds"]})
+    assert all(right(needle_tokenizer, prompts["together"], found))
+    for layer in layers(found):
+        assert layer["chunks"] >= 4 and layer["failures"] == 0 and layer["density"] < 0.95
+
+
+def test_a_failure_costs_no_request(served, prompts, needle_tokenizer) -> None:
+    found = served["faulty"]
+    assert all(right(needle_tokenizer, prompts["faulty"], found))
+    assert all(layer["failures"] == 2 and not layer["chunks"] for layer in layers(found))
+    assert "sparse prefill failed for chunks of (queries, keys) [(8192, 8192)]" in served["log"]
+
+
+@pytest.fixture(scope="module")
+def by_transformers(prompts) -> list[list[int]]:
+    """The same prompts through Hugging Face transformers, in chunks of the same size."""
+    transformers = pytest.importorskip("transformers")
+    from flexprefill_fa.integrations.transformers import enable_sparse_prefill
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16).to("cuda").eval()
+    config = FlexPrefillConfig(**SELECTOR)  # pyright: ignore[reportArgumentType]
+    outputs = []
+    with enable_sparse_prefill(model, config, min_prompt_tokens=SETTINGS["min_prompt_tokens"]):  # pyright: ignore[reportArgumentType]
+        for prompt in prompts["single"]:
+            ids = torch.tensor([prompt.token_ids], device="cuda")
+            out = model.generate(
+                input_ids=ids,
+                max_new_tokens=ANSWER_DIGITS,
+                do_sample=False,
+                pad_token_id=0,
+                prefill_chunk_size=CHUNK,
+            )
+            outputs.append(out[0, len(prompt.token_ids) :].tolist())
+    return outputs
+
+
+def test_the_same_tokens_as_by_transformers(served, by_transformers) -> None:
+    assert served["single"]["outputs"] == by_transformers
+
+
+def test_a_blind_selector_gives_wrong_answers(prompts, needle_tokenizer) -> None:
+    """A window of a block sees no needle: right answers would mean that prefill was dense."""
+    result = run_job({"engine": engine(BLIND, enforce_eager=True), "phases": phases(prompts, "single")})
+    (found,) = result["phases"]
+    assert not any(right(needle_tokenizer, prompts["single"], found))
+    assert all(layer["chunks"] == 7 and layer["density"] < 0.1 for layer in layers(found))
+
+
+def test_a_cache_in_fp8_is_served_by_the_parent(prompts, needle_tokenizer) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("vLLM's FlashAttention takes an fp8 cache on Hopper")
+    settings = engine(SETTINGS, enforce_eager=True, kv_cache_dtype="fp8")
+    result = run_job({"engine": settings, "phases": phases(prompts, "single")})
+    (found,) = result["phases"]
+    assert not layers(found)
+    assert result["log"].count("layers with a KV cache of fp8 are served by FLASH_ATTN alone") == 1
+    print({"fp8": right(needle_tokenizer, prompts["single"], found)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"gama": 0.9}, "unknown setting 'gama'"), ({"gamma": 2}, "gamma must be in (0, 1], got 2")],
+)
+def test_bad_settings_stop_the_engine_at_its_start(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        run_job({"engine": engine(settings, enforce_eager=True), "phases": []})
+    assert message in str(caught.value)
+
+
+def test_settings_from_the_environment(prompts, needle_tokenizer, monkeypatch) -> None:
+    import json
+
+    monkeypatch.setenv("FLEXPREFILL_FA_VLLM", json.dumps({**SETTINGS, "backend": "TRITON"}))
+    arguments = {**engine(enforce_eager=True), "attention_backend": "CUSTOM"}
+    result = run_job({"engine": arguments, "phases": phases(prompts, "single")})
+    (found,) = result["phases"]
+    assert all(right(needle_tokenizer, prompts["single"], found))
+    assert "settings from the environment variable FLEXPREFILL_FA_VLLM" in result["log"]
+    assert all(layer["chunks"] == 7 and layer["failures"] == 0 for layer in layers(found))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_same_answers(prompts, needle_tokenizer) -> None:
+    names = ("single", "together")
+    one, two = (
+        run_job({"engine": engine(SETTINGS, tensor_parallel_size=size), "phases": phases(prompts, *names)})["phases"]
+        for size in (1, 2)
+    )
+    assert one[0]["outputs"] == two[0]["outputs"]
+    for found, name in zip(two, names, strict=True):
+        assert all(right(needle_tokenizer, prompts[name], found))
+        assert len(found["statistics"]) == 2
+        assert all(layer["chunks"] and layer["density"] < 0.95 and not layer["failures"] for layer in layers(found))
