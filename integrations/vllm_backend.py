@@ -275,7 +275,9 @@ class SparsePrefillImpl(AttentionImpl):
         scales = (output_scale, output_block_scale)
         if attn_metadata is None and self._warms_up:  # vLLM measures what a step needs: compile, and count our memory
             self._warms_up = False
-            warm_up(query, self.num_kv_heads, self._max_keys, self._settings, self.scale)
+            start = time.monotonic()
+            chunks = warm_up(query, self.num_kv_heads, self._max_keys, self._settings, self.scale)
+            logger.info("sparse prefill: compiled and ran %d chunks in %.1f s", chunks, time.monotonic() - start)
         if not isinstance(attn_metadata, SparseStep):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         counter = self.sparse_counter

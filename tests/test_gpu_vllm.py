@@ -114,6 +114,7 @@ def served(request, prompts) -> dict[str, Any]:
 def test_the_log_says_what_runs(served) -> None:
     assert "6 of 6 layers run long prefill chunks sparse, " in served["log"]
     assert "Using FlashAttention version 3" in served["log"] or torch.cuda.get_device_capability()[0] != 9
+    assert "sparse prefill: compiled and ran 3 chunks in" in served["log"], "before the first request"
     assert "sparse prefill so far:" in served["log"], "the density, while it runs"
 
 

@@ -290,7 +290,7 @@ def test_profiling_warms_up_once_for_layers_of_one_shape(vllm: FakeVllm, monkeyp
     backend = vllm.choose(config)
     layers = [vllm.layer(backend, config, f"layer.{index}") for index in range(3)]
     warmed = []
-    monkeypatch.setattr(vllm.module, "warm_up", lambda *arguments: warmed.append(arguments))
+    monkeypatch.setattr(vllm.module, "warm_up", lambda *arguments: warmed.append(arguments) or 4)
     batch = batch_of([(300, 300)])
     for _ in range(2):
         for layer in layers:
