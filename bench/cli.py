@@ -18,10 +18,10 @@ from bench.fit import fit_rates
 from bench.inputs import WORKLOADS
 from bench.memory import free_bytes, needed_bytes, shortage
 from bench.needle.capture import model_config
+from bench.paths import RESULTS
 from bench.quality_cli import quality
 from bench.render import README, render_readme
 from bench.report import calibration_table, one_line, result_table
-from bench.rows import RESULTS, Row, append, read
 from bench.spec import check_backends, parse_lengths, parse_list, parse_numbers, parse_selector
 from bench.synthetic import block_count
 from bench.terminal import one_line_errors, open_console
@@ -29,6 +29,7 @@ from bench.tune import best_tiles, tuning_rows
 from flexprefill_fa.backends import flash_problem
 from flexprefill_fa.loading import UsageError, first_line, require_kernels, resolve_device, resolve_dtype
 from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.rows import Row, append, read
 
 app = typer.Typer(
     help="Benchmarks. Their rows go to bench/results/, and the README's tables are rendered from those.",

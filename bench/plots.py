@@ -9,8 +9,8 @@ import matplotlib  # pyright: ignore[reportMissingImports]  # the bench extra al
 
 from bench.quality_points import families, labels, quality_groups
 from bench.render import PLOT, QUALITY_PLOT
-from bench.rows import Row, read
 from bench.tables import KERNEL_NAMES, groups
+from flexprefill_fa.rows import Row, read
 
 matplotlib.use("Agg")  # no window
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from bench.check import reference, verify
 from bench.exact import Exact, exact_attention
 from bench.needle.capture import capture_layers
-from bench.rows import Row, environment
 from bench.workloads import Inputs
 from flexprefill_fa import sparse_prefill_attention
 from flexprefill_fa.loading import first_line
+from flexprefill_fa.rows import Row, environment
 
 BACKEND = {"cuda": "TRITON", "cpu": "CPU"}
 """The kernel that runs, by device; named, so that attention never goes dense."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from bench.rows import Row, latest
+from flexprefill_fa.rows import Row, latest
 
 KNOBS = {
     "flexprefill": ("gamma",),

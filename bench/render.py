@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.paths import ROOT
 from bench.quality_tables import correction_tables, selector_tables
-from bench.rows import ROOT, read
 from bench.tables import attention_tables, demo_table, density_tables, groups
+from flexprefill_fa.rows import read
 
 README = ROOT / "README.md"
 PLOT = "attention.png"

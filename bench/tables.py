@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench.report import number
-from bench.rows import Row, latest
+from flexprefill_fa.rows import Row, latest
 
 _GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "layer")
 KERNEL_NAMES = {

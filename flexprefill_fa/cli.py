@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from flexprefill_fa import __version__, reporting
+from flexprefill_fa.evaluation.cli import evaluate
 from flexprefill_fa.loading import (
     UsageError,
-    first_line,
     load_model,
+    make_config,
+    one_line_errors,
     read_prompt,
     require_kernels,
     resolve_device,
     resolve_dtype,
     selector_spec,
 )
-from flexprefill_fa.masks import SelectorConfig, get_selector
+from flexprefill_fa.masks import SelectorConfig
 from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.rows import environment
 
 if TYPE_CHECKING:
     from flexprefill_fa.demo import Answer
@@ -80,9 +79,9 @@ def demo(
 
     Exits with 0 only if both answers are right.
     """
-    from flexprefill_fa.demo import environment, run_demo
+    from flexprefill_fa.demo import run_demo
 
-    with _one_line_errors():
+    with one_line_errors():
         config = make_config("flexprefill", gamma=gamma, tau=tau, min_budget=min_budget)
         where, weights = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
@@ -148,7 +147,7 @@ def generate(
 
     The text goes to stdout, the measurements to stderr. Options of the selector default to its own settings.
     """
-    with _one_line_errors():
+    with one_line_errors():
         if compare not in (None, "dense"):
             raise UsageError(f"compare must be dense, got {compare!r}")
         settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
@@ -197,34 +196,7 @@ def generate(
             console.print(dense_text, markup=False)
 
 
-def make_config(selector: str, **options: Any) -> Any:
-    """The config of a selector from the options that were given; None means its own default.
-
-    Raises:
-        UsageError: for an unknown selector, an option that it does not have, or a value out of range.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    try:
-        kind: Any = get_selector(selector)
-        names = [field.name for field in dataclasses.fields(kind)]
-        for name in given:
-            if name not in names:
-                raise UsageError(f"selector {selector} has no {name}, only {', '.join(names)}")
-        return kind(**given)
-    except (ValueError, TypeError) as error:
-        raise UsageError(first_line(error)) from error
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except UsageError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except torch.OutOfMemoryError as error:
-        typer.echo(f"error: {first_line(error)}", err=True)
-        raise typer.Exit(2) from error
+app.command("eval")(evaluate)
 
 
 def _warn(message: str) -> None:

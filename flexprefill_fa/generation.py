@@ -92,6 +92,7 @@ def measure_sparse(
     max_new_tokens: int,
     progress: WorkProgress,
     *,
+    mean_correction: bool = False,
     repeats: int = 1,
     recall: bool = False,
 ) -> Measurement:
@@ -100,6 +101,7 @@ def measure_sparse(
     Args:
         model, input_ids, max_new_tokens, progress, repeats: as for `measure_dense`.
         config: a selector's config.
+        mean_correction: as for `enable_sparse_prefill`.
         recall: measure recall too, in one more prefill that computes exact attention.
 
     Raises:
@@ -108,7 +110,9 @@ def measure_sparse(
     warm_ids = input_ids[:, : max(WARM_UP_TOKENS, 2 * config.dense_tokens)]
     with ExitStack() as stack:
         with _refusal_in_one_line():
-            handle = stack.enter_context(enable_sparse_prefill(model, config, statistics="density"))
+            handle = stack.enter_context(
+                enable_sparse_prefill(model, config, mean_correction=mean_correction, statistics="density")
+            )
             _check_some_sparse(model)
             _, first = _generate(model, warm_ids, 1, progress, "compiling sparse")
         _, second = _generate(model, warm_ids, 1, progress, "warming up sparse")
