@@ -42,11 +42,8 @@ def test_block_mass_equals_dense_attention(
 ) -> None:
     """Grouped heads, lengths that no block divides, padding and a chunk."""
     query, key = structured_qk(2, 4, 2, q_len, kv_len, 32)
-    padding = {
-        "starts": None if starts is None else torch.tensor(starts),
-        "lengths": None if lengths is None else torch.tensor(lengths),
-    }
-    mass = block_mass(query, key, 64, scale=scale, **padding)
+    first, count = (None if given is None else torch.tensor(given) for given in (starts, lengths))
+    mass = block_mass(query, key, 64, scale=scale, starts=first, lengths=count)
     expected = summed(attention_probabilities(query, key, scale, starts, lengths), 64)
     assert mass.dtype == torch.float32 and mass.shape == expected.shape
     torch.testing.assert_close(mass, expected.float(), atol=2e-5, rtol=1e-5)

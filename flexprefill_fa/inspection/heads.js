@@ -134,7 +134,7 @@ const hideTip = () => (byId("tip").hidden = true);
 
 const TITLES = {
   kept: ["Kept blocks", "what this head computes"],
-  attention: ["True attention", "exact probability, summed by blocks"],
+  attention: ["True attention", "exact, summed by block"],
   missed: ["Missed attention", "the part of it in dropped blocks"],
 };
 let chosen = null;
@@ -182,7 +182,7 @@ function legend(group) {
 
 /* All heads ---------------------------------------------------------------------------------------------------- */
 
-const COLUMNS = [["layer", "Layer"], ["head", "Head"], ["pattern", "Pattern"], ["js_distance", "JS dist."],
+const COLUMNS = [["layer", "Layer"], ["head", "Head"], ["pattern", "Pattern"], ["js_distance", "JS dist"],
   ["density", "Density"], ["recall", "Recall"]];
 const WHOLE = new Set(["layer", "head"]);
 const TEXT = { class: "text" };

@@ -123,8 +123,9 @@ function thumb(head) {
     drawMap(canvas, head, kind).catch(report);
     return canvas;
   });
-  return make("button", { class: "thumb", onclick: () => choose(head, true) }, `Head ${head.head} `,
-    make("small", {}, `${words(head.pattern)}, density ${number(head.density, 2)}, recall ${number(head.recall, 2)}`),
+  return make("button", { class: "thumb", onclick: () => choose(head, true) },
+    `Head ${head.head}, ${words(head.pattern)}`,
+    make("small", {}, `density ${number(head.density)}, recall ${number(head.recall)}`),
     make("div", {}, ...canvases));
 }
 
