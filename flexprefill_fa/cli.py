@@ -201,7 +201,7 @@ def generate(
 def inspect_heads(
     model: Model,
     prompt_file: PromptFile,
-    out: Annotated[Path, typer.Option(dir_okay=True, help="The page to write, such as report.html.")],
+    out: Annotated[Path, typer.Option(help="The page to write, such as report.html.")],
     selector: Selector = "flexprefill",
     gamma: Gamma = None,
     tau: Tau = None,
