@@ -203,11 +203,16 @@ def render(
             typer.echo(f"error: {README.name} is not what the rows say: run 'python -m bench render'", err=True)
             raise typer.Exit(1)
         return
-    from bench.plots import draw_attention, draw_quality  # matplotlib takes a second to import, and --check needs none
+    from bench.plots import (  # takes a second to import, and --check needs none
+        draw_accuracy,
+        draw_attention,
+        draw_quality,
+    )
 
     README.write_text(after, encoding="utf-8")
     draw_attention(RESULTS)
     draw_quality(RESULTS)
+    draw_accuracy(RESULTS)
 
 
 def _shape(

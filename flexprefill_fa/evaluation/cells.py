@@ -17,14 +17,13 @@ import torch
 from rich.console import Console
 
 from flexprefill_fa import __version__
+from flexprefill_fa.evaluation import ACCURACY_KIND
 from flexprefill_fa.evaluation.harness import Answers, Tasks, ask, has_budget
 from flexprefill_fa.generation import measure_dense, measure_sparse
 from flexprefill_fa.integrations.lm_eval import FlexPrefillLM
 from flexprefill_fa.loading import DENSE, UsageError
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.rows import Row, environment
-
-KIND = "accuracy"
 
 _OUTCOMES = ("metric", "accuracy", "wrong", "prompts_sha256", "density", "recall", "recall_min", "timing")
 """The fields of a row that are found out; all others are known before, and say whether a cell is done already."""
@@ -109,7 +108,7 @@ class Evaluation:
         where = {name: value for name, value in environment(lm.device).items() if name != "date"}
         network: Any = lm.model
         self._conditions: Row = {
-            "kind": KIND,
+            "kind": ACCURACY_KIND,
             "model": model,
             "model_sha256": sha256,
             "dtype": str(network.dtype).removeprefix("torch."),
@@ -171,7 +170,13 @@ class Evaluation:
         try:
             self._lm.use(cell.choice.config, mean_correction=cell.choice.mean_correction)
             answers = ask(
-                self._lm, cell.task, cell.length, self._plan.samples, self._plan.seed, self._plan.chat_template
+                self._lm,
+                self._tasks,
+                cell.task,
+                cell.length,
+                self._plan.samples,
+                self._plan.seed,
+                self._plan.chat_template,
             )
             density = self._lm.density()
         except (TypeError, ValueError) as error:

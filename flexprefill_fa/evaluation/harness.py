@@ -63,6 +63,10 @@ class Answers:
 class Tasks:
     """The tasks of lm-eval, this package, the checkout and `include`, by name.
 
+    Attributes:
+        names: of the tasks that were asked for, groups and tags taken apart.
+        manager: lm-eval's index of tasks.
+
     Args:
         names: tasks, groups or tags.
         include: more folders with task files.
@@ -82,15 +86,15 @@ class Tasks:
         self._data_dir = data_dir
         # A task gets what this holds when it is loaded: building the index for each length would take 10 s each.
         self._metadata: dict[str, Any] = {"max_seq_lengths": []}
-        self._manager = TaskManager(include_path=folders, include_defaults=False, metadata=self._metadata)
-        if any(name not in self._manager.task_index for name in names):
-            self._manager = TaskManager(include_path=folders, metadata=self._metadata)
+        self.manager = TaskManager(include_path=folders, include_defaults=False, metadata=self._metadata)
+        if any(name not in self.manager.task_index for name in names):
+            self.manager = TaskManager(include_path=folders, metadata=self._metadata)
         self.names = list(dict.fromkeys(leaf for name in names for leaf in self._leaves(name)))
 
     def _leaves(self, name: str) -> list[str]:
         from lm_eval.tasks._index import Kind
 
-        entry = self._manager.task_index.get(name)
+        entry = self.manager.task_index.get(name)
         if entry is None:
             raise UsageError(
                 f"no task {name!r}: expected one of lm-eval's tasks, groups or tags, or of this package: "
@@ -122,7 +126,7 @@ class Tasks:
         self._metadata.update(metadata)
         try:
             with _working_in(self._data_dir), _without_bars():
-                loaded = self._manager.load([name])
+                loaded = self.manager.load([self._spec(name)])
         except UsageError:
             raise
         except ValueError as error:
@@ -133,12 +137,29 @@ class Tasks:
             raise UsageError(self._data_problem(name, error)) from error
         return loaded["tasks"][name]
 
-    def _data_problem(self, name: str, error: Exception) -> str:
+    def _spec(self, name: str) -> Any:
+        """A task's name; or its whole config where lm-eval gives features to `datasets` in a form it does not take."""
+        config = self._config(name)
+        features = (config.get("dataset_kwargs") or {}).get("features")
+        if not features:
+            return name
+        import datasets
+
+        kinds: dict[str, Any] = {}
+        for name_of, kind in features.items():
+            value = datasets.Value(kind["dtype"])
+            kinds[name_of] = datasets.Sequence(value) if kind.get("sequence") else value
+        return {**config, "dataset_kwargs": {**config["dataset_kwargs"], "features": datasets.Features(kinds)}}
+
+    def _config(self, name: str) -> dict[str, Any]:
+        """What a task's file says, with what it includes."""
         from lm_eval.tasks._yaml_loader import load_yaml
 
-        entry = self._manager.task_index[name]
-        config = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
-        wanted = config.get("dataset_path") or "what its task file names"
+        entry = self.manager.task_index[name]
+        return load_yaml(entry.yaml_path, resolve_func=True) if entry.yaml_path else {}
+
+    def _data_problem(self, name: str, error: Exception) -> str:
+        wanted = self._config(name).get("dataset_path") or "what its task file names"
         return (
             f"task {name} cannot be loaded. It needs data: {wanted}. {first_line(error)}. Where the network is closed, "
             f"fetch it elsewhere (hf download --repo-type dataset NAME --local-dir DATA/NAME) and give --data-dir DATA"
@@ -169,11 +190,14 @@ def has_budget(task: Any) -> bool:
     return takes_budget(task.config.custom_dataset)
 
 
-def ask(lm: FlexPrefillLM, task: Any, length: int | None, samples: int, seed: int, chat_template: bool) -> Answers:
+def ask(
+    lm: FlexPrefillLM, tasks: Tasks, task: Any, length: int | None, samples: int, seed: int, chat_template: bool
+) -> Answers:
     """Let lm-eval put a task's questions to a model.
 
     Args:
         lm: the model, with its selector.
+        tasks: where the task is from; lm-eval would read all task files again without its index.
         task: from `Tasks.load`.
         length: in tokens, where the task was made to one.
         samples: questions to ask at most.
@@ -187,6 +211,7 @@ def ask(lm: FlexPrefillLM, task: Any, length: int | None, samples: int, seed: in
         results: Any = simple_evaluate(
             model=lm,
             tasks=[task],
+            task_manager=tasks.manager,
             limit=samples,
             bootstrap_iters=0,
             apply_chat_template=chat_template,
