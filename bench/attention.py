@@ -16,7 +16,6 @@ from torch import Tensor
 
 from bench.check import SAMPLED_ROWS, Reference, Verdict, reference, verify
 from bench.inputs import make_inputs
-from bench.rows import Row, environment
 from bench.synthetic import random_selection
 from bench.timing import Stopwatch, Times
 from flexprefill_fa import BlockSelection, select_blocks, sparse_prefill_attention
@@ -25,6 +24,7 @@ from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.cost_model import causal_flop, prefers_dense
 from flexprefill_fa.dense import causal_attention, fastest_dense
 from flexprefill_fa.loading import first_line
+from flexprefill_fa.rows import Row, environment
 
 DENSE_KERNELS = {"cuda": ("sdpa", "sdpa_flash", "sdpa_cudnn", "FLASH", "TRITON"), "cpu": ("sdpa", "CPU")}
 YARDSTICK = {"cuda": "sdpa_flash", "cpu": "sdpa"}

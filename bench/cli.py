@@ -18,10 +18,10 @@ from bench.fit import fit_rates
 from bench.inputs import WORKLOADS
 from bench.memory import free_bytes, needed_bytes, shortage
 from bench.needle.capture import model_config
+from bench.paths import RESULTS
 from bench.quality_cli import quality
 from bench.render import README, render_readme
 from bench.report import calibration_table, one_line, result_table
-from bench.rows import RESULTS, Row, append, read
 from bench.spec import check_backends, parse_lengths, parse_list, parse_numbers, parse_selector
 from bench.synthetic import block_count
 from bench.terminal import one_line_errors, open_console
@@ -30,6 +30,7 @@ from bench.vllm_cli import vllm
 from flexprefill_fa.backends import flash_problem
 from flexprefill_fa.loading import UsageError, first_line, require_kernels, resolve_device, resolve_dtype
 from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.rows import Row, append, read
 
 app = typer.Typer(
     help="Benchmarks. Their rows go to bench/results/, and the README's tables are rendered from those.",
@@ -204,11 +205,16 @@ def render(
             typer.echo(f"error: {README.name} is not what the rows say: run 'python -m bench render'", err=True)
             raise typer.Exit(1)
         return
-    from bench.plots import draw_attention, draw_quality  # matplotlib takes a second to import, and --check needs none
+    from bench.plots import (  # takes a second to import, and --check needs none
+        draw_accuracy,
+        draw_attention,
+        draw_quality,
+    )
 
     README.write_text(after, encoding="utf-8")
     draw_attention(RESULTS)
     draw_quality(RESULTS)
+    draw_accuracy(RESULTS)
 
 
 def _shape(

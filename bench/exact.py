@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexprefill_fa import BlockSelection
+from flexprefill_fa.exact import exact_probabilities, sum_row_blocks
 
 MASS_BLOCK = 64
 """Tokens per block of `Exact.mass`: selections of 64- and of 128-token blocks both are unions of such blocks."""
@@ -70,27 +70,17 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Exact:
     Args:
         query: `[B, Hq, n, D]`. key, value: `[B, Hkv, n, D]`, Hq a multiple of Hkv.
     """
-    batch, heads, length, dim = query.shape
+    batch, heads, length, dim = value.shape[0], query.shape[1], *value.shape[2:]
     groups = heads // key.shape[1]
     blocks = -(-length // MASS_BLOCK)
-    padded = blocks * MASS_BLOCK
-    # Padding stands behind every real token: no real row sees it.
-    queries, keys, values = (F.pad(tensor.float(), (0, 0, 0, padded - length)) for tensor in (query, key, value))
-    queries = queries * dim**-0.5
-    out = torch.empty(batch, heads, padded, dim, device=query.device)
+    values = F.pad(value.float(), (0, 0, 0, blocks * MASS_BLOCK - length))
+    out = torch.empty(batch, heads, length, dim, device=query.device)
     mass = torch.zeros(batch, heads, blocks, blocks, device=query.device)
-    positions = torch.arange(padded, device=query.device)
-    step = max(1, _SCORE_BYTES // (4 * groups * padded * MASS_BLOCK)) * MASS_BLOCK
-    for first in range(0, padded, step):
-        last = min(first + step, padded)
-        later = positions[:last] > positions[first:last, None]  # [rows, keys]
-        for b, kv_head in itertools.product(range(batch), range(key.shape[1])):
-            group = slice(kv_head * groups, (kv_head + 1) * groups)
-            scores = queries[b, group, first:last] @ keys[b, kv_head, :last].mT  # [G, rows, keys]
-            probability = scores.masked_fill_(later, float("-inf")).softmax(-1)
-            out[b, group, first:last] = probability @ values[b, kv_head, :last]
-            if last > length:
-                probability[:, length - first :] = 0
-            by_block = probability.unflatten(-1, (-1, MASS_BLOCK)).sum(-1).unflatten(1, (-1, MASS_BLOCK)).sum(2)
-            mass[b, group, first // MASS_BLOCK : last // MASS_BLOCK, : last // MASS_BLOCK] = by_block
-    return Exact(out[:, :, :length], mass)
+    for kv_head, first, probability in exact_probabilities(query, key, MASS_BLOCK, score_bytes=_SCORE_BYTES):
+        rows, seen = probability.shape[2:]
+        group = slice(kv_head * groups, (kv_head + 1) * groups)
+        out[:, group, first : first + rows] = probability @ values[:, kv_head, None, :seen]
+        by_block = sum_row_blocks(probability.unflatten(-1, (-1, MASS_BLOCK)).sum(-1), MASS_BLOCK)
+        block = first // MASS_BLOCK
+        mass[:, group, block : block + by_block.shape[2], : by_block.shape[3]] = by_block
+    return Exact(out, mass)

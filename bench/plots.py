@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import matplotlib  # pyright: ignore[reportMissingImports]  # the bench extra alone brings it
 
+from bench.accuracy_tables import sparse_rows, task_tables
 from bench.quality_points import families, labels, quality_groups
-from bench.render import PLOT, QUALITY_PLOT
-from bench.rows import Row, read
+from bench.render import ACCURACY_PLOT, PLOT, QUALITY_PLOT
 from bench.tables import KERNEL_NAMES, groups
+from flexprefill_fa.rows import Row, read
 
 matplotlib.use("Agg")  # no window
 
@@ -96,6 +98,40 @@ def draw_quality(results: Path) -> Path | None:
     row = rows[0]
     figure.suptitle(f"The needle model's heads, {row['gpu']}, {row['dtype']}; mean over layers and heads", size=10)
     path = results / QUALITY_PLOT
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def draw_accuracy(results: Path) -> Path | None:
+    """Task accuracy against density, one axes per task; None, and no file, without rows."""
+    tables = task_tables(read(results / "quality.jsonl"))
+    if not tables:
+        return None
+    figure, grid = plt.subplots(1, len(tables), figsize=(5.5 * len(tables), 4.2), layout="constrained", squeeze=False)
+    found = [row for table in tables for row in sparse_rows(table)]
+    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(row["selector"] for row in found))}
+    markers = dict(zip(sorted({row["length"] or 0 for row in found}), itertools.cycle("os^Dv*"), strict=False))
+    for table, axes in zip(tables, grid[0], strict=True):
+        here = sparse_rows(table)
+        for row in here:
+            style = {"marker": markers[row["length"] or 0], "color": colours[row["selector"]]}
+            axes.plot(row["density"], row["accuracy"], markersize=5, alpha=0.8, **style)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set(title=table.task, xlabel="density", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.05))
+        axes.set_xticks(_DENSITY_TICKS, [f"{tick:.0%}" for tick in _DENSITY_TICKS])
+        axes.set_xlim(0.9 * min(row["density"] for row in here), 1.1)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    last = grid[0, -1]
+    for name, colour in colours.items():
+        last.plot([], [], "o", color=colour, label=name)
+    for length, marker in markers.items():
+        last.plot([], [], marker, color="grey", label=f"{length:,} tokens" if length else "its own prompts")
+    figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    row = tables[0].rows()[0]
+    figure.suptitle(f"{row['model']}, {row['gpu']}, {row['dtype']}, {row['samples']} samples a point", size=10)
+    path = results / ACCURACY_PLOT
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

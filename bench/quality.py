@@ -15,10 +15,11 @@ from torch import Tensor
 from bench.check import reference, verify
 from bench.exact import Exact, exact_attention
 from bench.needle.capture import capture_layers
-from bench.rows import Row, environment
+from bench.quality_points import KIND
 from bench.workloads import Inputs
 from flexprefill_fa import sparse_prefill_attention
 from flexprefill_fa.loading import first_line
+from flexprefill_fa.rows import Row, environment
 
 BACKEND = {"cuda": "TRITON", "cpu": "CPU"}
 """The kernel that runs, by device; named, so that attention never goes dense."""
@@ -87,7 +88,7 @@ def quality_rows(plan: QualityPlan, length: int, failed: Callable[[str], None]) 
         torch.OutOfMemoryError: where the GPU is too small.
     """
     captured = capture_layers(length, plan.layers, dtype=plan.dtype, device=plan.device, seed=plan.seed)
-    conditions: Row = {"kind": "quality", "device": plan.device.type, **environment(plan.device), "length": length}
+    conditions: Row = {"kind": KIND, "device": plan.device.type, **environment(plan.device), "length": length}
     for layer in plan.layers:
         on_device = torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext()
         inputs = Inputs(*captured.pop(layer))

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from bench.rows import Row, latest
+from flexprefill_fa.rows import Row, latest
+
+KIND = "quality"
+"""Of the rows of `python -m bench quality`."""
 
 KNOBS = {
     "flexprefill": ("gamma",),
@@ -56,7 +59,7 @@ class Family:
 def quality_groups(rows: Iterable[Row]) -> list[list[Row]]:
     """The latest rows of each measurement, those of one processor, shape and dtype together."""
     found: dict[str, list[Row]] = {}
-    for row in latest(rows, _measured):
+    for row in latest((row for row in rows if row["kind"] == KIND), _measured):
         found.setdefault(json.dumps([row[key] for key in _GROUP_KEYS]), []).append(row)
     return list(found.values())
 

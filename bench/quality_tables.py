@@ -10,9 +10,9 @@ from rich.table import Table
 
 from bench.quality_points import KNOBS, Family, at_density, families, labels, quality_groups
 from bench.report import number
-from bench.rows import Row
 from bench.tables import conditions, markdown_table
 from flexprefill_fa import get_selector
+from flexprefill_fa.rows import Row
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 CORRECTED_ALPHAS = (0.05, 0.1, 0.2)

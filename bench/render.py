@@ -6,14 +6,18 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.accuracy_tables import accuracy_tables, task_tables
+from bench.paths import ROOT
+from bench.quality_points import quality_groups
 from bench.quality_tables import correction_tables, selector_tables
-from bench.rows import ROOT, read
 from bench.tables import attention_tables, demo_table, density_tables, groups
 from bench.vllm_tables import vllm_tables
+from flexprefill_fa.rows import read
 
 README = ROOT / "README.md"
 PLOT = "attention.png"
 QUALITY_PLOT = "quality.png"
+ACCURACY_PLOT = "accuracy.png"
 
 _BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /bench:(?P=name) -->", re.DOTALL)
 _MARKER = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
@@ -25,8 +29,14 @@ def _plot(results: Path) -> str:
     return _image(results / PLOT, "Time and speed-up of sparse prefill attention against the length of the prompt")
 
 
+def _accuracy_plot(results: Path) -> str:
+    if not task_tables(read(results / "quality.jsonl")):
+        return ""
+    return _image(results / ACCURACY_PLOT, "Task accuracy of each selector against the density it keeps")
+
+
 def _quality_plot(results: Path) -> str:
-    if not read(results / "quality.jsonl"):
+    if not quality_groups(read(results / "quality.jsonl")):
         return ""
     return _image(results / QUALITY_PLOT, "Recall and output error of each selector against the density it keeps")
 
@@ -42,6 +52,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "attention-cpu": lambda results: attention_tables(read(results / "attention.jsonl"), "cpu", "needle"),
     "density": lambda results: density_tables(read(results / "attention.jsonl")),
     "plot": _plot,
+    "accuracy": lambda results: accuracy_tables(read(results / "quality.jsonl")),
+    "accuracy-plot": _accuracy_plot,
     "quality": lambda results: selector_tables(read(results / "quality.jsonl")),
     "quality-plot": _quality_plot,
     "mean-correction": lambda results: correction_tables(read(results / "quality.jsonl")),

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from flexprefill_fa.backends import resolve_backend
-from flexprefill_fa.cli import make_config
-from flexprefill_fa.loading import UsageError, selector_spec
+from flexprefill_fa.loading import UsageError, make_config, selector_spec
 
 
 def parse_list(option: str, text: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench.report import number
-from bench.rows import Row, latest
+from flexprefill_fa.rows import Row, latest
 
 _GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "layer")
 KERNEL_NAMES = {
@@ -149,17 +149,18 @@ def _caption(rows: Sequence[Row], what: str) -> str:
 
 def conditions(rows: Sequence[Row]) -> str:
     """Processor, versions, commit, date and shapes; where versions, commits or dates differ, each is named."""
-
-    def values(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
-
     row = rows[0]
-    versions = [f"{title} {values(name)}" for name, title in _VERSIONS if values(name)]
+    versions = [f"{title} {distinct(rows, name)}" for name, title in VERSIONS if distinct(rows, name)]
     shape = f"batch {row['batch']}, {row['heads']}/{row['kv_heads']} heads, head_dim {row['head_dim']}, {row['dtype']}"
-    return f"{row['gpu']}, {', '.join(versions)}, commit {values('commit')}, {values('date')}; {shape}"
+    return f"{row['gpu']}, {', '.join(versions)}, commit {distinct(rows, 'commit')}, {distinct(rows, 'date')}; {shape}"
 
 
-_VERSIONS = (("torch", "torch"), ("triton", "triton"), ("flash_attn_4", "flash-attn-4"))
+def distinct(rows: Sequence[Row], name: str) -> str:
+    """The values of a field, each once."""
+    return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
+
+
+VERSIONS = (("torch", "torch"), ("triton", "triton"), ("flash_attn_4", "flash-attn-4"))
 _WORKLOADS = {
     "sharpened": "**Heads that get sharper with length**",
     "fixed": "**The same heads at every length**",

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.rows import Row, environment
 from bench.synthetic import random_selection
 from bench.timing import Stopwatch
 from flexprefill_fa import BlockSelection
 from flexprefill_fa.loading import first_line
 from flexprefill_fa.region import run_attend
+from flexprefill_fa.rows import Row, environment
 
 DENSITIES = (0.06, 0.25)
 _BLOCK = 128

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.rows import Row, environment, package_version
 from bench.synthetic import chunk_selection
 from bench.vllm_engine import run_job, sparse_layers
 from flexprefill_fa import BlockSelection, block_sparse_attention, select_blocks
 from flexprefill_fa.integrations.vllm_config import SECTION, Settings, make_settings
 from flexprefill_fa.integrations.vllm_paged import gather
+from flexprefill_fa.rows import Row, environment, package_version
 
 MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -14,20 +12,26 @@ from rich.console import Console
 from rich.text import Text
 
 from flexprefill_fa import __version__, reporting
+from flexprefill_fa.evaluation.cli import evaluate
+from flexprefill_fa.inspection.output import check_out, write_atomically
 from flexprefill_fa.loading import (
     UsageError,
-    first_line,
     load_model,
+    make_config,
+    one_line_errors,
     read_prompt,
     require_kernels,
     resolve_device,
     resolve_dtype,
     selector_spec,
 )
-from flexprefill_fa.masks import SelectorConfig, get_selector
+from flexprefill_fa.masks import SelectorConfig
 from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.rows import environment
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from flexprefill_fa.demo import Answer
     from flexprefill_fa.generation import Measurement
 
@@ -42,7 +46,15 @@ app = typer.Typer(
 Gamma = Annotated[float | None, typer.Option(help="Share of the attention probability to cover, in (0, 1].")]
 Tau = Annotated[float | None, typer.Option(help="Jensen-Shannon distance below which a head is query-aware.")]
 MinBudget = Annotated[int | None, typer.Option(help="Tokens that every query row keeps at least.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Selector = Annotated[
+    str, typer.Option(help="Which selector chooses the blocks: name, or name:field=value+field=value.")
+]
+MaxBudget = Annotated[int | None, typer.Option(help="Tokens that a query row keeps at most.")]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
+Variant = Annotated[str | None, typer.Option(help="published or paper.")]
+Model = Annotated[str, typer.Option(help="A local folder with a causal language model in Hugging Face format.")]
+PromptFile = Annotated[str, typer.Option(help="The prompt, UTF-8 text; - reads standard input.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed prefills of each kind; the median is reported.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -80,9 +92,9 @@ def demo(
 
     Exits with 0 only if both answers are right.
     """
-    from flexprefill_fa.demo import environment, run_demo
+    from flexprefill_fa.demo import run_demo
 
-    with _one_line_errors():
+    with one_line_errors():
         config = make_config("flexprefill", gamma=gamma, tau=tau, min_budget=min_budget)
         where, weights = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
@@ -123,23 +135,21 @@ def demo(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Option(help="A local folder with a causal language model in Hugging Face format.")],
-    prompt_file: Annotated[str, typer.Option(help="The prompt, UTF-8 text; - reads standard input.")],
-    selector: Annotated[
-        str, typer.Option(help="Which selector chooses the blocks: name, or name:field=value+field=value.")
-    ] = "flexprefill",
+    model: Model,
+    prompt_file: PromptFile,
+    selector: Selector = "flexprefill",
     gamma: Gamma = None,
     tau: Tau = None,
     min_budget: MinBudget = None,
-    max_budget: Annotated[int | None, typer.Option(help="Tokens that a query row keeps at most.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
-    variant: Annotated[str | None, typer.Option(help="published or paper.")] = None,
+    max_budget: MaxBudget = None,
+    block_size: BlockSize = None,
+    variant: Variant = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     compare: Annotated[str | None, typer.Option(help="'dense' answers with dense prefill too.")] = None,
     recall: Annotated[
         bool, typer.Option("--recall", help="Measure recall: one more prefill, with exact attention.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
     repeats: Repeats = 1,
     as_json: Json = False,
@@ -148,29 +158,19 @@ def generate(
 
     The text goes to stdout, the measurements to stderr. Options of the selector default to its own settings.
     """
-    with _one_line_errors():
+    with one_line_errors():
         if compare not in (None, "dense"):
             raise UsageError(f"compare must be dense, got {compare!r}")
         settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
-        settings |= {"block_size": block_size, "variant": variant}
-        name, fields = selector_spec(selector)
-        for field in fields:
-            if settings.get(field) is not None:
-                raise UsageError(f"{field} is given twice, as an option and in selector {selector!r}")
-        config = make_config(name, **(settings | fields))
+        config = _selector_config(selector, settings | {"block_size": block_size, "variant": variant})
         where, weights = resolve_device(device), resolve_dtype(dtype)
-        require_kernels(where)
-        text = read_prompt(prompt_file)
         progress = WorkProgress()
-        with progress.task("loading the model"):
-            network, tokenizer = load_model(model, weights, where)
-        from flexprefill_fa.generation import encode, measure_dense, measure_sparse
+        network, tokenizer, input_ids = _model_and_prompt(
+            model, prompt_file, weights, where, progress, new_tokens=max_new_tokens
+        )
+        from flexprefill_fa.generation import measure_dense, measure_sparse
 
-        input_ids = encode(tokenizer, text, where)
         tokens = input_ids.shape[1]
-        limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and tokens + max_new_tokens > limit:
-            _warn(f"prompt and answer take up to {tokens + max_new_tokens} tokens, the model was made for {limit}")
         sparse = measure_sparse(network, input_ids, config, max_new_tokens, progress, repeats=repeats, recall=recall)
         dense = measure_dense(network, input_ids, max_new_tokens, progress, repeats=repeats) if compare else None
     sparse_text, dense_text = (
@@ -197,34 +197,79 @@ def generate(
             console.print(dense_text, markup=False)
 
 
-def make_config(selector: str, **options: Any) -> Any:
-    """The config of a selector from the options that were given; None means its own default.
+@app.command("inspect")
+def inspect_heads(
+    model: Model,
+    prompt_file: PromptFile,
+    out: Annotated[Path, typer.Option(help="The page to write, such as report.html.")],
+    selector: Selector = "flexprefill",
+    gamma: Gamma = None,
+    tau: Tau = None,
+    min_budget: MinBudget = None,
+    max_budget: MaxBudget = None,
+    block_size: BlockSize = None,
+    variant: Variant = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Show what every layer and head keeps of a prompt, and what it misses, in one HTML page.
 
-    Raises:
-        UsageError: for an unknown selector, an option that it does not have, or a value out of range.
+    The page holds everything it shows and loads nothing. Exact attention is computed beside sparse prefill: slow.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    try:
-        kind: Any = get_selector(selector)
-        names = [field.name for field in dataclasses.fields(kind)]
-        for name in given:
-            if name not in names:
-                raise UsageError(f"selector {selector} has no {name}, only {', '.join(names)}")
-        return kind(**given)
-    except (ValueError, TypeError) as error:
-        raise UsageError(first_line(error)) from error
+    with one_line_errors():
+        settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
+        config = _selector_config(selector, settings | {"block_size": block_size, "variant": variant})
+        where, weights = resolve_device(device), resolve_dtype(dtype)
+        check_out(out, prompt_file)
+        progress = WorkProgress()
+        network, _, input_ids = _model_and_prompt(model, prompt_file, weights, where, progress)
+        from flexprefill_fa.inspection.collect import inspect_prefill
+        from flexprefill_fa.inspection.page import render
+
+        found = inspect_prefill(network, input_ids, config, progress)
+        about = reporting.inspection_facts(model, prompt_file, config, reporting.conditions(where, network.dtype))
+        page = render(found, about)
+        write_atomically(out, page)
+    typer.echo(
+        f"{out}: {len(found.heads)} heads in {len(found.maps)} of {len(found.layers)} layers, density "
+        f"{found.density:.3f}, recall {found.recall:.3f}, {len(page) / 2**20:.1f} MiB"
+    )
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except UsageError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except torch.OutOfMemoryError as error:
-        typer.echo(f"error: {first_line(error)}", err=True)
-        raise typer.Exit(2) from error
+def _selector_config(selector: str, settings: dict[str, Any]) -> Any:
+    """The config for `--selector` and the options beside it, where None means not given."""
+    name, fields = selector_spec(selector)
+    for field in fields:
+        if settings.get(field) is not None:
+            raise UsageError(f"{field} is given twice, as an option and in selector {selector!r}")
+    return make_config(name, **(settings | fields))
+
+
+def _model_and_prompt(
+    model: str,
+    prompt_file: str,
+    weights: torch.dtype | None,
+    where: torch.device,
+    progress: WorkProgress,
+    new_tokens: int = 0,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.Tensor]:
+    """The model, its tokenizer and the prompt's tokens `[1, n]`; warns where the model has too few positions."""
+    require_kernels(where)
+    text = read_prompt(prompt_file)
+    with progress.task("loading the model"):
+        network, tokenizer = load_model(model, weights, where)
+    from flexprefill_fa.generation import encode
+
+    input_ids = encode(tokenizer, text, where)
+    needed = input_ids.shape[1] + new_tokens
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and needed > limit:
+        what = "prompt and answer take up to" if new_tokens else "the prompt takes"
+        _warn(f"{what} {needed} tokens, the model was made for {limit}")
+    return network, tokenizer, input_ids
+
+
+app.command("eval")(evaluate)
 
 
 def _warn(message: str) -> None:

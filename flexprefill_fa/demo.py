@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,7 @@ import torch
 from flexprefill_fa.loading import UsageError, load_model
 from flexprefill_fa.masks import SelectorConfig
 from flexprefill_fa.progress import WorkProgress
-
-CHECKOUT = Path(__file__).resolve().parent.parent
-"""The folder that holds `bench/` where this package is used from a checkout."""
+from flexprefill_fa.rows import CHECKOUT
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,6 @@ def run_demo(
         for text, measurement in zip(texts, measurements, strict=True)
     )
     return DemoResult(prompt.key, prompt.answer, dtype, dense, sparse)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Processor, versions, commit and date of a run, as the benchmark's rows have them; see `bench.rows`."""
-    _needle_task()
-    return import_module("bench.rows").environment(device)
 
 
 def _needle_task() -> tuple[Any, Any]:

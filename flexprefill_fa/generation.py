@@ -80,7 +80,7 @@ def measure_dense(
         progress: shows the work.
         repeats: number of timed prefills, after a shorter one that warms up.
     """
-    _generate(model, input_ids[:, :WARM_UP_TOKENS], 1, progress, "warming up dense")
+    generate_greedily(model, input_ids[:, :WARM_UP_TOKENS], 1, progress, "warming up dense")
     token_ids, seconds = _timed(model, input_ids, max_new_tokens, progress, "dense", repeats)
     return Measurement(token_ids, seconds)
 
@@ -92,6 +92,7 @@ def measure_sparse(
     max_new_tokens: int,
     progress: WorkProgress,
     *,
+    mean_correction: bool = False,
     repeats: int = 1,
     recall: bool = False,
 ) -> Measurement:
@@ -100,6 +101,7 @@ def measure_sparse(
     Args:
         model, input_ids, max_new_tokens, progress, repeats: as for `measure_dense`.
         config: a selector's config.
+        mean_correction: as for `enable_sparse_prefill`.
         recall: measure recall too, in one more prefill that computes exact attention.
 
     Raises:
@@ -107,22 +109,25 @@ def measure_sparse(
     """
     warm_ids = input_ids[:, : max(WARM_UP_TOKENS, 2 * config.dense_tokens)]
     with ExitStack() as stack:
-        with _refusal_in_one_line():
-            handle = stack.enter_context(enable_sparse_prefill(model, config, statistics="density"))
-            _check_some_sparse(model)
-            _, first = _generate(model, warm_ids, 1, progress, "compiling sparse")
-        _, second = _generate(model, warm_ids, 1, progress, "warming up sparse")
+        with refusal_in_one_line():
+            handle = stack.enter_context(
+                enable_sparse_prefill(model, config, mean_correction=mean_correction, statistics="density")
+            )
+            check_some_sparse(model)
+            _, first = generate_greedily(model, warm_ids, 1, progress, "compiling sparse")
+        _, second = generate_greedily(model, warm_ids, 1, progress, "warming up sparse")
         token_ids, seconds = _timed(model, input_ids, max_new_tokens, progress, "sparse", repeats)
         kept = dict(handle.statistics)
     if recall and kept:
         with enable_sparse_prefill(model, config, statistics="recall") as handle:
-            _generate(model, input_ids, 1, progress, "measuring recall against exact attention")
+            generate_greedily(model, input_ids, 1, progress, "measuring recall against exact attention")
             kept = dict(handle.statistics)
     layers = tuple(_report(layer, kept[layer]) for layer in sorted(kept))
     return Measurement(token_ids, seconds, max(first - second, 0.0), layers)
 
 
-def _check_some_sparse(model: Any) -> None:
+def check_some_sparse(model: Any) -> None:
+    """A model with sparse prefill on of which at least one layer runs sparse, or a ValueError that says why not."""
     layers = describe_sparse_prefill(model)
     if all(layer.runs != "sparse" for layer in layers):
         first = layers[0]
@@ -137,7 +142,8 @@ def _report(layer: int, kept: Any) -> LayerReport:
 
 
 @contextmanager
-def _refusal_in_one_line() -> Iterator[None]:
+def refusal_in_one_line() -> Iterator[None]:
+    """Turn what the integration raises in the body into a `UsageError`."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -148,15 +154,23 @@ def _timed(
     model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, progress: WorkProgress, name: str, repeats: int
 ) -> tuple[list[int], float]:
     label = f"{name}, {input_ids.shape[1]} tokens"
-    token_ids, seconds = _generate(model, input_ids, max_new_tokens, progress, label)
-    again = [_generate(model, input_ids, 1, progress, label)[1] for _ in range(repeats - 1)]
+    token_ids, seconds = generate_greedily(model, input_ids, max_new_tokens, progress, label)
+    again = [generate_greedily(model, input_ids, 1, progress, label)[1] for _ in range(repeats - 1)]
     return token_ids, statistics.median([seconds, *again])
 
 
-def _generate(
+def generate_greedily(
     model: Any, input_ids: Tensor, max_new_tokens: int, progress: WorkProgress, label: str
 ) -> tuple[list[int], float]:
-    """Greedy new tokens, and the seconds from the prompt to the first of them."""
+    """Greedy new tokens, and the seconds from the prompt to the first of them.
+
+    Args:
+        model: a causal language model.
+        input_ids: int64 `[1, n]`.
+        max_new_tokens: tokens to generate at most.
+        progress: shows the work, under `label`.
+        label: what it is.
+    """
     settings = copy.deepcopy(model.generation_config)
     settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
     settings.update(max_length=None, max_new_tokens=max_new_tokens)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexprefill_fa.masks import get_selector
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+DENSE = "dense"
+"""The name of attention over every causal block, where selectors are named."""
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
@@ -26,6 +34,18 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a mistake of the user in the body into one line on stderr and exit status 2."""
+    import typer
+
+    try:
+        yield
+    except (UsageError, torch.OutOfMemoryError) as error:
+        typer.echo(f"error: {first_line(error)}", err=True)
+        raise typer.Exit(2) from error
 
 
 def read_prompt(path: str) -> str:
@@ -174,6 +194,44 @@ def selector_spec(spec: str) -> tuple[str, dict[str, Any]]:
             raise UsageError(f"selector {spec!r} sets {field} more than once")
         options[field] = _value(value)
     return name, options
+
+
+def make_config(selector: str, **options: Any) -> Any:
+    """The config of a selector from the options that were given; None means its own default.
+
+    Raises:
+        UsageError: for an unknown selector, an option that it does not have, or a value out of range.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        kind: Any = get_selector(selector)
+        names = [field.name for field in dataclasses.fields(kind)]
+        for name in given:
+            if name not in names:
+                raise UsageError(f"selector {selector} has no {name}, only {', '.join(names)}")
+        return kind(**given)
+    except (ValueError, TypeError) as error:
+        raise UsageError(first_line(error)) from error
+
+
+def selector_config(spec: str) -> tuple[Any, bool]:
+    """The config of a spec such as `flashprefill:alpha=0.1+mean_correction=true`, and whether to correct by means.
+
+    Returns:
+        The config, None for "dense"; and the mean_correction that the spec asks for.
+
+    Raises:
+        UsageError: for an unknown selector, a field that it does not have, or a value out of range.
+    """
+    name, options = selector_spec(spec)
+    if name == DENSE:
+        if options:
+            raise UsageError(f"{DENSE} has no settings, got {spec!r}")
+        return None, False
+    correction = options.pop("mean_correction", False)
+    if not isinstance(correction, bool):
+        raise UsageError(f"mean_correction must be true or false, got {correction!r} in selector {spec!r}")
+    return make_config(name, **options), correction
 
 
 def _value(text: str) -> Any:

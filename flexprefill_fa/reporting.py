@@ -38,6 +38,21 @@ def selector_settings(config: Any) -> dict[str, Any]:
     return {"selector": config.name, **dataclasses.asdict(config)}
 
 
+def inspection_facts(model: str, prompt_file: str, config: Any, conditions: dict[str, Any]) -> dict[str, str]:
+    """What the head of an inspection's page says about its origin, by name."""
+    settings = selector_settings(config)
+    selector = settings.pop("selector")
+    return {
+        "model": model,
+        "prompt": "standard input" if prompt_file == "-" else prompt_file,
+        "selector": selector,
+        **{name: "none" if value is None else str(value) for name, value in settings.items()},
+        "device": conditions["processor"],
+        "dtype": conditions["dtype"],
+        **{name: conditions[name] for name in ("torch", "transformers", "flexprefill_fa")},
+    }
+
+
 def measurement_fields(measurement: Measurement) -> dict[str, Any]:
     """The numbers of a measurement; those that only sparse prefill has are left out for dense."""
     fields: dict[str, Any] = {"token_ids": measurement.token_ids, "prefill_seconds": measurement.prefill_seconds}

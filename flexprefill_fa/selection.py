@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from flexprefill_fa.exact import exact_probabilities
 from flexprefill_fa.grid import Grid, real_ranges, unmasked_blocks, visible_blocks
 from flexprefill_fa.validation import check_query_key
-
-_RECALL_BYTES = 16 * 2**20  # scores held at a time by `BlockSelection.recall`
 
 
 def index_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +99,12 @@ class BlockSelection:
             self.full_kv_num_blocks, self.full_kv_indices, width
         )
 
-    def recall(self, query: Tensor, key: Tensor, *, scale: float | None = None) -> Tensor:
+    def real_rows(self) -> Tensor:
+        """int64 `[B]`: the number of rows that hold a real query."""
+        position = self.grid.offset + torch.arange(self.q_len, device=self.kv_num_blocks.device)
+        return ((position >= self.ranges[:, :1]) & (position < self.ranges[:, 1:])).sum(-1)
+
+    def recall(self, query: Tensor, key: Tensor, *, scale: float | None = None, softcap: float | None = None) -> Tensor:
         """Share of the exact attention probability that falls in kept blocks.
 
         Computes dense causal attention scores, a few row blocks at a time: for inspection, not for the hot path.
@@ -109,6 +112,7 @@ class BlockSelection:
         Args:
             query: `[B, Hq, q_len, D]`. key: `[B, Hkv, kv_len, D]`. The tensors the selection was made from.
             scale: score scale, default 1/sqrt(D).
+            softcap: what the attention caps its scaled scores to, None for no cap.
 
         Returns:
             float32 `[B, Hq]`, the mean over the rows that hold a real query (0 for an element without one).
@@ -120,37 +124,18 @@ class BlockSelection:
                 "recall needs the query and key the selection was made from: expected (q_len, kv_len, batch, heads) = "
                 f"{expected}, got {(query.shape[2], key.shape[2], query.shape[0], query.shape[1])}"
             )
-        batch, heads, _, dim = query.shape
-        groups = heads // key.shape[1]
-        factor = dim**-0.5 if scale is None else scale
-        size = self.block_size
-        padded = self.starts is not None or self.lengths is not None
+        groups, size = query.shape[1] // key.shape[1], self.block_size
         keep = self.to_dense().unflatten(1, (-1, groups))  # [B, Hkv, G, nq, nk]
-        start, end = self.ranges[:, :1], self.ranges[:, 1:]
-        positions = torch.arange(self.grid.kv_blocks * size, device=query.device)
-        real_key = (positions >= start) & (positions < end)  # [B, nk * block]
-        queries = (query.float() * factor).unflatten(1, (-1, groups))  # [B, Hkv, G, Lq, D]
-        keys = F.pad(key.float(), (0, 0, 0, len(positions) - self.kv_len))
-        total = torch.zeros(batch, *keep.shape[1:3], device=query.device)
-        step = max(1, _RECALL_BYTES // (4 * batch * groups * self.kv_len * size)) * size
-        for first in range(0, self.q_len, step):
-            last = min(first + step, self.q_len)
-            position = self.grid.offset + torch.arange(first, last, device=query.device)
-            seen = -(-(self.grid.offset + last) // size)  # key blocks that these rows can see
-            visible = (positions[: seen * size] <= position[:, None]) & real_key[:, None, : seen * size]
-            real_row = (position >= start) & (position < end)  # [B, rows]
-            row_block = torch.arange(first, last, device=query.device) // size
-            masked = 0 if padded else (self.grid.offset + first) // size * size  # columns before it are visible to all
-            for head in range(key.shape[1]):  # one kv group at a time: the scores stay small
-                scores = queries[:, head, :, first:last].flatten(1, 2) @ keys[:, head, : seen * size].mT
-                scores = scores.unflatten(1, (groups, -1))  # [B, G, rows, keys]
-                scores[..., masked:].masked_fill_(~visible[:, None, :, masked:], float("-inf"))
-                mass = scores.softmax(-1).unflatten(-1, (-1, size)).sum(-1)  # [B, G, rows, blocks]
-                kept = mass.nan_to_num_(0.0).mul_(keep[:, head][:, :, row_block, :seen]).sum(-1)  # a padded row: 0 / 0
-                total[:, head] += (kept * real_row[:, None]).sum(-1)
-        position = self.grid.offset + torch.arange(self.q_len, device=query.device)
-        real_rows = ((position >= start) & (position < end)).sum(-1)
-        return total.flatten(1) / real_rows.clamp(min=1)[:, None]
+        total = torch.zeros(keep.shape[:3], device=query.device)
+        pieces = exact_probabilities(
+            query, key, size, scale=scale, softcap=softcap, starts=self.starts, lengths=self.lengths
+        )
+        for head, first, probability in pieces:
+            rows, seen = probability.shape[2], probability.shape[3] // size
+            row_block = torch.arange(first, first + rows, device=query.device) // size
+            mass = probability.unflatten(-1, (-1, size)).sum(-1)  # [B, G, rows, blocks]
+            total[:, head] += mass.mul_(keep[:, head][:, :, row_block, :seen]).sum((-2, -1))
+        return total.flatten(1) / self.real_rows().clamp(min=1)[:, None]
 
     def __repr__(self) -> str:
         batch, heads = self.kv_num_blocks.shape[:2]

@@ -24,14 +24,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from flexprefill_fa.backends import kernel_options, resolve_backend
 from flexprefill_fa.block_mask import both, needs_position
 from flexprefill_fa.dense import attention_with_extras, dense_attention, dense_mask_fits
-from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
 from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, StreamingLLMConfig
 from flexprefill_fa.region import run_select_and_attend
 from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM, check_query_key, check_value
 
 from .hf_mask import MIN_QUERY_TOKENS, PromptMask
-from .hf_plan import PLAN_ATTRIBUTE, LayerPlan, LayerStatistics, default_plan
+from .hf_plan import PLAN_ATTRIBUTE, LayerPlan, LayerStatistics, SparseCall, default_plan
 
 logger = logging.getLogger(__name__)
 
@@ -222,8 +221,9 @@ def _prefill(
         mean_correction=sparse and plan.mean_correction,
         sinks=sinks,
     )
-    if sparse and plan.statistics is not None:
-        _record(plan, lists, query, key, (starts, lengths), scaling)
+    if sparse and (plan.statistics is not None or plan.observer is not None):
+        selection = BlockSelection(*lists, query.shape[2], key.shape[2], size, starts, lengths)
+        _record(plan, SparseCall(getattr(module, "layer_idx", -1), selection, query, key, scaling, softcap))
     return out[..., :value_dim]
 
 
@@ -304,25 +304,16 @@ def _capped(cap: Tensor) -> Callable[..., Tensor]:
     return capped
 
 
-def _record(
-    plan: LayerPlan,
-    lists: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    query: Tensor,
-    key: Tensor,
-    padding: tuple[Tensor | None, Tensor | None],
-    scale: float,
-) -> None:
-    """Keep the statistics of a prefill; stays on the GPU."""
-    assert plan.config is not None
-    kv_num_blocks, _, full_kv_num_blocks, _, js_distance = lists
-    grid = Grid(query.shape[2], key.shape[2], plan.config.block_size)
-    ranges = real_ranges(*padding, query.shape[0], grid.kv_len, query.device)
-    causal = visible_blocks(grid, ranges).sum((-2, -1))
-    kept = (kv_num_blocks + full_kv_num_blocks).sum(-1)
-    recall = None
-    if plan.statistics == "recall":
-        if torch.compiler.is_compiling():
-            raise RuntimeError("statistics='recall' computes exact attention and needs an uncompiled model")
-        selection = BlockSelection(*lists, grid.q_len, grid.kv_len, grid.block_size, *padding)
-        recall = selection.recall(query, key, scale=scale)
-    plan.latest = LayerStatistics(kept / causal.clamp(min=1)[:, None], js_distance, recall, kept)
+def _record(plan: LayerPlan, call: SparseCall) -> None:
+    """Keep the statistics of a prefill, which stay on the GPU, and show it to the plan's observer."""
+    selection = call.selection
+    if torch.compiler.is_compiling() and (plan.statistics == "recall" or plan.observer is not None):
+        what = "an observer of sparse prefill" if plan.observer else "statistics='recall' computes exact attention and"
+        raise RuntimeError(f"{what} needs an uncompiled model")
+    if plan.statistics is not None:
+        recall = None
+        if plan.statistics == "recall":
+            recall = selection.recall(call.query, call.key, scale=call.scale, softcap=call.softcap)
+        plan.latest = LayerStatistics(selection.density(), selection.js_distance, recall, selection.kept_blocks())
+    if plan.observer is not None:
+        plan.observer(call)

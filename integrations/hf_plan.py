@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig
 from flexprefill_fa.masks.selector import check_selector
+from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import MAX_HEAD_DIM
 
 PLAN_ATTRIBUTE = "_sparse_prefill_plan"
@@ -35,6 +36,26 @@ class LayerStatistics:
     kept_blocks: Tensor
 
 
+@dataclass(frozen=True, repr=False, eq=False)
+class SparseCall:
+    """What one layer's sparse prefill selected, and what it selected from.
+
+    Attributes:
+        layer: the layer's index.
+        selection: the blocks it computes.
+        query: `[B, Hq, q_len, D]`. key: `[B, Hkv, kv_len, D]`. Positions applied, as the attention gets them.
+        scale: of the scores.
+        softcap: what the scaled scores are capped to, None for no cap.
+    """
+
+    layer: int
+    selection: BlockSelection
+    query: Tensor
+    key: Tensor
+    scale: float
+    softcap: float | None
+
+
 class LayerPlan:
     """What one attention layer does: set on the module, read by the attention function.
 
@@ -44,6 +65,10 @@ class LayerPlan:
         statistics: None, "density" or "recall".
         mean_correction: whether dropped blocks count by their means.
         window: of the layer, in tokens; for models that leave it to the mask.
+
+    Attributes:
+        latest: statistics of the latest sparse prefill.
+        observer: is shown every sparse prefill of the layer, None for nobody.
     """
 
     def __init__(
@@ -61,6 +86,7 @@ class LayerPlan:
         self.mean_correction = mean_correction
         self.window = window
         self.latest: LayerStatistics | None = None
+        self.observer: Callable[[SparseCall], None] | None = None
 
 
 def default_plan() -> LayerPlan:

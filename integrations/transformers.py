@@ -10,7 +10,8 @@ Importing this module registers the attention implementation "flexprefill". Prom
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,7 @@ from .hf_plan import (
     LayerDescription,
     LayerPlan,
     LayerStatistics,
+    SparseCall,
     check_model,
     configs_of,
     default_plan,
@@ -46,12 +48,14 @@ __all__ = [
     "LayerDescription",
     "LayerStatistics",
     "PrefillStatistics",
+    "SparseCall",
     "SparsePrefill",
     "StatisticsCollection",
     "collect_statistics",
     "compile_prefill",
     "describe_sparse_prefill",
     "enable_sparse_prefill",
+    "observe_sparse_prefill",
 ]
 
 NAME = "flexprefill"
@@ -219,11 +223,40 @@ def collect_statistics(model: PreTrainedModel, *, recall: bool = False) -> Stati
     Raises:
         TypeError, ValueError: for a model that cannot be served, or has no sparse prefill on.
     """
+    return StatisticsCollection(_plans_of(model, "collect_statistics"), recall)
+
+
+def _plans_of(model: PreTrainedModel, caller: str) -> dict[int, LayerPlan]:
     plans = {index: getattr(module, PLAN_ATTRIBUTE, None) for index, module in check_model(model).items()}
     found = {index: plan for index, plan in plans.items() if isinstance(plan, LayerPlan)}
     if not found:
-        raise ValueError("collect_statistics is for sparse prefill: call enable_sparse_prefill(model) first")
-    return StatisticsCollection(found, recall)
+        raise ValueError(f"{caller} is for sparse prefill: call enable_sparse_prefill(model) first")
+    return found
+
+
+@contextmanager
+def observe_sparse_prefill(model: PreTrainedModel, observer: Callable[[SparseCall], None]) -> Iterator[None]:
+    """Show every sparse prefill of every layer inside a context to a function, while sparse prefill is on.
+
+    The function gets the selection and the tensors that it was made from, just after the layer computed its attention;
+    nothing is kept for it. A prompt in chunks gives one call for each chunk. Needs an uncompiled model.
+
+    Args:
+        model: with sparse prefill switched on by `enable_sparse_prefill`.
+        observer: called with one `SparseCall`; what it raises stops the prefill.
+
+    Raises:
+        TypeError, ValueError: for a model that cannot be served, or has no sparse prefill on.
+    """
+    plans = _plans_of(model, "observe_sparse_prefill")
+    before = {index: plan.observer for index, plan in plans.items()}
+    for plan in plans.values():
+        plan.observer = observer
+    try:
+        yield
+    finally:
+        for index, plan in plans.items():
+            plan.observer = before[index]
 
 
 def describe_sparse_prefill(model: PreTrainedModel) -> list[LayerDescription]:

@@ -20,10 +20,10 @@ from bench.quality import SWEEP, measure
 from bench.quality_points import Family, Point, at_density, families, labels, quality_groups
 from bench.quality_tables import correction_tables, selector_tables
 from bench.render import render_readme
-from bench.rows import append, read
 from bench.spec import parse_selector
 from bench.workloads import Inputs
 from flexprefill_fa import FlexPrefillConfig, get_selector, select_blocks
+from flexprefill_fa.rows import append, read
 from flexprefill_fa.selection import every_block
 
 CPU = torch.device("cpu")

@@ -9,12 +9,13 @@ import torch
 from typer.testing import CliRunner, Result
 
 from bench.cli import app
+from bench.paths import RESULTS
 from bench.render import BLOCKS, README, render_readme
-from bench.rows import RESULTS, append, commit, latest, read
 from bench.tables import attention_tables, demo_table
 from flexprefill_fa.cli import app as flexprefill
 from flexprefill_fa.demo import Answer, DemoResult
 from flexprefill_fa.generation import LayerReport, Measurement
+from flexprefill_fa.rows import append, commit, latest, read
 
 MARKERS = "\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in BLOCKS)
 

@@ -216,7 +216,14 @@ def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_one_line_error(generate("-", "--device", "cuda:2", stdin=b"text"), "device cuda:2", "only 2 GPUs")
 
 
-@pytest.mark.parametrize("command", [("demo",), ("generate", "--model", "m", "--prompt-file", "p")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("demo",),
+        ("generate", "--model", "m", "--prompt-file", "p"),
+        ("inspect", "--model", "m", "--prompt-file", "p", "--out", "o"),
+    ],
+)
 def test_cpu_kernels_that_cannot_be_built(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert_one_line_error(run(*command, "--device", "cpu"), "C++ compiler", "no-such-compiler is not here")

@@ -75,7 +75,7 @@ def test_recall_in_pieces_equals_recall_at_once(monkeypatch: pytest.MonkeyPatch)
     query, key = structured_qk(1, 2, 1, 700, 700, 16)
     selection = select_blocks(query, key, FlexPrefillConfig(0.4, 0.0, 1, None, 64))
     at_once = selection.recall(query, key)
-    monkeypatch.setattr("flexprefill_fa.selection._RECALL_BYTES", 1)
+    monkeypatch.setattr("flexprefill_fa.exact.SCORE_BYTES", 1)
     torch.testing.assert_close(selection.recall(query, key), at_once)
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 ANSWER_DIGITS = 7
 """Length of an answer; each digit is one token."""
 
-_NEEDLE = "\nThe special magic number for {key} is {number}.\n"
-_QUESTION = "\nQuestion: what is the special magic number for {key}? Answer: the special magic number for {key} is "
+NEEDLE = "\nThe special magic number for {key} is {number}.\n"
+QUESTION = "\nQuestion: what is the special magic number for {key}? Answer: the special magic number for {key} is "
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def build_prompt(tokenizer: Tokenizer, tokens: int, *, needles: int = 8, seed: i
     hidden = {key: f"{rng.randrange(10**ANSWER_DIGITS):0{ANSWER_DIGITS}d}" for key in rng.sample(keys, needles)}
     asked = rng.choice(list(hidden))
 
-    question = _encode(tokenizer, _QUESTION.format(key=asked))
-    statements = [_encode(tokenizer, _NEEDLE.format(key=key, number=number)) for key, number in hidden.items()]
+    question = _encode(tokenizer, QUESTION.format(key=asked))
+    statements = [_encode(tokenizer, NEEDLE.format(key=key, number=number)) for key, number in hidden.items()]
     source_tokens = tokens - len(question) - sum(map(len, statements))
     if source_tokens < needles:
         least = tokens - source_tokens + needles
@@ -118,17 +118,23 @@ def _source_files() -> tuple[Path, ...]:
     return tuple(library / path for path in sorted(paths) if foreign.isdisjoint(path.parts))
 
 
-def _shuffled_source(rng: random.Random) -> Iterator[str]:
+def shuffled_source(rng: random.Random) -> Iterator[str]:
+    """The text of every file of the standard library, in the order that `rng` gives them."""
     files = list(_source_files())
     rng.shuffle(files)
     for file in files:
-        # The model was trained on ASCII; the library's few other characters are left out as they were then.
-        yield file.read_text(encoding="utf-8", errors="ignore").encode("ascii", "ignore").decode() + "\n"
+        yield _ascii_text(file)
+
+
+@functools.cache
+def _ascii_text(file: Path) -> str:
+    # The model was trained on ASCII; the library's few other characters are left out as they were then.
+    return file.read_text(encoding="utf-8", errors="ignore").encode("ascii", "ignore").decode() + "\n"
 
 
 def _source_tokens(tokenizer: Tokenizer, count: int, rng: random.Random) -> list[int]:
     source: list[int] = []
-    for text in _shuffled_source(rng):
+    for text in shuffled_source(rng):
         source += _encode(tokenizer, text)
         if len(source) >= count:
             return source[:count]

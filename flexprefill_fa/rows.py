@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+CHECKOUT = Path(__file__).resolve().parent.parent
+"""The folder that holds `bench/` where this package is used from a checkout."""
 
 Row = dict[str, Any]
 
@@ -51,7 +51,7 @@ def processor_name(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def commit(root: Path = ROOT) -> str:
+def commit(root: Path = CHECKOUT) -> str:
     """The checkout's commit, see `environment`."""
     if given := os.environ.get("BENCH_COMMIT"):
         return given

@@ -1,0 +1,145 @@
+"""Accuracy rows of `flexprefill eval` as tables for the README."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.tables import VERSIONS, distinct, markdown_table
+from flexprefill_fa import get_selector
+from flexprefill_fa.evaluation import ACCURACY_KIND
+from flexprefill_fa.loading import DENSE
+from flexprefill_fa.rows import Row, latest
+
+MARGIN = 0.02
+"""How far below dense attention an accuracy may lie before it is marked."""
+
+_CONDITIONS = ("model", "model_sha256", "gpu", "dtype", "seed", "samples", "chat_template", "task", "metric")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A selector and its settings: `name` for a table, and its rows by length in tokens (None: the task's own)."""
+
+    name: str
+    by_length: dict[int | None, Row]
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """Rows of one task under the same conditions; dense first."""
+
+    task: str
+    lengths: tuple[int | None, ...]
+    lines: tuple[Line, ...]
+
+    @property
+    def dense(self) -> Line | None:
+        """The line of dense attention, if it was measured."""
+        return self.lines[0] if self.lines[0].name == DENSE else None
+
+    def rows(self) -> list[Row]:
+        """Every row."""
+        return [row for line in self.lines for row in line.by_length.values()]
+
+
+def task_tables(rows: Iterable[Row]) -> list[TaskTable]:
+    """The accuracy rows among `rows`, the latest of each cell, one table per task and conditions."""
+    found: dict[str, list[Row]] = {}
+    for row in latest((row for row in rows if row["kind"] == ACCURACY_KIND), _cell):
+        found.setdefault(json.dumps([row[name] for name in _CONDITIONS]), []).append(row)
+    return [_table_of(group) for group in found.values()]
+
+
+def _cell(row: Row) -> str:
+    names = (*_CONDITIONS, "length", "selector", "settings", "mean_correction")
+    return json.dumps([row[name] for name in names], sort_keys=True)
+
+
+def _table_of(rows: Sequence[Row]) -> TaskTable:
+    lines: dict[str, dict[int | None, Row]] = {}
+    for row in sorted(rows, key=lambda row: row["selector"] != DENSE):
+        lines.setdefault(_name(row), {})[row["length"]] = row
+    lengths = sorted({row["length"] for row in rows}, key=lambda length: length or 0)
+    named = tuple(Line(name, by_length) for name, by_length in lines.items())
+    return TaskTable(rows[0]["task"], tuple(lengths), named)
+
+
+def _name(row: Row) -> str:
+    """The selector and the settings that are not its usual ones."""
+    if row["selector"] == DENSE:
+        return DENSE
+    usual = dataclasses.asdict(get_selector(row["selector"])())
+    told = [f"{name} {value}" for name, value in row["settings"].items() if value != usual[name]]
+    told += ["mean correction"] if row["mean_correction"] else []
+    return ", ".join([row["selector"], *told])
+
+
+def accuracy_tables(rows: Iterable[Row]) -> str:
+    """One table per task: accuracy and density at each length; recall, prefill time and speed-up at the longest."""
+    return "\n\n".join(_markdown(table) for table in task_tables(rows))
+
+
+def _markdown(table: TaskTable) -> str:
+    longest = table.lengths[-1]
+    header = ["selector", *(_tokens(length) for length in table.lengths)]
+    header += [f"{what} at {_tokens(longest)}" for what in ("recall", "prefill ms", "speed-up")]
+    body = []
+    for line in table.lines:
+        last = line.by_length.get(longest)
+        cells = [_accuracy(line.by_length.get(length), _dense(table, length)) for length in table.lengths]
+        body.append([line.name, *cells, *_ends(last, _dense(table, longest))])
+    return f"{_caption(table)}\n\n{markdown_table(header, body)}"
+
+
+def _dense(table: TaskTable, length: int | None) -> Row | None:
+    return table.dense.by_length.get(length) if table.dense else None
+
+
+def _tokens(length: int | None) -> str:
+    return "the task's own prompts" if length is None else f"{length:,}"
+
+
+def _accuracy(row: Row | None, dense: Row | None) -> str:
+    if row is None:
+        return "-"
+    value = f"{row['accuracy']:.2f}"
+    if dense is not None and is_below(row, dense):
+        value = f"**{value}**"
+    return value if row["selector"] == DENSE else f"{value} ({row['density']:.2f})"
+
+
+def is_below(row: Row, dense: Row) -> bool:
+    """Whether an accuracy is more than `MARGIN` below that of dense attention."""
+    return row["accuracy"] < dense["accuracy"] - MARGIN - 1e-9
+
+
+def _ends(row: Row | None, dense: Row | None) -> list[str]:
+    if row is None:
+        return ["-"] * 3
+    time = row["timing"]["prefill_ms"]
+    before = dense["timing"]["prefill_ms"] if dense else None
+    recall = "1" if row["selector"] == DENSE else f"{row['recall']:.3f} ({row['recall_min']:.2f})"
+    return [recall, "-" if time is None else f"{time:.1f}", f"{before / time:.2f}x" if before and time else "-"]
+
+
+def _caption(table: TaskTable) -> str:
+    rows = table.rows()
+    row = rows[0]
+    versions = ", ".join(f"{title} {distinct(rows, name)}" for name, title in VERSIONS if distinct(rows, name))
+    dates = ", ".join(dict.fromkeys(row["timing"]["date"] for row in rows))
+    return (
+        f"**{row['task']}** ({row['metric']}), {row['samples']} samples a cell, seed {row['seed']}, "
+        f"model {row['model']} (SHA-256 {row['model_sha256'][:10]}). "
+        f"Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
+        f"Recall as the mean over heads (the worst head). {row['gpu']}, {row['dtype']}, {versions}, "
+        f"transformers {distinct(rows, 'transformers')}, lm-eval {distinct(rows, 'lm_eval')}, commit "
+        f"{distinct(rows, 'commit')}, {dates}; prefill time: one prompt, uncompiled model, the median of 5 runs."
+    )
+
+
+def sparse_rows(table: TaskTable) -> list[Row]:
+    """The rows of a table that a plot shows as points."""
+    return [row for row in table.rows() if row["selector"] != DENSE]

@@ -1,0 +1,228 @@
+"""Cells of the accuracy table: one task, length and selector each, with everything a row says about its conditions."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from flexprefill_fa import __version__
+from flexprefill_fa.evaluation import ACCURACY_KIND
+from flexprefill_fa.evaluation.harness import Answers, Tasks, ask, has_budget
+from flexprefill_fa.generation import measure_dense, measure_sparse
+from flexprefill_fa.integrations.lm_eval import FlexPrefillLM
+from flexprefill_fa.loading import DENSE, UsageError
+from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.rows import Row, environment
+
+_OUTCOMES = ("metric", "accuracy", "wrong", "prompts_sha256", "density", "recall", "recall_min", "timing")
+"""The fields of a row that are found out; all others are known before, and say whether a cell is done already."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A selector with its settings (None: dense), and whether its attention is corrected by means."""
+
+    config: Any
+    mean_correction: bool = False
+
+    @property
+    def name(self) -> str:
+        """The selector's name, or "dense"."""
+        return DENSE if self.config is None else self.config.name
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What to ask, how often and of whom.
+
+    Attributes:
+        lengths: budgets in tokens for the tasks that make their prompts; others have their own.
+        samples: questions per cell at most.
+        choices: selectors.
+        seed: of the questions.
+        chat_template: whether prompts go into the tokenizer's chat template.
+        measured_prompts: prompts of each cell whose recall and prefill time are measured.
+    """
+
+    lengths: tuple[int, ...]
+    samples: int
+    choices: tuple[Choice, ...]
+    seed: int
+    chat_template: bool
+    measured_prompts: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task with its data at one length, the selector, and the row as far as it is known before."""
+
+    task: Any
+    length: int | None
+    choice: Choice
+    known: Row
+
+
+def model_sha256(folder: str | Path) -> str:
+    """SHA-256 of a model's config and weights, file by file."""
+    found = hashlib.sha256()
+    files = [file for pattern in ("config.json", "*.safetensors", "*.bin") for file in Path(folder).glob(pattern)]
+    for file in sorted(files):
+        found.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as data:
+            while part := data.read(2**24):
+                found.update(part)
+    return found.hexdigest()
+
+
+class Evaluation:
+    """Runs the cells of a plan.
+
+    Args:
+        lm: the model.
+        tasks: the tasks to ask.
+        plan: how.
+        model: what to call the model in rows.
+        sha256: see `model_sha256`.
+
+    Raises:
+        UsageError: for a length beyond the model's position range.
+    """
+
+    def __init__(self, lm: FlexPrefillLM, tasks: Tasks, plan: EvaluationPlan, model: str, sha256: str):
+        limit = lm.max_length
+        for length in plan.lengths:
+            if length > limit:
+                raise UsageError(f"length must be at most {limit}, the model's position range, got {length}")
+        self._lm, self._tasks, self._plan = lm, tasks, plan
+        where = {name: value for name, value in environment(lm.device).items() if name != "date"}
+        network: Any = lm.model
+        self._conditions: Row = {
+            "kind": ACCURACY_KIND,
+            "model": model,
+            "model_sha256": sha256,
+            "dtype": str(network.dtype).removeprefix("torch."),
+            "device": lm.device.type,
+            **where,
+            "transformers": version("transformers"),
+            "lm_eval": version("lm_eval"),
+            "flexprefill_fa": __version__,
+            "seed": plan.seed,
+            "batch_size": lm.batch_size,
+            "chat_template": plan.chat_template,
+            "measured_prompts": plan.measured_prompts,
+        }
+
+    def cells(self, done: Iterable[Row]) -> Iterator[Cell]:
+        """The cells that `done` has no row for; each task's data is made or read just before its first cell.
+
+        Raises:
+            UsageError: for a task whose data is not there.
+        """
+        finished = [{key: value for key, value in row.items() if key not in _OUTCOMES} for row in done]
+        for name in self._tasks.names:
+            for length in self._plan.lengths:
+                known = [self._known(name, length, choice) for choice in self._plan.choices]
+                alone = [self._known(name, None, choice) for choice in self._plan.choices]
+                if all(row in finished for row in known) or all(row in finished for row in alone):
+                    continue
+                task = self._tasks.load(name, self._metadata(length))
+                budget = has_budget(task)
+                for choice, row in zip(self._plan.choices, known if budget else alone, strict=True):
+                    if row not in finished:
+                        yield Cell(task, length if budget else None, choice, row)
+                if not budget:
+                    break
+
+    def _metadata(self, length: int) -> dict[str, Any]:
+        plan = self._plan
+        settings = {"samples": plan.samples, "seed": plan.seed, "chat_template": plan.chat_template}
+        return {"tokenizer": self._lm.tokenizer.name_or_path, "max_seq_lengths": [length], **settings}
+
+    def _known(self, task: str, length: int | None, choice: Choice) -> Row:
+        return {
+            **self._conditions,
+            "task": task,
+            "length": length,
+            "samples": self._plan.samples,
+            "selector": choice.name,
+            "settings": {} if choice.config is None else dataclasses.asdict(choice.config),
+            "mean_correction": choice.mean_correction,
+        }
+
+    def run(self, cell: Cell) -> Row:
+        """Ask the questions of a cell, then measure prefill time and recall on its first prompts.
+
+        Raises:
+            UsageError: where sparse prefill refuses the model.
+        """
+        start = time.perf_counter()
+        try:
+            self._lm.use(cell.choice.config, mean_correction=cell.choice.mean_correction)
+            answers = ask(
+                self._lm,
+                self._tasks,
+                cell.task,
+                cell.length,
+                self._plan.samples,
+                self._plan.seed,
+                self._plan.chat_template,
+            )
+            density = self._lm.density()
+        except (TypeError, ValueError) as error:
+            raise UsageError(str(error)) from error
+        finally:
+            self._lm.use(None)
+        measured = self._measure(cell.choice, answers)
+        recalls = [layer.recall for one in measured for layer in one.layers if layer.recall is not None]
+        lowest = [layer.lowest_recall for one in measured for layer in one.layers if layer.lowest_recall is not None]
+        timing = {
+            "prefill_ms": round(1e3 * statistics.median(one.prefill_seconds for one in measured), 3)
+            if measured
+            else None,
+            "seconds": round(time.perf_counter() - start, 1),
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        }
+        return cell.known | {
+            "metric": answers.metric,
+            "accuracy": round(answers.value, 5),
+            "wrong": answers.wrong,
+            "prompts_sha256": answers.prompts_sha256,
+            "density": round(density, 5),
+            # A prompt that ran dense keeps everything.
+            "recall": round(statistics.fmean(recalls), 5) if recalls else 1.0,
+            "recall_min": round(min(lowest), 5) if lowest else 1.0,
+            "timing": timing,
+        }
+
+    def _measure(self, choice: Choice, answers: Answers) -> list[Any]:
+        quiet = WorkProgress(Console(quiet=True, force_terminal=False))
+        model: Any = self._lm.model
+        found = []
+        for prompt in answers.first_prompts[: self._plan.measured_prompts]:
+            ids = torch.tensor([self._lm.tok_encode(prompt)], device=self._lm.device)
+            if choice.config is None:
+                found.append(measure_dense(model, ids, 1, quiet, repeats=5))
+            else:
+                correction = choice.mean_correction
+                found.append(
+                    measure_sparse(
+                        model, ids, choice.config, 1, quiet, mean_correction=correction, repeats=5, recall=True
+                    )
+                )
+        return found
+
+
+def count_cells(plan: EvaluationPlan, tasks: Tasks) -> int:
+    """The most cells that a plan has."""
+    return len(tasks.names) * len(plan.lengths) * len(plan.choices)

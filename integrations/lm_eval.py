@@ -1,0 +1,115 @@
+"""lm-evaluation-harness: a model whose prompts are read with sparse prefill.
+
+Importing this registers the model class "flexprefill" with lm-eval, for `simple_evaluate(model="flexprefill", ...)`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from flexprefill_fa.loading import selector_config
+
+from .transformers import SparsePrefill, collect_statistics, enable_sparse_prefill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from flexprefill_fa.masks import SelectorConfig
+
+_CACHED_PROMPTS = 1024
+
+
+_Base: Any = HFLM  # its decorator hides its type
+
+
+class FlexPrefillLM(_Base):
+    """lm-eval's Hugging Face model with sparse prefill and dense decoding.
+
+    Args:
+        pretrained: a model folder, a name, or a `PreTrainedModel`, as for `HFLM`.
+        selector: "dense", `name` or `name:field=value+field=value`; mean_correction=true is a field of every selector.
+        options: of `HFLM`.
+
+    Raises:
+        UsageError: for a selector that does not exist or a setting that it refuses.
+        TypeError, ValueError: for a model that sparse prefill cannot serve.
+    """
+
+    def __init__(self, pretrained: str | PreTrainedModel, selector: str = "flexprefill", **options: Any) -> None:
+        config, mean_correction = selector_config(selector)
+        super().__init__(pretrained, **options)
+        # Sorting requests by length encodes every prompt once more, and one run asks the same of several selectors.
+        self._encoded = functools.lru_cache(_CACHED_PROMPTS)(super().tok_encode)
+        self._sparse: SparsePrefill | None = None
+        self._densities: list[Tensor] = []
+        self.use(config, mean_correction=mean_correction)
+
+    def use(self, config: SelectorConfig | None, *, mean_correction: bool = False) -> None:
+        """Read prompts with another selector from now on; None is dense. Forgets the densities.
+
+        Raises:
+            TypeError, ValueError: for a model that sparse prefill cannot serve.
+        """
+        if self._sparse is not None:
+            self._sparse.disable()
+            self._sparse = None
+        self._densities = []
+        if config is not None:
+            model: Any = self.model
+            self._sparse = enable_sparse_prefill(model, config, mean_correction=mean_correction)
+
+    def density(self) -> float:
+        """Kept blocks / causal blocks, the mean over layers, heads and every prompt since `use`; 1 for dense prompts.
+
+        Raises:
+            ValueError: if no prompt was read.
+        """
+        if not self._densities:
+            raise ValueError("density needs at least one prompt since the selector was set, got none")
+        return torch.cat(self._densities).mean().item()
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """As `HFLM.tok_encode`, remembered."""
+        return list(self._encoded(string, add_special_tokens, left_truncate_len, **options))
+
+    def _model_generate(self, context: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return self._observed(
+            context, lambda: super(FlexPrefillLM, self)._model_generate(context, *arguments, **options)
+        )
+
+    def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        call = super()._model_call
+        return self._observed(inps, lambda: call(inps, *arguments, **options))
+
+    def _observed(self, prompts: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """Run a prefill of prompts `[B, n]` and keep what it kept."""
+        dense = torch.ones(len(prompts))
+        if self._sparse is None:
+            self._densities.append(dense)
+            return run()
+        model: Any = self.model
+        with collect_statistics(model) as found:
+            result = run()
+            try:
+                density = found.latest().density  # [layers, B, heads]
+            except ValueError:  # every layer ran dense: the prompts are short
+                self._densities.append(dense)
+            else:
+                self._densities.append(density.nanmean((0, 2)))
+        return result
+
+
+register_model("flexprefill")(FlexPrefillLM)

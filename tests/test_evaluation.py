@@ -1,0 +1,151 @@
+"""`flexprefill eval`: rows through lm-evaluation-harness, resumed, repeated, and refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from bench.needle import MODEL_DIR
+from flexprefill_fa.cli import app
+from flexprefill_fa.evaluation.cells import Evaluation
+from flexprefill_fa.rows import Row, read
+
+LENGTH = 1100  # of which FlexPrefill drops blocks with a min_budget of 128 tokens
+SPARSE = "flexprefill:gamma=0.5+min_budget=128"
+
+
+def evaluate(out: Path, *arguments: str, model: Path = MODEL_DIR) -> Result:
+    usual = ["--tasks", "needle_single", "--lengths", str(LENGTH), "--samples", "2", "--dtype", "float32"]
+    return CliRunner().invoke(
+        app, ["eval", "--model", str(model), "--out", str(out), "--device", "cpu", *usual, *arguments]
+    )
+
+
+def assert_refused(result: Result, *parts: str) -> None:
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line, line
+
+
+def but_timing(rows: list[Row]) -> list[Row]:
+    return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of one layer with room for 2,048 positions."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": 0}
+    folder = tmp_path_factory.mktemp("short")
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=2048)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    return folder
+
+
+def test_rows_resume_repeat_and_carry_their_conditions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test, because compiling costs most of it."""
+    out, again = tmp_path / "quality.jsonl", tmp_path / "again.jsonl"
+    both = ("--selector", "dense", "--selector", SPARSE)
+    result = evaluate(out, *both, "--json")
+    assert result.exit_code == 0, result.output
+    assert [json.loads(line) for line in result.stdout.splitlines()] == read(out)
+    dense, flex = read(out)
+    assert dense["selector"] == "dense" and dense["settings"] == {} and dense["density"] == dense["recall"] == 1
+    assert dense["accuracy"] == 1 and dense["wrong"] == []
+    assert flex["selector"] == "flexprefill" and flex["settings"]["gamma"] == 0.5
+    assert 0.1 < flex["density"] < 0.9 and 0.5 < flex["recall"] < 1 and flex["recall_min"] <= flex["recall"]
+    for row in (dense, flex):
+        assert row["kind"] == "accuracy" and row["task"] == "needle_single" and row["length"] == LENGTH
+        assert row["samples"] == 2 and row["seed"] == 0 and row["dtype"] == "float32" and not row["mean_correction"]
+        assert len(row["model_sha256"]) == 64 and row["model"] == MODEL_DIR.name
+        assert row["timing"]["prefill_ms"] > 0 and row["prompts_sha256"] == dense["prompts_sha256"]
+        assert {"gpu", "torch", "transformers", "lm_eval", "commit"} <= set(row)
+
+    before = out.read_bytes()
+    result = evaluate(out, *both)
+    assert result.exit_code == 0 and "already" in result.stderr and out.read_bytes() == before
+
+    run = Evaluation.run
+
+    def interrupted(self: Evaluation, cell: Any) -> Row:
+        if cell.choice.name != "dense":
+            raise KeyboardInterrupt
+        return run(self, cell)
+
+    monkeypatch.setattr(Evaluation, "run", interrupted)
+    result = evaluate(again, *both)
+    assert result.exit_code == 130 and "1 new rows" in result.stderr and "goes on" in result.stderr
+    assert len(read(again)) == 1
+    monkeypatch.undo()
+    result = evaluate(again, *both)
+    assert result.exit_code == 0, result.output
+    assert but_timing(read(again)) == but_timing(read(out))
+
+
+def test_lm_evals_own_task_runs_sparse(short_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    result = evaluate(
+        out,
+        *("--tasks", "niah_single_1", "--samples", "1", "--lengths", "2048", "--measured-prompts", "0"),
+        *("--selector", "flexprefill:gamma=0.3+min_budget=128"),
+        model=short_model,
+    )
+    assert result.exit_code == 0, result.output
+    (row,) = read(out)
+    assert row["task"] == "niah_single_1" and row["length"] == 2048 and row["metric"] == "2048"
+    assert row["density"] < 0.9, "the prompt ran dense"
+    assert row["timing"]["prefill_ms"] is None
+
+
+def test_a_task_without_its_data_says_which_and_takes_it_from_a_folder(
+    short_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+    from datasets import config
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    task = ("--tasks", "infinitebench_passkey", "--selector", "dense", "--measured-prompts", "0", "--samples", "1")
+    out = tmp_path / "rows.jsonl"
+    assert_refused(
+        evaluate(out, *task, model=short_model), "infinitebench_passkey", "xinrongzhang2022/InfiniteBench", "--data-dir"
+    )
+    folder = tmp_path / "data" / "xinrongzhang2022" / "InfiniteBench"
+    folder.mkdir(parents=True)
+    doc = {"id": 0, "context": "The pass key is 71432.", "input": "What is it?", "answer": ["71432"], "options": []}
+    (folder / "passkey.jsonl").write_text(json.dumps(doc) + "\n")
+    splits = "configs:\n- config_name: default\n  data_files:\n  - split: passkey\n    path: passkey.jsonl\n"
+    (folder / "README.md").write_text(f"---\n{splits}---\n")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    result = evaluate(out, *task, "--data-dir", str(tmp_path / "data"), model=short_model)
+    assert result.exit_code == 0, result.output
+    (row,) = read(out)
+    assert row["length"] is None and row["metric"] == "score" and row["density"] == 1
+
+
+def test_mistakes_are_told_in_one_line(short_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    assert_refused(evaluate(out, "--lengths", "4096", model=short_model), "at most 2048", "got 4096")
+    assert_refused(evaluate(out, "--lengths", "many"), "whole numbers", "'many'")
+    assert_refused(evaluate(out, "--tasks", "niah_single_0"), "niah_single_0", "offline_niah_single_1")
+    assert_refused(evaluate(out, "--lengths", "60"), "needle_single", "at least", "got 60")
+    assert_refused(evaluate(out, "--selector", "flexprefill:alpha=1"), "has no alpha")
+    assert_refused(evaluate(out, "--selector", "dense:alpha=1"), "no settings")
+    assert_refused(evaluate(out, "--selector", "flashprefill:mean_correction=2"), "true or false")
+    assert_refused(evaluate(out, "--include-path", str(tmp_path / "none")), "no folder")
+    assert_refused(evaluate(tmp_path), "is a folder")
+    assert_refused(evaluate(out, model=tmp_path / "none"), "no model folder")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (empty / name).write_bytes((MODEL_DIR / name).read_bytes())
+    assert_refused(evaluate(out, model=empty), "cannot load the model")
+    assert read(out) == []

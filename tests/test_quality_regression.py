@@ -1,0 +1,295 @@
+"""Selectors keep what attention needs: recall, density, output error and needle answers, against measured limits.
+
+The limits are worth what they catch, so every check also runs on selectors that are broken on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import quality_checks
+import torch
+from quality_checks import (
+    COLUMN_KEEPERS,
+    NEEDLE_SETTINGS,
+    SETTINGS,
+    SINK,
+    WINDOW,
+    Layer,
+    column_problems,
+    needle_place,
+    needle_problems,
+    selection_problems,
+)
+from torch import Tensor
+
+from bench.exact import exact_attention
+from bench.needle.capture import capture_layers
+from bench.needle.prompts import NeedlePrompt, build_prompt
+from flexprefill_fa import BlockSelection, StreamingLLMConfig
+from flexprefill_fa.grid import Grid, unmasked_blocks, visible_blocks
+from flexprefill_fa.masks import SelectorConfig, streaming_llm, vertical_slash
+from flexprefill_fa.masks.flashprefill import reference as flashprefill
+from flexprefill_fa.masks.flexprefill import reference as flexprefill
+from flexprefill_fa.masks.last_queries import Element
+from flexprefill_fa.mean_correction import with_means
+from flexprefill_fa.selection import index_lists
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
+TOKENS = 4096
+LAYERS = (0, 3, 5)
+CAPTURE_SEEDS = (0, 1)
+NEEDLE_PROMPTS = 2
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[Layer]:
+    found = []
+    for seed in CAPTURE_SEEDS:
+        captured = capture_layers(TOKENS, LAYERS, dtype=torch.float32, device=torch.device("cpu"), seed=seed)
+        found += [Layer(*tensors, exact_attention(*tensors)) for tensors in captured.values()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts(needle_tokenizer: Tokenizer) -> list[NeedlePrompt]:
+    """The first whose needle stands far from sink and window, whatever the haystack.
+
+    Twice the window, because a layer hands what it has seen on to the next: a needle at position 2528 was still found.
+    """
+    found: list[NeedlePrompt] = []
+    seed = 0
+    while len(found) < NEEDLE_PROMPTS:
+        prompt = build_prompt(needle_tokenizer, TOKENS, seed=seed)
+        if SINK + 128 <= needle_place(prompt) < TOKENS - 2 * WINDOW:
+            found.append(prompt)
+        seed += 1
+    return found
+
+
+@pytest.mark.parametrize("name", COLUMN_KEEPERS)
+def test_columns(name: str, layers: list[Layer]) -> None:
+    assert column_problems(layers, COLUMN_KEEPERS[name]) == []
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_selection(name: str, layers: list[Layer]) -> None:
+    assert selection_problems(layers, SETTINGS[name]) == []
+
+
+@pytest.mark.parametrize("name", NEEDLE_SETTINGS)
+def test_needles(
+    name: str, needle_model: PreTrainedModel, needle_tokenizer: Tokenizer, prompts: list[NeedlePrompt]
+) -> None:
+    assert needle_problems(needle_model, needle_tokenizer, prompts, *NEEDLE_SETTINGS[name]) == []
+
+
+# From here on the tests of the tests: selectors broken on purpose, and the checks above that have to say so.
+
+Change = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Kept blocks bool `[1, Hq, nq, nk]`, query, key -> other kept blocks; those that are not causal are dropped later."""
+
+
+def implementation(operator: Any) -> tuple[dict[Any, Callable[..., Any]], str | None]:
+    """Where torch keeps the functions that an operator runs, and the key of the CPU's.
+
+    Replaced there, a function is also what graphs call that were compiled before.
+    """
+    functions = operator._backend_fns
+    return functions, "cpu" if "cpu" in functions else None
+
+
+def change_selection(monkeypatch: pytest.MonkeyPatch, config: SelectorConfig, change: Change) -> None:
+    functions, device = implementation(config.operator())
+    whole: Callable[..., Any] = functions[device]
+
+    def changed(query: Tensor, key: Tensor, *arguments: Any) -> Any:
+        lists = whole(query, key, *arguments)
+        lengths = {"q_len": query.shape[2], "kv_len": key.shape[2]}
+        selection = BlockSelection(*lists, **lengths, block_size=config.block_size)
+        keep = change(selection.to_dense(), query, key) & visible_blocks(selection.grid, selection.ranges)[:, None]
+        full = keep & unmasked_blocks(selection.grid, selection.ranges)[:, None]
+        return *index_lists(keep & ~full), *index_lists(full), lists[4]
+
+    monkeypatch.setitem(functions, device, changed)
+
+
+def shifted(keep: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Every index one too high."""
+    return keep.roll(1, -1)
+
+
+def without_best(keep: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Each row without its best block by pooled scores, but the diagonal stays, so that no row is empty."""
+    grid = Grid(query.shape[2], key.shape[2], query.shape[2] // keep.shape[2])
+    scores = flashprefill.block_scores(query[0], key[0], 0, grid.kv_len, grid, query.shape[-1] ** -0.5)
+    diagonal = torch.eye(keep.shape[-1], dtype=torch.bool)
+    best = scores[None].masked_fill(~keep | diagonal, -1).argmax(-1, keepdim=True)
+    return keep.scatter(-1, best, False) | diagonal
+
+
+def at_random(keep: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """As many blocks in each row, the first and the diagonal among them, the others drawn."""
+    rows = torch.arange(keep.shape[-1])
+    order = torch.rand(keep.shape, generator=torch.Generator().manual_seed(0))
+    order = order.masked_fill((rows == 0) | (rows == rows[:, None]), 2)
+    order = order.masked_fill(rows > rows[:, None], -1)
+    return order.argsort(-1, descending=True).argsort(-1) < keep.sum(-1, keepdim=True)
+
+
+CHANGES = [shifted, without_best, at_random]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if not SETTINGS[name].mean_correction])
+def test_other_blocks_are_noticed(
+    name: str, change: Change, layers: list[Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_selection(monkeypatch, SETTINGS[name].config, change)
+    problems = selection_problems(layers[: len(LAYERS)], SETTINGS[name])
+    assert any(problem.startswith("recall") for problem in problems), problems
+
+
+def only_first(scores: Tensor) -> Tensor:
+    return torch.zeros_like(scores).index_fill(1, torch.tensor(0), 1.0)
+
+
+def no_slash(element: Any, config: Any, vertical: Tensor, slash: Tensor, aware: Tensor) -> Tensor:
+    return whole_blocks[config.variant](element, config, vertical, only_first(slash), aware)
+
+
+def far_for_near(element: Element) -> tuple[Tensor, Tensor]:
+    vertical, slash = whole_scores(element)
+    return vertical, slash.flip(1)
+
+
+def no_vertical(element: Element) -> tuple[Tensor, Tensor]:
+    vertical, slash = whole_scores(element)
+    return only_first(vertical), slash
+
+
+whole_blocks = {"published": flexprefill.published_blocks, "paper": flexprefill.paper_blocks}
+whole_scores = flexprefill.last_query_scores
+whole_top, whole_block_scores, whole_mean_keys = vertical_slash.top, flashprefill.block_scores, flashprefill.mean_keys
+whole_kept_blocks, whole_prefix = streaming_llm.kept_blocks, flexprefill.coverage_prefix
+
+
+def worst(scores: Tensor, count: Tensor) -> Tensor:
+    return whole_top(-scores, count)
+
+
+def inverted_prefix(scores: Tensor, threshold: float, *, keep_crossing: bool) -> tuple[Tensor, Tensor]:
+    """Counts what reaches 1 - threshold."""
+    return whole_prefix(scores, scores.sum(-1).mean().item() - threshold, keep_crossing=keep_crossing)
+
+
+def inverted_scores(query: Tensor, key: Tensor, start: int, end: int, grid: Grid, scale: float) -> Tensor:
+    scores = whole_block_scores(query, key, start, end, grid, scale)
+    return torch.where(scores > 0, scores.amax(-1, keepdim=True) / scores, 0)
+
+
+def negative_keys(key: Tensor, start: int, end: int, block_size: int) -> Tensor:
+    return -whole_mean_keys(key, start, end, block_size)
+
+
+def half_window(grid: Grid, ranges: Tensor, config: StreamingLLMConfig) -> Tensor:
+    return whole_kept_blocks(grid, ranges, StreamingLLMConfig(config.sink, config.window // 2, config.block_size))
+
+
+def no_sink(grid: Grid, ranges: Tensor, config: StreamingLLMConfig) -> Tensor:
+    return whole_kept_blocks(grid, ranges, StreamingLLMConfig(0, config.window, config.block_size))
+
+
+def everything(grid: Grid, ranges: Tensor, config: StreamingLLMConfig) -> Tensor:
+    return visible_blocks(grid, ranges)
+
+
+PARTS = [
+    ("flexprefill-published", flexprefill, "published_blocks", no_slash),
+    ("flexprefill-published", flexprefill, "last_query_scores", far_for_near),
+    ("flexprefill-published", flexprefill, "top", worst),
+    ("flexprefill-published", flexprefill, "coverage_prefix", inverted_prefix),
+    ("flexprefill-paper", flexprefill, "paper_blocks", no_slash),
+    ("flexprefill-paper", flexprefill, "last_query_scores", far_for_near),
+    ("flexprefill-paper", flexprefill, "coverage_prefix", inverted_prefix),
+    ("vertical_slash", vertical_slash, "last_query_scores", far_for_near),
+    ("vertical_slash", vertical_slash, "top", worst),
+    ("flashprefill", flashprefill, "block_scores", inverted_scores),
+    ("flashprefill", flashprefill, "mean_keys", negative_keys),
+    ("streaming_llm", streaming_llm, "kept_blocks", half_window),
+    ("streaming_llm", streaming_llm, "kept_blocks", no_sink),
+    ("streaming_llm", streaming_llm, "kept_blocks", everything),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "function", "part"), PARTS, ids=[f"{name}-{part.__name__}" for name, _, _, part in PARTS]
+)
+def test_broken_parts_are_noticed(
+    name: str, module: Any, function: str, part: Any, layers: list[Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, function, part)
+    assert selection_problems(layers[: len(LAYERS)], SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", COLUMN_KEEPERS)
+def test_missing_columns_are_noticed(name: str, layers: list[Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vertical_slash if name == "vertical_slash" else flexprefill, "last_query_scores", no_vertical)
+    assert len(column_problems(layers, COLUMN_KEEPERS[name])) == len(layers)
+
+
+@pytest.mark.parametrize("item", [0, 1], ids=["keys", "values"])
+def test_wrong_means_are_noticed(item: int, layers: list[Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+    functions, device = implementation(with_means)
+    whole: Callable[..., Any] = functions[device]
+
+    def negative(*arguments: Any) -> tuple[Tensor, ...]:
+        found = list(whole(*arguments))
+        found[item][:, :, TOKENS:] *= -1
+        return tuple(found)
+
+    monkeypatch.setitem(functions, device, negative)
+    problems = selection_problems(layers[: len(LAYERS)], SETTINGS["flashprefill-corrected"])
+    assert [problem.split()[0] for problem in problems] == ["error"]
+
+
+def test_missing_correction_is_noticed(layers: list[Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quality_checks.attention
+    monkeypatch.setattr(quality_checks, "attention", lambda layer, config, _: whole(layer, config, False))
+    (problem,) = selection_problems(layers[: len(LAYERS)], SETTINGS["flashprefill-corrected"])
+    assert problem.startswith("error")
+
+
+def test_needles_outside_the_window_are_lost(
+    needle_model: PreTrainedModel, needle_tokenizer: Tokenizer, prompts: list[NeedlePrompt]
+) -> None:
+    config = StreamingLLMConfig(sink=SINK, window=WINDOW)
+    assert len(needle_problems(needle_model, needle_tokenizer, prompts, config)) == len(prompts)
+
+
+@pytest.mark.parametrize("name", ["flexprefill", "flashprefill-corrected"])
+def test_needles_whose_block_is_dropped_are_lost(
+    name: str,
+    needle_model: PreTrainedModel,
+    needle_tokenizer: Tokenizer,
+    prompts: list[NeedlePrompt],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its diagonal stays: only later rows miss it."""
+    config, correction = NEEDLE_SETTINGS[name]
+    assert config is not None
+    first = needle_place(prompts[0]) // config.block_size
+
+    def without_needle(keep: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        changed = keep.clone()
+        changed[..., first + 2 :, first : first + 2] = False
+        return changed
+
+    change_selection(monkeypatch, config, without_needle)
+    (problem,) = needle_problems(needle_model, needle_tokenizer, prompts[:1], config, correction)
+    assert prompts[0].answer in problem
