@@ -91,8 +91,8 @@ def another_question(tokenizer: Tokenizer, prompt: NeedlePrompt, key: str) -> Ne
     """
     if key not in prompt.needles:
         raise ValueError(f"key must be one of {', '.join(prompt.needles)}, got {key!r}")
-    text = prompt.token_ids[: -len(_encode(tokenizer, _QUESTION.format(key=prompt.key)))]
-    question = _encode(tokenizer, _QUESTION.format(key=key))
+    text = prompt.token_ids[: -len(_encode(tokenizer, QUESTION.format(key=prompt.key)))]
+    question = _encode(tokenizer, QUESTION.format(key=key))
     return NeedlePrompt(text + question, key, prompt.needles[key], prompt.needles, prompt.positions)
 
 
