@@ -25,7 +25,7 @@ from bench.synthetic import chunk_selection
 from bench.vllm_engine import run_job, sparse_layers
 from flexprefill_fa import BlockSelection, block_sparse_attention, select_blocks
 from flexprefill_fa.integrations.vllm_config import SECTION, Settings, make_settings
-from flexprefill_fa.integrations.vllm_paged import gather
+from flexprefill_fa.integrations.vllm_paged import GatherBuffer, gather
 from flexprefill_fa.rows import Row, environment, package_version
 
 MODEL: dict[str, Any] = {
@@ -251,12 +251,17 @@ def gather_share(plan: LoadPlan, page: int = 16) -> Row:
     query = torch.randn(1, heads, q_len, dim, dtype=torch.bfloat16, device=device)
     scale = dim**-0.5
     with torch.inference_mode():
-        key, value = (gather(part, order, kv_len) for part in cache.unbind(1))
+        room = GatherBuffer().room(pages * page, kv_heads, query)
+
+        def gather_both() -> list[Tensor]:
+            return [gather(part, order, kv_len, out) for part, out in zip(cache.unbind(1), room, strict=True)]
+
+        key, value = gather_both()
         attend = synthetic_attention(plan.density)
         chosen = attend(query, key, value, settings, scale)[1]
         return {
             "q_len": q_len,
-            "gather_ms": _milliseconds(lambda: [gather(part, order, kv_len) for part in cache.unbind(1)]),
+            "gather_ms": _milliseconds(gather_both),
             "select_ms": _milliseconds(lambda: select_blocks(query, key, settings.selector, scale=scale)),
             "attend_ms": _milliseconds(
                 lambda: block_sparse_attention(query, key, value, chosen, scale=scale, backend=settings.backend)

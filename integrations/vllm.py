@@ -11,17 +11,14 @@ module imports no vLLM.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from .vllm_config import SECTION, VARIABLE, version_problem
+from .vllm_log import logger
 
 __all__ = ["SECTION", "VARIABLE", "WorkerExtension", "register", "statistics"]
 
-# Below vLLM's own logger, whose handlers print it.
-logger = logging.getLogger("vllm.flexprefill_fa")
-
-_BACKEND = "flexprefill_fa.integrations.vllm_backend.SparsePrefillBackend"
+_BACKEND = "flexprefill_fa.integrations.vllm_chooser.SparsePrefillBackend"
 
 
 def register() -> None:
@@ -57,30 +54,31 @@ def register() -> None:
 
 
 def statistics(worker: Any, reset: bool = False) -> dict[str, dict[str, Any]]:
-    """What the sparse chunks of each layer kept; waits for the GPU.
-
-        llm.collective_rpc(statistics)  # one answer from each worker
+    """What the sparse chunks of each layer kept; waits for the GPU. `WorkerExtension` is how to call it from outside.
 
     Args:
-        worker: vLLM's, as `collective_rpc` hands it on.
+        worker: vLLM's.
         reset: count from nothing afterwards.
 
     Returns:
         Layer name -> `chunks`, `queries` (tokens in them), `density` (kept blocks / causal blocks; None before the
-        first chunk) and `failures` (chunks that the parent had to serve because sparse attention failed).
+        first chunk), `failures` (chunks that the parent had to serve because sparse attention failed), `declined`
+        (chunks of long prompts that it served because they, or their step, could not run sparse: the short end of a
+        prompt is one) and `off` (whether sparse attention was switched off after failures).
     """
     found = {}
     for name, layer in worker.vllm_config.compilation_config.static_forward_context.items():
         counter = getattr(getattr(layer, "impl", None), "sparse_counter", None)
         if counter is not None:
-            found[name] = counter.read()
+            found[name] = {**counter.read(), "off": layer.impl.sparse_off}
             if reset:
                 counter.reset()
     return found
 
 
 class WorkerExtension:
-    """For workers in processes of their own: the same by a name, which travels where a function may not.
+    """`statistics` by a name, one answer from each worker. The engine runs in a process of its own, where vLLM sends no
+    functions by default.
 
     LLM(..., worker_extension_cls="flexprefill_fa.integrations.vllm.WorkerExtension")
     llm.collective_rpc("sparse_prefill_statistics")

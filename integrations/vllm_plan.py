@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexprefill_fa.grid import cdiv
 
-from .vllm_config import Settings
+from .vllm_config import LEAST_PREFILL_TOKENS, Settings
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,23 @@ def split_step(common: Any, settings: Settings) -> StepSplit | None:
     requests = common.num_reqs
     split = split_requests(common.query_start_loc_cpu[: requests + 1].tolist(), kv_lens[:requests].tolist(), settings)
     return split if split.chunks else None
+
+
+def declined_chunks(common: Any, split: StepSplit | None, settings: Settings) -> int:
+    """Chunks of prompts long enough for sparse attention that the parent serves: too few queries, or no split.
+
+    Args:
+        common: vLLM's `CommonAttentionMetadata`.
+        split: of it, None where no request runs sparse.
+        settings: the thresholds. Fewer than 128 queries are no chunk but decoding, drafts or a question.
+    """
+    kv_lens = common.seq_lens_cpu_upper_bound
+    if common.max_query_len < LEAST_PREFILL_TOKENS or kv_lens is None:
+        return 0
+    starts = common.query_start_loc_cpu[: common.num_reqs + 1]
+    queries = starts[1:] - starts[:-1]
+    long = (queries >= LEAST_PREFILL_TOKENS) & (kv_lens[: common.num_reqs] >= settings.min_prompt_tokens)
+    return max(0, int(long.sum()) - (len(split.chunks) if split else 0))
 
 
 Rows = slice | Tensor
@@ -186,6 +203,23 @@ def sparse_step(
     return SparseStep(split.chunks, blocks, rest, rows, build_dense, common.num_actual_tokens)
 
 
+def model_problem(vllm_config: Any) -> str | None:
+    """Why a model is refused, or None: vLLM would have chosen its backend by rules that CUSTOM switches off.
+
+    Where no backend is named, vLLM sets FlashAttention 4, Triton or `use_non_causal` for these models before any layer
+    asks (`vllm.model_executor.models.config`); beside CUSTOM the parent would be another backend than that.
+    """
+    text = vllm_config.model_config.hf_text_config
+    dims = getattr(text, "head_dim", None), getattr(text, "global_head_dim", None)
+    if None not in dims and dims[0] != dims[1]:
+        kind = f"head_dim {dims[0]} and global_head_dim {dims[1]}"
+    elif vllm_config.diffusion_config is not None:
+        kind = "a diffusion language model"
+    else:
+        return None
+    return f"the sparse prefill backend does not serve {kind}: start vLLM without --attention-backend"
+
+
 def backend_problem(
     *,
     head_size: int,
@@ -197,6 +231,7 @@ def backend_problem(
     use_mm_prefix: bool = False,
     attn_type: str = "decoder",
     use_non_causal: bool = False,
+    use_batch_invariant: bool = False,
     **others: Any,
 ) -> str | None:
     """Why layers of this kind are served by the parent alone, or None; the arguments are vLLM's selection criteria."""
@@ -204,7 +239,9 @@ def backend_problem(
 
     if use_mla or use_sparse:
         return "multi-head latent attention"
-    if kv_cache_dtype not in (None, "auto", "float16", "bfloat16"):
+    if use_batch_invariant:
+        return "batch invariance, which a selection that depends on its chunk cannot keep,"
+    if kv_cache_dtype not in (None, "auto", str(dtype).removeprefix("torch.")):
         return f"a KV cache of {kv_cache_dtype}"
     if has_sink:
         return "attention sinks"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from oracle import causal_oracle, relative_error
 from paged import PagedBatch
+from vllm_layers import MIXED, SMALL, batch_of, one_layer, run
 from vllm_stubs import (
     CGSupport,
     FakeVllm,
@@ -20,49 +22,19 @@ from vllm_stubs import (
     ParentBuilder,
     ParentImpl,
     ParentMetadata,
-    SlidingWindowSpec,
     engine_config,
     fake_vllm,
     log_lines,
 )
 
-from flexprefill_fa.integrations.vllm import register, statistics
 from flexprefill_fa.integrations.vllm_plan import SparseStep
 from flexprefill_fa.selection import BlockSelection
-
-SMALL: dict[str, Any] = {
-    "selector": "streaming_llm",
-    "sink": 0,
-    "window": 128,
-    "min_prefill_tokens": 128,
-    "min_prompt_tokens": 256,
-    "log_seconds": 0,
-}
-MIXED = [(1, 90), (260, 700), (1, 17), (300, 300), (40, 300), (200, 210)]  # rows 1 and 3 are long
 
 
 @pytest.fixture
 def vllm() -> Iterator[FakeVllm]:
     with fake_vllm() as fake:
         yield fake
-
-
-def one_layer(vllm: FakeVllm, **settings: Any) -> tuple[Any, Any]:
-    config = engine_config(**{**SMALL, **settings})
-    backend = vllm.choose(config)
-    return vllm.layer(backend, config, "layer.0"), vllm.builder(backend, config, ["layer.0"])
-
-
-def run(layer: Any, metadata: Any, batch: PagedBatch) -> torch.Tensor:
-    """`forward` as vLLM calls it, into an output of NaN."""
-    output = torch.full_like(batch.query, float("nan"))
-    key = torch.empty(len(batch.query), batch.kv_heads, batch.head_dim)
-    assert layer.impl.forward(layer, batch.query, key, key, batch.cache, metadata, output=output) is output
-    return output
-
-
-def batch_of(requests: list[tuple[int, int]], **options: Any) -> PagedBatch:
-    return PagedBatch(requests, heads=4, kv_heads=2, head_dim=32, **options)
 
 
 def kept_of(batch: PagedBatch, request: int, attended: list[BlockSelection]) -> torch.Tensor:
@@ -152,53 +124,6 @@ def test_only_single_token_decode_is_captured_in_full(vllm: FakeVllm, inherited:
     assert found.value == min(inherited.value, CGSupport.UNIFORM_SINGLE_TOKEN_DECODE.value)
 
 
-def test_the_class_for_a_layer(vllm: FakeVllm) -> None:
-    backend = vllm.choose(engine_config(**SMALL))
-    assert issubclass(backend, ParentBackend) and backend.get_name() == "CUSTOM"
-    assert issubclass(backend.get_impl_cls(), ParentImpl) and issubclass(backend.get_builder_cls(), ParentBuilder)
-    assert getattr(vllm.module, backend.full_cls_name()[1]) is backend
-    assert vllm.asked[-1].head_size == 32 and vllm.asked[-1].dtype == torch.bfloat16
-    assert vllm.choose(engine_config()) is backend
-
-
-@pytest.mark.parametrize(
-    ("asked", "words"),
-    [
-        ({"kv_cache_dtype": "fp8"}, "a KV cache of fp8"),
-        ({"has_sink": True}, "attention sinks"),
-        ({"use_mla": True}, "multi-head latent attention"),
-        ({"attn_type": "encoder_only"}, "attention that is not causal"),
-    ],
-)
-def test_layers_that_cannot_run_sparse_get_the_parent_itself(vllm: FakeVllm, caplog, asked: dict, words: str) -> None:
-    caplog.set_level(logging.INFO)
-    config = engine_config(**SMALL)
-    for _ in range(3):
-        assert vllm.choose(config, **asked) is ParentBackend
-    assert log_lines(caplog) == [f"sparse prefill: layers with {words} are served by PARENT alone"], "said once"
-    assert vllm.choose(config) is not ParentBackend
-
-
-def test_parents_whose_cache_cannot_be_read(vllm: FakeVllm, monkeypatch) -> None:
-    monkeypatch.setattr(ParentBackend, "forward_includes_kv_cache_update", True)
-    assert vllm.choose(engine_config(**SMALL)) is ParentBackend
-    monkeypatch.undo()
-    monkeypatch.setattr(ParentBackend, "get_kv_cache_shape", staticmethod(lambda *shape: shape[:3]))
-    assert vllm.choose(engine_config(**SMALL)) is ParentBackend
-
-
-def test_bad_engines_are_refused_before_they_start(vllm: FakeVllm, monkeypatch) -> None:
-    with pytest.raises(ValueError, match="unknown setting 'gama'"):
-        vllm.choose(engine_config(gama=0.9))
-    monkeypatch.setattr(vllm.module, "vllm_version", "0.25.1")
-    with pytest.raises(ValueError, match=r"is for vLLM 0\.24, got vLLM 0\.25\.1"):
-        vllm.choose(engine_config(**SMALL))
-    monkeypatch.undo()
-    vllm.cuda = False
-    with pytest.raises(ValueError, match="is for CUDA GPUs, got"):
-        vllm.choose(engine_config(**SMALL))
-
-
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
@@ -228,94 +153,66 @@ def test_a_dense_layer_beside_sparse_ones(vllm: FakeVllm, caplog, extra: dict, w
     assert not sparse.impl.fused_output_quant_supported("fp8")
 
 
-@pytest.mark.parametrize(
-    ("spec", "change"),
-    [
-        (SlidingWindowSpec(16), {}),
-        (FullAttentionSpec(16, attention_chunk_size=64), {}),
-        (None, {"parallel_config.decode_context_parallel_size": 2}),
-        (None, {"parallel_config.use_ubatching": True}),
-        (None, {"cache_config.kv_sharing_fast_prefill": True}),
-    ],
-)
-def test_groups_that_cannot_run_sparse(vllm: FakeVllm, caplog, spec: Any, change: dict[str, Any]) -> None:
-    caplog.set_level(logging.INFO)
-    config = engine_config(**SMALL)
-    for path, value in change.items():
-        part, _, name = path.partition(".")
-        setattr(getattr(config, part), name, value)
-    backend = vllm.choose(config)
-    vllm.layer(backend, config, "layer.0")
-    builder = vllm.builder(backend, config, ["layer.0"], spec)
-    assert isinstance(builder.build(0, batch_of([(300, 300)]).common), ParentMetadata)
-    assert any("PARENT serves these layers alone" in line for line in log_lines(caplog))
-
-
-def test_the_log_at_engine_start(vllm: FakeVllm, caplog) -> None:
-    caplog.set_level(logging.INFO)
-    one_layer(vllm)
-    (line,) = log_lines(caplog)
-    assert "1 of 1 layers run long prefill chunks sparse, PARENT the rest: streaming_llm (sink 0, window 128" in line
-    caplog.clear()
-    one_layer(vllm, min_prefill_tokens=2048)
-    assert (
-        "nothing will run sparse: chunks have at most 1024 queries (min_prefill_tokens is 2048)" in log_lines(caplog)[1]
-    )
-
-
-def test_a_failure_costs_no_request(vllm: FakeVllm, caplog) -> None:
-    """Whatever goes wrong in sparse attention, the parent serves the step, and it is said and counted."""
-    layer, builder = one_layer(vllm)
-    calls = []
-
-    def fails_late(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("no memory left")
-        return torch.full_like(arguments[0], float("nan")), None
-
-    layer.impl.attend = fails_late
-    layer.impl.sparse_counter.add = lambda selection: None
-    batch = batch_of(MIXED)
-    out = run(layer, builder.build(0, batch.common), batch)
-    assert torch.allclose(out.double(), batch.dense(), atol=1e-5)
-    (call,) = layer.impl.calls
-    assert call[0].common is batch.common
-    assert layer.impl.sparse_counter.read()["failures"] == 2
-    assert "sparse prefill failed for chunks of (queries, keys) [(260, 700), (300, 300)]" in log_lines(caplog)[-1]
-
-
 def test_profiling_warms_up_once_for_layers_of_one_shape(vllm: FakeVllm, monkeypatch) -> None:
     config = engine_config(**SMALL)
     backend = vllm.choose(config)
     layers = [vllm.layer(backend, config, f"layer.{index}") for index in range(3)]
     warmed = []
-    monkeypatch.setattr(vllm.module, "warm_up", lambda *arguments: warmed.append(arguments) or 4)
+    monkeypatch.setattr(vllm.of("vllm_impl"), "warm_up", lambda *arguments: warmed.append(arguments) or 4)
     batch = batch_of([(300, 300)])
     for _ in range(2):
         for layer in layers:
             assert not run(layer, None, batch).any()
-    assert len(warmed) == 1 and warmed[0][1:3] == (2, 4096)
+    assert len(warmed) == 1 and warmed[0][1:4] == (2, 4096, 4096)
+    assert warmed[0][6] is layers[0].impl.gather_buffer
 
 
-def test_statistics(vllm: FakeVllm) -> None:
+def test_the_buffer_is_taken_once_while_profiling_and_goes_with_the_engine(vllm: FakeVllm) -> None:
+    """Whole pages of the longest prompt, for all layers of one shape; no chunk takes more."""
+    config = engine_config(**SMALL)
+    config.model_config.max_model_len = 1010
+    config.cache_config.block_size = 48
+    backend = vllm.choose(config)
+    layers = [vllm.layer(backend, config, f"layer.{index}") for index in range(3)]
+    buffers = {id(layer.impl.gather_buffer) for layer in layers}
+    assert len(buffers) == 1
+    profiled = batch_of([(300, 300)])
+    for layer in layers:
+        run(layer, None, profiled)
+    layer = layers[0]
+    assert layer.impl.sparse_counter.read()["chunks"] == 0
+    before = layer.impl.gather_buffer.room(1056, 2, profiled.query)
+    assert before[0].shape == (1152, 2, 32) and not before[0].any(), "22 pages of 48, in multiples of 128"
+    builder = vllm.builder(backend, config, ["layer.0", "layer.1", "layer.2"], FullAttentionSpec(48))
+    for kv_len in (300, 640, 1010):
+        batch = batch_of([(260, kv_len)], block_size=48)
+        metadata = builder.build(0, batch.common)
+        for layer in layers:
+            run(layer, metadata, batch)
+    assert layer.impl.sparse_counter.read()["chunks"] == 3
+    after = layer.impl.gather_buffer.room(1, 2, profiled.query)
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    other = engine_config(**SMALL)
+    assert id(vllm.layer(backend, other, "layer.0").impl.gather_buffer) not in buffers
+    gone = weakref.ref(before[0])
+    del before, after, layers, layer, builder, metadata, config, backend
+    vllm.config = None
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("name,whole", [("FLASH_ATTN", True), ("PARENT", False)])
+def test_keys_that_the_parent_does_not_read_are_not_copied(vllm: FakeVllm, monkeypatch, name: str, whole: bool) -> None:
     layer, builder = one_layer(vllm)
-    batch = batch_of([(300, 300)])
-    run(layer, builder.build(0, batch.common), batch)
-    context = {"layer.0": layer, "mamba": object()}
-    worker = types.SimpleNamespace(vllm_config=engine_config())
-    worker.vllm_config.compilation_config.static_forward_context = context
-    found = statistics(worker, reset=True)
-    assert found["layer.0"]["chunks"] == 1 and found["layer.0"]["queries"] == 300
-    assert statistics(worker)["layer.0"]["chunks"] == 0
+    layer.impl.parent_name = name
+    seen, forward = [], ParentImpl.forward
+    batch = batch_of(MIXED)
+    key = torch.empty(len(batch.query), batch.kv_heads, batch.head_dim)
 
+    def watched(self: Any, owner: Any, query: Any, key: Any, *arguments: Any) -> Any:
+        seen.append(key)
+        return forward(self, owner, query, key, *arguments)
 
-def test_registering(vllm: FakeVllm, caplog) -> None:
-    register()
-    register()  # vLLM may load plug-ins more than once
-    path = vllm.registered["CUSTOM"]
-    assert path == f"{vllm.module.__name__}.SparsePrefillBackend"
-    vllm.registered["CUSTOM"] = "somebody.Else"
-    register()
-    assert vllm.registered["CUSTOM"] == "somebody.Else"
-    assert "the attention backend CUSTOM is taken by somebody.Else" in log_lines(caplog)[-1]
+    monkeypatch.setattr(ParentImpl, "forward", watched)
+    layer.impl.forward(layer, batch.query, key, key, batch.cache, builder.build(0, batch.common), batch.query * 0)
+    assert (seen[0] is key) == whole

@@ -6,11 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, StreamingLLMConfig
-from flexprefill_fa.integrations.vllm_config import SECTION, VARIABLE, Settings, read_settings, version_problem
+from flexprefill_fa.integrations.vllm_config import (
+    SECTION,
+    VARIABLE,
+    Settings,
+    longest_chunk,
+    read_settings,
+    version_problem,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +33,8 @@ def test_additional_config_counts_before_the_environment() -> None:
     environment = {VARIABLE: json.dumps({"gamma": 0.5})}
     found = read_settings({SECTION: {"selector": "flashprefill", "alpha": 0.2, "backend": "TRITON"}}, environment)
     assert found.selector == FlashPrefillConfig(alpha=0.2) and found.backend == "TRITON"
-    assert "additional_config" in found.describe() and "alpha 0.2" in found.describe()
+    line = found.describe("TRITON")
+    assert "additional_config" in line and "alpha 0.2" in line and "kernel TRITON" in line
 
 
 def test_the_environment() -> None:
@@ -54,11 +63,46 @@ def test_prompts_of_which_everything_is_kept_stay_dense() -> None:
         ({"min_prompt_tokens": 0}, "min_prompt_tokens must be at least 1, got 0"),
         ({"log_seconds": -1}, "log_seconds must be at least 0, got -1"),
         ([1], "must be an object of settings, got list"),
+        ({"selector": ["a"]}, r"selector must be a name, got list \['a'\]"),
     ],
 )
 def test_bad_settings(given: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_settings({SECTION: given}, {})
+
+
+@pytest.mark.parametrize("name", ["sparse_prefil", "sparse-prefill", "SPARSE_PREFILL", "gamma", "window", "selector"])
+def test_settings_in_the_wrong_place(name: str) -> None:
+    """Otherwise the engine would run with its defaults, and nobody would know."""
+    for beside in ({}, {SECTION: {}}):
+        with pytest.raises(
+            ValueError, match=rf"additional_config\['{name}'\] is no setting: .* under 'sparse_prefill'"
+        ):
+            read_settings({**beside, name: {"gamma": 0.5}}, {})
+    assert read_settings({"gdn_prefill_backend": "triton", "prefill": 1}, {}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("changes", "chunk", "least"),
+    [
+        ({}, 7168, 2048),
+        ({"max_num_batched_tokens": 2048, "max_num_seqs": 256}, 1792, 896),
+        ({"max_num_batched_tokens": 2048}, 1024, 512),
+        ({"max_num_batched_tokens": 1024}, 1, 128),
+        ({"long_prefill_token_threshold": 1500}, 1500, 750),
+        ({"max_num_scheduled_tokens": 3024}, 2000, 1000),
+    ],
+)
+def test_the_default_fits_the_chunks_of_the_engine(changes: dict[str, int], chunk: int, least: int) -> None:
+    scheduler = {
+        "max_num_batched_tokens": 8192,
+        "max_num_scheduled_tokens": None,
+        "max_num_seqs": 1024,
+        "long_prefill_token_threshold": 0,
+    }
+    assert longest_chunk(SimpleNamespace(**{**scheduler, **changes})) == chunk
+    assert read_settings({}, {}, chunk).min_prefill_tokens == least
+    assert read_settings({SECTION: {"min_prefill_tokens": 3000}}, {}, chunk).min_prefill_tokens == 3000
 
 
 def test_a_bad_environment() -> None:

@@ -14,10 +14,12 @@ from flexprefill_fa.integrations.vllm_config import Settings
 from flexprefill_fa.integrations.vllm_paged import (
     DensityCounter,
     DensityLog,
+    GatherBuffer,
     attend_paged,
     causal_blocks,
     gather,
     key_value_dim,
+    tally,
     warm_up,
     warm_up_lengths,
 )
@@ -32,8 +34,21 @@ def test_gathering_restores_the_order(kv_len: int, size: int, kv_dim: int, heads
     if heads_first:  # the memory layout that some backends ask for: [..., heads, block_size, D]
         cache = cache.transpose(2, 3).contiguous().transpose(2, 3)
     blocks = batch.common.block_table_tensor[0, : -(-kv_len // size)]
-    keys, values = (gather(part, blocks, kv_len) for part in cache.unbind(kv_dim))
+    room = GatherBuffer().room(len(blocks) * size, 2, batch.query)
+    for out in room:
+        out.fill_(float("nan"))
+    keys, values = (gather(part, blocks, kv_len, out) for part, out in zip(cache.unbind(kv_dim), room, strict=True))
     assert torch.equal(keys[0], batch.keys[0]) and torch.equal(values[0], batch.values[0])
+    assert keys.data_ptr() == room[0].data_ptr() and values.data_ptr() == room[1].data_ptr(), "nothing else was taken"
+    assert keys.stride()[1:] == (16, 32, 1) and room[0].storage_offset() == room[1].storage_offset() == 0
+
+
+def test_a_buffer_grows_only_where_it_must() -> None:
+    buffer, like = GatherBuffer(), torch.empty(1, 4, 32, dtype=torch.bfloat16)
+    first = buffer.room(200, 2, like)
+    assert first[0].shape == (256, 2, 32) and first[0].dtype == torch.bfloat16
+    assert buffer.room(256, 2, like)[0] is first[0] and buffer.room(3, 2, like)[1] is first[1]
+    assert buffer.room(257, 2, like)[0].shape == (384, 2, 32)
 
 
 def test_cache_layouts() -> None:
@@ -57,7 +72,7 @@ def test_a_chunk_equals_the_oracle_over_its_kept_blocks(q_len: int, kv_len: int,
     chosen = Settings(selector=config)
     blocks = batch.common.block_table_tensor[0, : -(-kv_len // 16)]
     scale = 32**-0.5
-    out, selection = attend_paged(batch.query, batch.cache, 1, blocks, kv_len, chosen, scale)
+    out, selection = attend_paged(batch.query, batch.cache, 1, blocks, kv_len, chosen, scale, GatherBuffer())
     query, key, value = batch.query.transpose(0, 1)[None], batch.keys[0][None], batch.values[0][None]
     expected, _, real = causal_oracle(query, key, value, selection)
     assert relative_error(out.transpose(0, 1)[None], expected, real) < 1e-5
@@ -77,22 +92,24 @@ def test_causal_blocks(q_len: int, prefix: int, size: int) -> None:
 def test_counting() -> None:
     counter, untouched = DensityCounter(), DensityCounter()
     log = DensityLog([counter, untouched], seconds=10)
-    assert counter.read() == {"chunks": 0, "queries": 0, "density": None, "failures": 0}
+    assert counter.read() == {"chunks": 0, "queries": 0, "density": None, "failures": 0, "declined": 0}
     assert log.poll(0.0) is None
     query, key = torch.randn(2, 1, 2, 512, 16)
     kept = causal = 0.0
     for config in (StreamingLLMConfig(sink=0, window=128), FlexPrefillConfig(gamma=1.0)):
         selection = select_blocks(query, key, config)
-        counter.add(selection)
+        counter.add(tally(selection))
         kept += float(selection.kept_blocks().sum())
         causal += 2 * 10
     found = counter.read()
-    assert found == {"chunks": 2, "queries": 1024, "density": kept / causal, "failures": 0}
+    assert found == {"chunks": 2, "queries": 1024, "density": kept / causal, "failures": 0, "declined": 0}
     assert log.poll(1.0) is None, "the copy has only begun"
     line = log.poll(2.0)
     assert line == f"sparse prefill so far: 2 chunks of 1024 tokens, density {kept / causal:.3f}, 0 failed"
     assert log.poll(3.0) is None and log.poll(10.9) is None
-    assert log.poll(11.1) is None and log.poll(11.2) is not None
+    assert log.poll(11.1) is None and log.poll(11.2) is None, "nothing new"
+    counter.add(tally(selection))
+    assert log.poll(11.3) is None and log.poll(11.4) is not None
     counter.reset()
     assert counter.read()["density"] is None
 
@@ -100,7 +117,7 @@ def test_counting() -> None:
 def test_no_line_where_none_is_wanted() -> None:
     counter = DensityCounter()
     query, key = torch.randn(2, 1, 2, 512, 16)
-    counter.add(select_blocks(query, key, StreamingLLMConfig()))
+    counter.add(tally(select_blocks(query, key, StreamingLLMConfig())))
     log = DensityLog([counter], seconds=0)
     assert log.poll(0.0) is None and log.poll(100.0) is None
 
@@ -127,5 +144,7 @@ def test_warming_up_runs_the_longest_chunk_last() -> None:
 
     rows = torch.randn(600, 6, 32)[:, :4]
     chosen = Settings(min_prefill_tokens=128, min_prompt_tokens=256)
-    assert warm_up(rows, 2, 1024, chosen, 1.0, attend) == len(seen) == 4  # pyright: ignore[reportArgumentType]
+    buffer = GatherBuffer()
+    assert warm_up(rows, 2, 1024, 1040, chosen, 1.0, buffer, attend) == len(seen) == 4  # pyright: ignore[reportArgumentType]
+    assert buffer.room(1, 2, rows)[0].shape == (1152, 2, 32), "kept for the chunks to come"
     assert seen[-1] == ((1, 4, 512, 32), 192, (1, 2, 1024, 32), True)

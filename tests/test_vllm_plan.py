@@ -147,6 +147,8 @@ ASKED = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "b
     ("change", "reason"),
     [
         ({}, None),
+        ({"kv_cache_dtype": "bfloat16"}, None),
+        ({"kv_cache_dtype": "float16"}, "a KV cache of float16"),
         ({"kv_cache_dtype": "fp8"}, "a KV cache of fp8"),
         ({"kv_cache_dtype": "int8_per_token_head"}, "a KV cache of int8_per_token_head"),
         ({"has_sink": True}, "attention sinks"),

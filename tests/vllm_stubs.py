@@ -122,6 +122,7 @@ class SelectorConfig(NamedTuple):
     use_mla: bool = False
     has_sink: bool = False
     attn_type: str = "decoder"
+    use_batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,23 +143,35 @@ class Layer(torch.nn.Module):
         self.impl = impl
 
 
+class EngineConfig(types.SimpleNamespace):
+    """As vLLM's: it has no hash, but can be referred to weakly."""
+
+
 def engine_config(**sparse_prefill: Any) -> Any:
     """What the backend reads of a VllmConfig."""
-    return types.SimpleNamespace(
+    return EngineConfig(
         additional_config={"sparse_prefill": sparse_prefill} if sparse_prefill else {},
-        model_config=types.SimpleNamespace(max_model_len=4096),
-        scheduler_config=types.SimpleNamespace(max_num_batched_tokens=1024),
+        model_config=types.SimpleNamespace(
+            max_model_len=4096, dtype=torch.bfloat16, hf_text_config=types.SimpleNamespace(head_dim=32)
+        ),
+        diffusion_config=None,
+        scheduler_config=types.SimpleNamespace(
+            max_num_batched_tokens=1024,
+            max_num_scheduled_tokens=None,
+            max_num_seqs=16,
+            long_prefill_token_threshold=0,
+        ),
         parallel_config=types.SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
         ),
-        cache_config=types.SimpleNamespace(kv_sharing_fast_prefill=False),
+        cache_config=types.SimpleNamespace(kv_sharing_fast_prefill=False, block_size=16),
         compilation_config=types.SimpleNamespace(static_forward_context={}),
     )
 
 
 @dataclass
 class FakeVllm:
-    """The stand-ins in place: `module` is the backend's, imported over them."""
+    """The stand-ins in place: `module` is the backend's, imported over them; `of` gives the others."""
 
     module: Any = None
     config: Any = None
@@ -168,11 +181,15 @@ class FakeVllm:
     asked: list[Any] = field(default_factory=list)
     registered: dict[str, str] = field(default_factory=dict)
 
+    def of(self, name: str) -> Any:
+        """A module of the integration, imported over the stand-ins."""
+        return importlib.import_module(f"{_PACKAGE}.{name}")
+
     def choose(self, config: Any, **changes: Any) -> Any:
         """What vLLM's platform does for a layer with CUSTOM selected: validate, ask for the name, look it up."""
         self.config = config
         asked = {"head_size": 32, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": None, **changes}
-        chooser = self.module.SparsePrefillBackend
+        chooser = self.of("vllm_chooser").SparsePrefillBackend
         assert chooser.validate_configuration(device_capability=(9, 0), **asked) == []
         module, name = chooser.full_cls_name()
         return getattr(sys.modules[module], name)
@@ -190,7 +207,8 @@ class FakeVllm:
         return backend.get_builder_cls()(spec or FullAttentionSpec(16), names, config, torch.device("cpu"))
 
 
-_NAME = "flexprefill_fa.integrations.vllm_backend"
+_PACKAGE = "flexprefill_fa.integrations"
+_MODULES = ("vllm_backend", "vllm_builder", "vllm_chooser", "vllm_impl")
 
 
 @contextmanager
@@ -250,22 +268,26 @@ def fake_vllm() -> Iterator[FakeVllm]:
             "register_backend": lambda backend, path: fake.registered.update({backend.name: path}),
         },
         "vllm.v1.kv_cache_interface": {"FullAttentionSpec": FullAttentionSpec},
+        "vllm.compilation": {},
+        "vllm.compilation.backends": {"model_tag": "backbone"},
     }
-    before = {name: sys.modules.pop(name, None) for name in [*contents, _NAME]}
-    package: Any = importlib.import_module("flexprefill_fa.integrations")
+    ours = [f"{_PACKAGE}.{name}" for name in _MODULES]
+    before = {name: sys.modules.pop(name, None) for name in [*contents, *ours]}
+    package: Any = importlib.import_module(_PACKAGE)
     try:
         for name, attributes in contents.items():
             module = types.ModuleType(name)
             vars(module).update(attributes)
             sys.modules[name] = module
-        fake.module = importlib.import_module(_NAME)
+        fake.module = fake.of("vllm_backend")
         yield fake
     finally:
         for name, module in before.items():
             sys.modules.pop(name, None)
             if module is not None:
                 sys.modules[name] = module
-        vars(package).pop("vllm_backend", None)
+        for name in _MODULES:
+            vars(package).pop(name, None)
 
 
 def log_lines(caplog: Any) -> list[str]:
