@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.synthetic import chunk_selection
-from bench.vllm_engine import run_job, sparse_layers
+from bench.vllm_engine import EngineError, run_job, sparse_layers
 from flexprefill_fa import BlockSelection, block_sparse_attention, select_blocks
 from flexprefill_fa.integrations.vllm_config import SECTION, Settings, make_settings
 from flexprefill_fa.integrations.vllm_paged import GatherBuffer, gather
@@ -55,6 +55,9 @@ _LONG = 65536  # prompts from which on fewer repeats are enough
 _TOGETHER = 4  # prompts of the throughput rows
 
 
+PARTS = ("all", "engines", "gather")
+
+
 @dataclass(frozen=True)
 class LoadPlan:
     """What to measure.
@@ -66,6 +69,8 @@ class LoadPlan:
         repeats: of each prompt below 64K tokens; longer ones get a third.
         batched_tokens: vLLM's max_num_batched_tokens.
         layers: of the model.
+        seed: of prompts and blocks.
+        only: "all", or one part: "engines" or "gather".
     """
 
     lengths: Sequence[int]
@@ -75,8 +80,11 @@ class LoadPlan:
     batched_tokens: int
     layers: int
     seed: int = 0
+    only: str = "all"
 
     def __post_init__(self) -> None:
+        if self.only not in PARTS:
+            raise ValueError(f"only must be one of {', '.join(PARTS)}, got {self.only!r}")
         make_settings(self.settings, "settings")
 
     def engine(self, folder: str, sparse: bool) -> dict[str, Any]:
@@ -115,14 +123,14 @@ class LoadPlan:
 
 
 def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
-    """The rows of both engines, the default one first.
+    """The rows of both engines, the default one first, and of the gather.
 
     Args:
         plan: what to measure.
         note: called with a line before each engine.
 
     Raises:
-        EngineError: if an engine failed.
+        EngineError: if an engine failed, or sparse attention in it.
     """
     device = torch.device("cuda")
     conditions: Row = {
@@ -140,7 +148,7 @@ def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
     }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": plan.layers}))
-        for sparse in (False, True):
+        for sparse in (False, True) if plan.only != "gather" else ():
             note(f"vLLM with {'sparse prefill' if sparse else 'its default backend'}")
             job: dict[str, Any] = {"engine": plan.engine(folder, sparse), "phases": plan.phases()}
             if sparse:
@@ -150,6 +158,8 @@ def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
             if sparse:
                 backend |= {"settings": plan.settings, "synthetic_density": plan.density}
             yield from ({**conditions, **backend, **row} for row in _measured(plan, result))
+    if plan.only == "engines":
+        return
     parts = gather_share(plan)
     note(f"one layer, a chunk of {plan.batched_tokens} queries over {max(plan.lengths)} keys: {parts}")
     yield {
@@ -199,14 +209,22 @@ def _measured(plan: LoadPlan, result: dict[str, Any]) -> Iterator[Row]:
 
 
 def _density(phase: dict[str, Any]) -> Row:
-    """Mean density and number of the sparse chunks of a phase, over layers."""
-    layers = [layer for worker in phase["statistics"] for layer in worker.values() if layer["chunks"]]
+    """Mean density and number of the sparse chunks of a phase, over layers.
+
+    Raises:
+        EngineError: if sparse attention failed in any layer: the times would be those of dense steps.
+    """
+    everyone = [layer for worker in phase["statistics"] for layer in worker.values()]
+    failures = sum(layer["failures"] for layer in everyone)
+    if failures:
+        raise EngineError(f"sparse attention failed for {failures} chunks of {len(everyone)} layers, see the log")
+    layers = [layer for layer in everyone if layer["chunks"]]
     if not layers:
         return {"density": None, "chunks": 0, "failures": 0}
     return {
         "density": round(statistics.fmean(layer["density"] for layer in layers), 5),
         "chunks": max(layer["chunks"] for layer in layers),
-        "failures": sum(layer["failures"] for layer in layers),
+        "failures": 0,
     }
 
 

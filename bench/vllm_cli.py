@@ -29,6 +29,7 @@ def vllm(
     repeats: Annotated[int, typer.Option(min=1, help="Of each prompt below 64K tokens; longer ones get a third.")] = 7,
     batched_tokens: Annotated[int, typer.Option(min=128, help="vLLM's max_num_batched_tokens.")] = 8192,
     layers: Annotated[int, typer.Option(min=1, help="Of the model; 32 make the shape of Llama-3.1-8B.")] = 32,
+    only: Annotated[str, typer.Option(help="all, engines, or gather: the paged cache alone, without vLLM.")] = "all",
     out: Annotated[Path, typer.Option(help="JSON lines; rows are added.")] = RESULTS / "vllm.jsonl",
     as_json: Annotated[bool, typer.Option("--json", help="Print each row on stdout too, the table on stderr.")] = False,
 ) -> None:
@@ -39,12 +40,12 @@ def vllm(
     console = open_console(stderr=True)
     rows: list[Row] = []
     with one_line_errors():
-        plan = LoadPlan(parse_lengths(lengths), _object(settings), density, repeats, batched_tokens, layers)
+        plan = LoadPlan(parse_lengths(lengths), _object(settings), density, repeats, batched_tokens, layers, only=only)
         if not 0 < density <= 1:
             raise UsageError(f"density must be in (0, 1], got {density:g}")
         if not torch.cuda.is_available():
             raise UsageError("vLLM is measured on a CUDA GPU, and there is none")
-        if importlib.util.find_spec("vllm") is None:
+        if only != "gather" and importlib.util.find_spec("vllm") is None:
             raise UsageError("vLLM is not installed: pip install 'flexprefill-fa[vllm]'")
     try:
         for row in load_rows(plan, lambda line: console.print(line, markup=False, soft_wrap=True)):

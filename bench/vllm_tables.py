@@ -60,8 +60,18 @@ def _caption(rows: Sequence[Row]) -> str:
         f"{row['max_num_batched_tokens']:,}; default backend: {row.get('dense_kernel') or 'as vLLM chose'}. Random "
         f"weights have no attention pattern: the sparse engine selects in full ({settings}) and then attends over "
         f"seeded random blocks of {row['synthetic_density']:.0%} density. {row['gpu']}, {', '.join(versions)}, commit "
-        f"{row['commit']}, {row['date']}; medians, wall clock of the whole engine."
+        f"{row['commit']}, {row['date']}; wall clock of the whole engine. First token: {_samples(rows)}; the other "
+        "rows: one run each."
     )
+
+
+def _samples(rows: Sequence[Row]) -> str:
+    """Of how many prompts the first token's times are medians."""
+    counts = [row["repeats"] for row in rows if row["measure"] == "first token"]
+    if not counts:
+        return "not measured"
+    low, high = min(counts), max(counts)
+    return f"medians of {low} prompts" if low == high else f"medians of {low} (longest prompts) to {high}"
 
 
 def _gather(rows: Sequence[Row]) -> str:

@@ -92,12 +92,36 @@ def row(backend: str, **fields: Any) -> dict[str, Any]:
     return {**conditions, **fields}
 
 
+def test_the_gather_alone(monkeypatch) -> None:
+    import bench.vllm
+
+    monkeypatch.setattr(bench.vllm, "environment", lambda device: {"gpu": "NVIDIA H200"})
+    monkeypatch.setattr(bench.vllm, "run_job", lambda job: pytest.fail("no engine is asked for"))
+    monkeypatch.setattr(bench.vllm, "gather_share", lambda plan: {"q_len": 8192, "gather_ms": 0.5})
+    found = list(
+        bench.vllm.load_rows(LoadPlan([4096, 131072], {}, 0.05, 7, 8192, 32, only="gather"), lambda line: None)
+    )
+    assert [(row["backend"], row["length"], row["gather_ms"]) for row in found] == [("gather", 131072, 0.5)]
+
+
+def test_rows_of_an_engine_whose_sparse_attention_failed_are_refused() -> None:
+    import bench.vllm
+
+    sound = {"chunks": 4, "queries": 32768, "density": 0.05, "failures": 0}
+    found = bench.vllm._density({"statistics": [{"0": sound, "1": {**sound, "density": 0.07}}]})
+    assert found == {"density": 0.06, "chunks": 4, "failures": 0}
+    broken = {"chunks": 0, "queries": 0, "density": None, "failures": 4}
+    for layers in ({"0": sound, "1": broken}, {"0": broken, "1": broken}):
+        with pytest.raises(bench.vllm.EngineError, match=r"sparse attention failed for \d chunks of 2 layers"):
+            bench.vllm._density({"statistics": [layers]})
+
+
 def test_the_table() -> None:
     rows = [
-        row("default", measure="first token", length=131072, ttft_ms=12000.0),
+        row("default", measure="first token", length=131072, ttft_ms=12000.0, repeats=2),
         row("default", measure="decode", length=512, requests=32, tokens_per_s=2000.0),
-        row("sparse prefill", measure="first token", length=131072, ttft_ms=9000.0, density=0.05),
-        row("sparse prefill", measure="first token", length=131072, ttft_ms=4000.0, density=0.052),
+        row("sparse prefill", measure="first token", length=131072, ttft_ms=9000.0, density=0.05, repeats=2),
+        row("sparse prefill", measure="first token", length=131072, ttft_ms=4000.0, density=0.052, repeats=7),
         row("sparse prefill", measure="decode", length=512, requests=32, tokens_per_s=1990.0),
         row("gather", measure="gather", length=131072, q_len=8192, gather_ms=0.4, select_ms=0.8, attend_ms=0.8),
     ]
@@ -105,6 +129,7 @@ def test_the_table() -> None:
     assert "| 131,072 tokens: first token, ms | 0.052 | 12,000 | 4,000 | 3.00x |" in text, "the later row counts"
     assert "| 32 requests decoding: tokens/s | - | 2,000 | 1,990 | 0.99x |" in text
     assert "random blocks of 5% density" in text and "FlashAttention 3" in text and "commit abc" in text
+    assert "First token: medians of 2 (longest prompts) to 7; the other rows: one run each." in text
     assert "gathering the keys and values from the paged cache 0.40 ms (20%)" in text
     assert vllm_tables([]) == ""
 
@@ -117,11 +142,13 @@ def test_the_table() -> None:
         (["--settings", '{"gama": 1}'], "unknown setting 'gama'"),
         (["--density", "2"], "density must be in (0, 1], got 2"),
         (["--lengths", "0"], "lengths must be whole numbers"),
+        (["--only", "nothing"], "only must be one of all, engines, gather, got 'nothing'"),
+        (["--only", "gather", "--layers", "32"], "vLLM is measured on a CUDA GPU, and there is none"),
         ([], "vLLM is measured on a CUDA GPU, and there is none"),
     ],
 )
 def test_mistakes_in_one_line(arguments: list[str], message: str) -> None:
-    if torch.cuda.is_available() and not arguments:
+    if torch.cuda.is_available() and "there is none" in message:
         pytest.skip("there is a GPU")
     result = CliRunner().invoke(app, ["vllm", *arguments])
     assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
