@@ -34,13 +34,15 @@ def run_job(job: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
         job: `engine`: arguments of `vllm.LLM`; `phases`: a list of prompts to run after each other, each phase with
             `prompts` (lists of token ids), `max_tokens`, `together` (all at once, else one at a time), `ignore_eos`
             and `fault` (make sparse attention fail, to see that nothing else does); `synthetic`: attend over seeded
-            random blocks of this density, after running the selection in full (see `bench.vllm`).
+            random blocks of this density, after running the selection in full (see `bench.vllm`); `memory`: measure
+            it. `fault`, `synthetic` and `memory` need the engine in one process.
         timeout: of the process, in seconds.
 
     Returns:
         `phases`: for each, `outputs` (token ids), `cached` (prompt tokens found in the prefix cache), `seconds` (of
-        each request, or of all together) and `statistics` (of each worker, as `integrations.vllm.statistics`);
-        `start_seconds`; `log`: everything that was printed.
+        each request, or of all together), `statistics` (of each worker, as `integrations.vllm.statistics`) and
+        `memory` (after it); `start_seconds`; `memory` (after the start); `log`: everything that was printed. Memory is
+        in bytes, of each worker: `reserved` by PyTorch, and `activations`, what vLLM counted for a step.
 
     Raises:
         EngineError: if the process failed or took too long.
@@ -79,10 +81,13 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
 
         llm.collective_rpc(attend_synthetic, args=(job["synthetic"],))
     llm.collective_rpc("sparse_prefill_statistics", args=(True,))  # without what ran at the start
-    return {"start_seconds": started, "phases": [_run_phase(llm, phase) for phase in job["phases"]]}
+    memory = _memory if job.get("memory") else None
+    at_start = llm.collective_rpc(memory) if memory else None
+    phases = [_run_phase(llm, phase, memory) for phase in job["phases"]]
+    return {"start_seconds": started, "memory": at_start, "phases": phases}
 
 
-def _run_phase(llm: Any, phase: dict[str, Any]) -> dict[str, Any]:
+def _run_phase(llm: Any, phase: dict[str, Any], memory: Any) -> dict[str, Any]:
     from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
 
     sampling = SamplingParams(
@@ -107,7 +112,14 @@ def _run_phase(llm: Any, phase: dict[str, Any]) -> dict[str, Any]:
         "cached": [answer.num_cached_tokens for answer in answers],
         "seconds": seconds,
         "statistics": llm.collective_rpc("sparse_prefill_statistics", args=(True,)),
+        "memory": llm.collective_rpc(memory) if memory else None,
     }
+
+
+def _memory(worker: Any) -> dict[str, int]:
+    import torch
+
+    return {"reserved": torch.cuda.memory_reserved(), "activations": int(worker.peak_activation_memory)}
 
 
 def sparse_layers(worker: Any) -> list[Any]:

@@ -7,6 +7,7 @@ must be installed, `pip install --no-build-isolation --no-deps -e .` is enough.
 from __future__ import annotations
 
 import importlib.util
+import json
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from bench.needle import MODEL_DIR
 from bench.needle.prompts import ANSWER_DIGITS, NeedlePrompt, another_question, build_prompt, is_correct
+from bench.vllm import MODEL, LoadPlan
 from bench.vllm_engine import EngineError, run_job
 from flexprefill_fa import FlexPrefillConfig
 from flexprefill_fa.integrations.vllm_config import SECTION
@@ -55,7 +57,24 @@ def prompts(needle_tokenizer) -> dict[str, list[NeedlePrompt]]:
     behind = NeedlePrompt(before.token_ids[:12288] + more.token_ids, more.key, more.answer, more.needles, [])
     together = [build_prompt(needle_tokenizer, tokens, seed=7 * tokens) for tokens in TOGETHER]
     faulty = [build_prompt(needle_tokenizer, 16384, seed=5)]
-    return {"single": single, "again": again, "behind": [behind], "together": together, "faulty": faulty}
+    blind = [hidden_prompt(needle_tokenizer, tokens) for tokens in LENGTHS]
+    return {
+        "single": single,
+        "again": again,
+        "behind": [behind],
+        "together": together,
+        "faulty": faulty,
+        "blind": blind,
+    }
+
+
+def hidden_prompt(tokenizer: Any, tokens: int) -> NeedlePrompt:
+    """A prompt whose asked number stands neither at its start nor within the last 2048 tokens."""
+    for seed in range(1000, 1200):
+        prompt = build_prompt(tokenizer, tokens, seed=seed)
+        if 256 <= prompt.positions[list(prompt.needles).index(prompt.key)] < tokens - 2048:
+            return prompt
+    raise AssertionError(f"no such prompt of {tokens} tokens")
 
 
 def engine(settings: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -113,6 +132,9 @@ def served(request, prompts) -> dict[str, Any]:
 
 def test_the_log_says_what_runs(served) -> None:
     assert "6 of 6 layers run long prefill chunks sparse, " in served["log"]
+    assert ", kernel TRITON, for prefill" in served["log"] or ", kernel FLASH, for prefill" in served["log"]
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert "layers run long prefill chunks sparse, FLASH_ATTN the rest: " in served["log"]
     assert "Using FlashAttention version 3" in served["log"] or torch.cuda.get_device_capability()[0] != 9
     assert "sparse prefill: compiled and ran 3 chunks in" in served["log"], "before the first request"
     assert "sparse prefill so far:" in served["log"], "the density, while it runs"
@@ -188,11 +210,49 @@ def test_the_same_tokens_as_by_transformers(served, by_transformers) -> None:
 
 
 def test_a_blind_selector_gives_wrong_answers(prompts, needle_tokenizer) -> None:
-    """A window of a block sees no needle: right answers would mean that prefill was dense."""
-    result = run_job({"engine": engine(BLIND, enforce_eager=True), "phases": phases(prompts, "single")})
+    """A window of a block does not carry a number that far: right answers would mean that prefill was dense.
+
+    Decoding sees every key, so one lucky answer is allowed.
+    """
+    result = run_job({"engine": engine(BLIND, enforce_eager=True), "phases": phases(prompts, "blind")})
     (found,) = result["phases"]
-    assert not any(right(needle_tokenizer, prompts["single"], found))
+    print({"blind": right(needle_tokenizer, prompts["blind"], found)})
+    assert sum(right(needle_tokenizer, prompts["blind"], found)) <= 1
     assert all(layer["chunks"] == 7 and layer["density"] < 0.1 for layer in layers(found))
+
+
+def test_a_long_prompt_takes_no_memory_that_was_not_counted(tmp_path) -> None:
+    """Two layers of Llama-3.1-8B's shape, whose keys and values of 32K tokens are 128 MiB, in four chunks.
+
+    The memory that vLLM counted for a step holds the buffer for them, which is there from the start; so what a prompt
+    adds is less. New tensors for each chunk would add 4 + 3 + 2 + 1 times a quarter of it to the activations.
+    """
+    length = 32768
+    plan = LoadPlan([length], {"min_prompt_tokens": CHUNK}, 0.05, 1, CHUNK, 2)
+    (tmp_path / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": 2}))
+    # Few requests, or else vLLM counts more for the logits of all of them than a chunk could ever take.
+    few = {"enforce_eager": True, "gpu_memory_utilization": 0.25, "max_num_seqs": 8}
+    arguments = {**plan.engine(str(tmp_path), True), **few}
+    prompt = [1000 + index % 100000 for index in range(length)]
+    phase = {"prompts": [prompt], "max_tokens": 1, "ignore_eos": True}
+    result = run_job({"engine": arguments, "phases": [phase], "memory": True})
+    (before,), (after,) = result["memory"], result["phases"][0]["memory"]
+    print({"before": before, "after": after})
+    for layer in layers(result["phases"][0]):
+        assert (layer["chunks"], layer["failures"]) == (4, 0)
+    assert after["reserved"] - before["reserved"] <= before["activations"]
+
+
+def test_statistics_of_an_engine_in_another_process(prompts, needle_tokenizer, monkeypatch) -> None:
+    """As vLLM runs it by default: what is asked of a worker must travel as a name."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION", raising=False)
+    result = run_job({"engine": engine(SETTINGS, enforce_eager=True), "phases": phases(prompts, "single")})
+    (found,) = result["phases"]
+    assert all(right(needle_tokenizer, prompts["single"], found))
+    assert len(layers(found)) == 6
+    for layer in layers(found):
+        assert (layer["chunks"], layer["failures"], layer["off"]) == (7, 0, False) and layer["density"] < 0.95
 
 
 def test_a_cache_in_fp8_is_served_by_the_parent(prompts, needle_tokenizer) -> None:
@@ -208,7 +268,11 @@ def test_a_cache_in_fp8_is_served_by_the_parent(prompts, needle_tokenizer) -> No
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"gama": 0.9}, "unknown setting 'gama'"), ({"gamma": 2}, "gamma must be in (0, 1], got 2")],
+    [
+        ({"gama": 0.9}, "unknown setting 'gama'"),
+        ({"gamma": 2}, "gamma must be in (0, 1], got 2"),
+        ({"backend": "FLASH", "block_size": 64}, "backend='FLASH' cannot run"),
+    ],
 )
 def test_bad_settings_stop_the_engine_at_its_start(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineError) as caught:
@@ -217,8 +281,6 @@ def test_bad_settings_stop_the_engine_at_its_start(settings: dict[str, Any], mes
 
 
 def test_settings_from_the_environment(prompts, needle_tokenizer, monkeypatch) -> None:
-    import json
-
     monkeypatch.setenv("FLEXPREFILL_FA_VLLM", json.dumps({**SETTINGS, "backend": "TRITON"}))
     arguments = {**engine(enforce_eager=True), "attention_backend": "CUSTOM"}
     result = run_job({"engine": arguments, "phases": phases(prompts, "single")})
