@@ -78,19 +78,20 @@ def _name(row: Row) -> str:
 
 
 def accuracy_tables(rows: Iterable[Row]) -> str:
-    """One table per task: accuracy and density at each length; recall, prefill time and speed-up at the longest."""
+    """One table per task: accuracy and density at each length, recall at the longest, prefill time at both ends."""
     return "\n\n".join(_markdown(table) for table in task_tables(rows))
 
 
 def _markdown(table: TaskTable) -> str:
     longest = table.lengths[-1]
-    header = ["selector", *(_tokens(length) for length in table.lengths)]
-    header += [f"{what} at {_tokens(longest)}" for what in ("recall", "prefill ms", "speed-up")]
+    ends = list(dict.fromkeys((table.lengths[0], longest)))
+    header = ["selector", *(_tokens(length) for length in table.lengths), f"recall at {_tokens(longest)}"]
+    header += [f"prefill at {_tokens(length)}" for length in ends]
     body = []
     for line in table.lines:
-        last = line.by_length.get(longest)
         cells = [_accuracy(line.by_length.get(length), _dense(table, length)) for length in table.lengths]
-        body.append([line.name, *cells, *_ends(last, _dense(table, longest))])
+        times = [_time(line.by_length.get(length), _dense(table, length)) for length in ends]
+        body.append([line.name, *cells, _recall(line.by_length.get(longest)), *times])
     return f"{_caption(table)}\n\n{markdown_table(header, body)}"
 
 
@@ -116,19 +117,25 @@ def is_below(row: Row, dense: Row) -> bool:
     return row["accuracy"] < dense["accuracy"] - MARGIN - 1e-9
 
 
-def _ends(row: Row | None, dense: Row | None) -> list[str]:
-    if row is None:
-        return ["-"] * 3
-    time = row["timing"]["prefill_ms"]
+def _recall(row: Row | None) -> str:
+    if row is None or row["recall"] is None:
+        return "-"
+    return "1" if row["selector"] == DENSE else f"{row['recall']:.3f} ({row['recall_min']:.2f})"
+
+
+def _time(row: Row | None, dense: Row | None) -> str:
+    time = row["timing"]["prefill_ms"] if row else None
     before = dense["timing"]["prefill_ms"] if dense else None
-    recall = "1" if row["selector"] == DENSE else f"{row['recall']:.3f} ({row['recall_min']:.2f})"
-    return [recall, "-" if time is None else f"{time:.1f}", f"{before / time:.2f}x" if before and time else "-"]
+    if time is None:
+        return "-"
+    return f"{time:.1f} ({before / time:.1f}x)" if before else f"{time:.1f}"
 
 
 def _caption(table: TaskTable) -> str:
     rows = table.rows()
     row = rows[0]
     versions = ", ".join(f"{title} {distinct(rows, name)}" for name, title in VERSIONS if distinct(rows, name))
+    measured = " and ".join(sorted({str(row["measured_prompts"]) for row in rows}))
     dates = ", ".join(dict.fromkeys(row["timing"]["date"] for row in rows))
     return (
         f"**{row['task']}** ({row['metric']}), {row['samples']} samples a cell, seed {row['seed']}, "
@@ -136,7 +143,8 @@ def _caption(table: TaskTable) -> str:
         f"Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
         f"Recall as the mean over heads (the worst head). {row['gpu']}, {row['dtype']}, {versions}, "
         f"transformers {distinct(rows, 'transformers')}, lm-eval {distinct(rows, 'lm_eval')}, commit "
-        f"{distinct(rows, 'commit')}, {dates}; prefill time: one prompt, uncompiled model, the median of 5 runs."
+        f"{distinct(rows, 'commit')}, {dates}; prefill time of an uncompiled model on {measured} "
+        "prompts one by one, in ms and against dense, selection included; small models are held up by launches."
     )
 
 

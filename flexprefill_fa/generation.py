@@ -119,7 +119,7 @@ def measure_sparse(
         token_ids, seconds = _timed(model, input_ids, max_new_tokens, progress, "sparse", repeats)
         kept = dict(handle.statistics)
     if recall and kept:
-        with enable_sparse_prefill(model, config, statistics="recall") as handle:
+        with enable_sparse_prefill(model, config, mean_correction=mean_correction, statistics="recall") as handle:
             generate_greedily(model, input_ids, 1, progress, "measuring recall against exact attention")
             kept = dict(handle.statistics)
     layers = tuple(_report(layer, kept[layer]) for layer in sorted(kept))

@@ -16,9 +16,10 @@ from flexprefill_fa.masks.selector import SelectOperator, SelectorConfig
 from flexprefill_fa.mean_correction import correct_by_means, mean_mask, mean_score, with_means
 from flexprefill_fa.validation import torch_version
 
-# Compiled variants per code object: dtypes, head dims, padding forms, batch 1 or more, backends. Beyond the limit
-# fullgraph compilation raises; torch's default of 8 is too few for one process that serves several models.
-_RECOMPILE_LIMIT = 64
+# Compiled variants per code object: settings of selectors, dtypes, head dims, padding forms, batch 1 or more, backends.
+# Beyond the limit fullgraph compilation raises; torch's default of 8 is too few for one process that serves several
+# models, and a sweep over settings has hundreds.
+_RECOMPILE_LIMIT = 1024
 
 # The FLASH kernel's log-sum-exp is in natural logarithms, the Triton kernel's in logarithms to base 2. Before torch
 # 2.13 FlexAttention multiplies both by ln 2.
@@ -290,7 +291,7 @@ def _apart(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def compile_limits() -> Iterator[None]:
     """What every compiled call of ours runs under: room for variants, and equal sizes not taken for the same size."""
     with (
-        torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
+        torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=_RECOMPILE_LIMIT),
         fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]  # added by torch
     ):
         yield

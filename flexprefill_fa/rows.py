@@ -56,6 +56,8 @@ def commit(root: Path = CHECKOUT) -> str:
     if given := os.environ.get("BENCH_COMMIT"):
         return given
     try:
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return "unknown"  # an installed package inside another project's checkout
         head = _git(root, "rev-parse", "--short=10", "HEAD")
         dirty = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *_MEASURED)
     except (OSError, subprocess.CalledProcessError):
@@ -68,7 +70,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def package_version(package: str) -> str | None:
-    """Of an installed package; None where it is missing."""
+    """The installed version of a package, None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -80,6 +82,24 @@ def append(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def drop_unfinished(path: Path) -> None:
+    """Cut off a last line that was not written whole, because its writer was stopped; end a whole one.
+
+    Raises:
+        OSError: if the file cannot be read or written.
+    """
+    data = path.read_bytes()
+    last = data[data.rfind(b"\n") + 1 :]
+    if not last:
+        return
+    try:
+        json.loads(last)
+    except ValueError:
+        path.write_bytes(data[: -len(last)])
+    else:
+        path.write_bytes(data + b"\n")
 
 
 def read(path: Path) -> list[Row]:

@@ -6,6 +6,7 @@ Importing this registers the model class "flexprefill" with lm-eval, for `simple
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from flexprefill_fa.masks import SelectorConfig
 
-_CACHED_PROMPTS = 1024
+_CACHED_PROMPTS = 1024  # of 4 bytes a token
 
 
 _Base: Any = HFLM  # its decorator hides its type
@@ -46,7 +47,8 @@ class FlexPrefillLM(_Base):
         config, mean_correction = selector_config(selector)
         super().__init__(pretrained, **options)
         # Sorting requests by length encodes every prompt once more, and one run asks the same of several selectors.
-        self._encoded = functools.lru_cache(_CACHED_PROMPTS)(super().tok_encode)
+        encode = super().tok_encode
+        self._encoded = functools.lru_cache(_CACHED_PROMPTS)(lambda *text, **more: array("i", encode(*text, **more)))
         self._sparse: SparsePrefill | None = None
         self._densities: list[Tensor] = []
         self.use(config, mean_correction=mean_correction)
@@ -66,7 +68,9 @@ class FlexPrefillLM(_Base):
             self._sparse = enable_sparse_prefill(model, config, mean_correction=mean_correction)
 
     def density(self) -> float:
-        """Kept blocks / causal blocks, the mean over layers, heads and every prompt since `use`; 1 for dense prompts.
+        """Kept blocks / causal blocks of all prompts since `use`; a prompt that ran dense counts as 1.
+
+        The mean over the layers that ran sparse, and their heads.
 
         Raises:
             ValueError: if no prompt was read.
@@ -83,7 +87,7 @@ class FlexPrefillLM(_Base):
         **options: Any,
     ) -> list[int]:
         """As `HFLM.tok_encode`, remembered."""
-        return list(self._encoded(string, add_special_tokens, left_truncate_len, **options))
+        return self._encoded(string, add_special_tokens, left_truncate_len, **options).tolist()
 
     def _model_generate(self, context: Tensor, *arguments: Any, **options: Any) -> Tensor:
         return self._observed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from typer.testing import CliRunner, Result
 
 from bench.needle import MODEL_DIR
 from flexprefill_fa.cli import app
+from flexprefill_fa.evaluation.budget import Sample
 from flexprefill_fa.evaluation.cells import Evaluation
+from flexprefill_fa.evaluation.harness import Tasks
+from flexprefill_fa.evaluation.task_data import token_counter
 from flexprefill_fa.rows import Row, read
 
 LENGTH = 1100  # of which FlexPrefill drops blocks with a min_budget of 128 tokens
@@ -64,12 +68,19 @@ def test_rows_resume_repeat_and_carry_their_conditions(tmp_path: Path, monkeypat
     assert 0.1 < flex["density"] < 0.9 and 0.5 < flex["recall"] < 1 and flex["recall_min"] <= flex["recall"]
     for row in (dense, flex):
         assert row["kind"] == "accuracy" and row["task"] == "needle_single" and row["length"] == LENGTH
-        assert row["samples"] == 2 and row["seed"] == 0 and row["dtype"] == "float32" and not row["mean_correction"]
+        assert (
+            row["limit"] == row["samples"] == 2
+            and row["truncated"] == 0
+            and row["seed"] == 0
+            and row["dtype"] == "float32"
+            and not row["mean_correction"]
+        )
         assert len(row["model_sha256"]) == 64 and row["model"] == MODEL_DIR.name
         assert row["timing"]["prefill_ms"] > 0 and row["prompts_sha256"] == dense["prompts_sha256"]
-        assert {"gpu", "torch", "transformers", "lm_eval", "commit"} <= set(row)
+        assert {"gpu", "torch", "transformers", "lm_eval", "commit", "python", "wonderwords"} <= set(row)
 
     before = out.read_bytes()
+    out.write_bytes(before + b'{"kind": "accu')  # a writer that was stopped
     result = evaluate(out, *both)
     assert result.exit_code == 0 and "already" in result.stderr and out.read_bytes() == before
 
@@ -94,12 +105,15 @@ def test_lm_evals_own_task_runs_sparse(short_model: Path, tmp_path: Path) -> Non
     out = tmp_path / "rows.jsonl"
     result = evaluate(
         out,
-        *("--tasks", "niah_single_1", "--samples", "1", "--lengths", "2048", "--measured-prompts", "0"),
-        *("--selector", "flexprefill:gamma=0.3+min_budget=128"),
+        *("--tasks", "niah_single_1", "--samples", "1", "--lengths", "2048,4096", "--measured-prompts", "0"),
+        *("--selector", "flexprefill:gamma=0.3+min_budget=128", "--json"),
         model=short_model,
     )
-    assert result.exit_code == 0, result.output
-    (row,) = read(out)
+    assert result.exit_code == 2, "4,096 tokens are too many for this model"
+    assert result.stderr.count("length must be at most 2048, the model's position range, got 4096") == 1
+    rows = read(out)  # of what could be asked
+    assert [json.loads(line) for line in result.stdout.splitlines()] == rows and len(rows) == 1
+    row = rows[0]
     assert row["task"] == "niah_single_1" and row["length"] == 2048 and row["metric"] == "2048"
     assert row["density"] < 0.9, "the prompt ran dense"
     assert row["timing"]["prefill_ms"] is None
@@ -139,6 +153,8 @@ def test_mistakes_are_told_in_one_line(short_model: Path, tmp_path: Path) -> Non
     assert_refused(evaluate(out, "--lengths", "60"), "needle_single", "at least", "got 60")
     assert_refused(evaluate(out, "--selector", "flexprefill:alpha=1"), "has no alpha")
     assert_refused(evaluate(out, "--selector", "dense:alpha=1"), "no settings")
+    assert_refused(evaluate(out, "--chat-template"), "chat template")
+    assert_refused(evaluate(out, "--tasks", "openllm"), "openllm", "one by one")
     assert_refused(evaluate(out, "--selector", "flashprefill:mean_correction=2"), "true or false")
     assert_refused(evaluate(out, "--include-path", str(tmp_path / "none")), "no folder")
     assert_refused(evaluate(tmp_path), "is a folder")
@@ -149,3 +165,43 @@ def test_mistakes_are_told_in_one_line(short_model: Path, tmp_path: Path) -> Non
         (empty / name).write_bytes((MODEL_DIR / name).read_bytes())
     assert_refused(evaluate(out, model=empty), "cannot load the model")
     assert read(out) == []
+
+
+def test_a_task_is_drawn_the_same_for_the_same_seed() -> None:
+    """lm-eval's own tasks draw from global random numbers, which anything may have used before."""
+    tasks = Tasks(["niah_single_1"])
+    metadata = {"tokenizer": str(MODEL_DIR), "max_seq_lengths": [2048]}
+
+    def prompts(seed: int) -> list[str]:
+        random.random()
+        return [doc["input"] for doc in list(tasks.load("niah_single_1", metadata, seed).test_docs())[:3]]
+
+    first = prompts(1)
+    assert prompts(1) == first != prompts(2)
+
+
+def test_prompts_of_other_rows_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_model: Path
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    options = ("--selector", "dense", "--measured-prompts", "0", "--samples", "1")
+    assert evaluate(out, *options, model=short_model).exit_code == 0
+    (row,) = read(out)
+    out.write_text(json.dumps(row | {"prompts_sha256": "0" * 64, "selector": "dense"}) + "\n")
+    changed = ("--selector", "vertical_slash:vertical_size=128+slash_size=128")
+    result = evaluate(out, *options, *changed, model=short_model)
+    assert result.exit_code == 2 and "other prompts than its earlier rows" in result.stderr
+
+
+@pytest.mark.parametrize("prefix", ["", "The answer is"])
+def test_a_chat_template_counts_too(prefix: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tokenizer.chat_template = (
+        "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}{% if not loop.last %};{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %};[assistant]{% endif %}"
+    )
+    (tokens,) = token_counter(tokenizer, True)([Sample("What is it?", ("x",), prefix)])
+    start = f" {prefix}" if prefix else ""
+    assert tokens == len(tokenizer(f"[user] What is it?;[assistant]{start}")["input_ids"])

@@ -4,46 +4,44 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 
 from bench.needle.recipes import Needles
-from flexprefill_fa.evaluation.budget import Recipe, fit
+from flexprefill_fa.evaluation.budget import BudgetError, CountTokens, Recipe, Sample, fit
 from flexprefill_fa.evaluation.ruler import RECIPES, Niah, score
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Count = Callable[[list[str]], list[int]]
 
 ALL: dict[str, Recipe] = {**RECIPES, "needle_single": Needles(1), "needle_multikey": Needles(8)}
 
 
-def characters(prompts: list[str]) -> list[int]:
-    return [len(prompt) for prompt in prompts]
+def characters(samples: list[Sample]) -> list[int]:
+    return [len(sample.text) for sample in samples]
 
 
-def pieces(prompts: list[str]) -> list[int]:
+def pieces(samples: list[Sample]) -> list[int]:
     """Words of up to four letters, and every other sign, as a byte-pair tokenizer may cut."""
-    return [len(re.findall(r" ?\w{1,4}|\s|[^\w\s]", prompt)) for prompt in prompts]
+    return [len(re.findall(r" ?\w{1,4}|\s|[^\w\s]", sample.text)) for sample in samples]
 
 
 @pytest.fixture(params=["characters", "pieces", "needle model"])
-def count(request: pytest.FixtureRequest, needle_tokenizer: Tokenizer) -> Count:
-    def tokens(prompts: list[str]) -> list[int]:
-        return [len(encoding.ids) for encoding in needle_tokenizer.encode_batch(prompts)]
+def count(request: pytest.FixtureRequest, needle_tokenizer: Tokenizer) -> CountTokens:
+    def tokens(samples: list[Sample]) -> list[int]:
+        return [len(encoding.ids) for encoding in needle_tokenizer.encode_batch([sample.text for sample in samples])]
 
     return {"characters": characters, "pieces": pieces, "needle model": tokens}[request.param]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_prompt_and_answer_take_exactly_the_budget(name: str, count: Count) -> None:
+def test_prompt_and_answer_take_exactly_the_budget(name: str, count: CountTokens) -> None:
     recipe = ALL[name]
     for length in (8192, 12345):
         for sample, tokens in fit(recipe, count, length, samples=3, seed=1):
-            assert tokens == count([sample.prompt])[0] == length - recipe.new_tokens
+            assert tokens == count([sample])[0] == length - recipe.new_tokens
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -60,7 +58,7 @@ def test_what_is_asked_does_not_depend_on_the_length(name: str) -> None:
 def test_answers_are_in_the_prompt_and_not_given_away(name: str) -> None:
     for sample, _ in fit(ALL[name], pieces, 8192, samples=3, seed=0):
         assert score(sample.prompt, list(sample.outputs)) == 1
-        question = sample.prompt.splitlines()[-1]
+        question = sample.text.splitlines()[-1]
         assert score(question, list(sample.outputs)) == 0
         assert len(set(sample.outputs)) == len(sample.outputs)
 
@@ -74,7 +72,7 @@ def test_needles_lie_anywhere() -> None:
 
 
 def test_a_budget_too_small_names_the_least() -> None:
-    with pytest.raises(ValueError, match=r"length must be at least (\d+) tokens .* got 200") as caught:
+    with pytest.raises(BudgetError, match=r"length must be at least (\d+) tokens .* got 200") as caught:
         fit(RECIPES["niah_single_1"], pieces, 200, samples=1, seed=0)
     least = int(re.findall(r"at least (\d+)", str(caught.value))[0])
     assert fit(RECIPES["niah_single_1"], pieces, least, samples=1, seed=0)

@@ -68,5 +68,7 @@ def test_wheel_holds_the_package_with_integrations_and_nothing_else(tmp_path: Pa
     assert "flexprefill_fa/integrations/__init__.py" in modules
     page = {f"flexprefill_fa/inspection/{name}" for name in ("page.html", "page.css", "heads.js", "overview.js")}
     assert page <= names
+    tasks = {str(path.relative_to(ROOT)) for path in (ROOT / "flexprefill_fa/evaluation/tasks").glob("*.yaml")}
+    assert len(tasks) == 8 and tasks <= names
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"flexprefill_fa"}
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -7,21 +7,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-CountTokens = Callable[[list[str]], list[int]]
-"""Tokens of each prompt, as the model will read it."""
+
+class BudgetError(ValueError):
+    """A length is too short for a task."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Attributes:
+        prompt: up to the question.
+        outputs: the strings that the answer must hold.
+        prefix: how the answer begins; given to the model behind the prompt, or as the start of its turn in a chat.
+    """
+
+    prompt: str
+    outputs: tuple[str, ...]
+    prefix: str = ""
+
+    @property
+    def text(self) -> str:
+        """What a model without a chat template reads."""
+        return f"{self.prompt} {self.prefix}" if self.prefix else self.prompt
+
+
+CountTokens = Callable[[list[Sample]], list[int]]
+"""Tokens of what the model reads of each sample."""
 
 _FILLERS = (" .", " a", "\n", ".", " x1")
 """What fills the last tokens. One of them is a token of its own in nearly every vocabulary."""
 
 _ROUNDS = 30
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question: the whole prompt up to where the answer is due, and the strings that the answer must hold."""
-
-    prompt: str
-    outputs: tuple[str, ...]
 
 
 class Recipe(Protocol):
@@ -57,23 +74,21 @@ def fit(recipe: Recipe, count: CountTokens, length: int, samples: int, seed: int
 
     Args:
         recipe: the task.
-        count: tokens of prompts; called with many at a time, because tokenizers work on them in parallel.
+        count: tokens of samples; called with many at a time, because tokenizers work on them in parallel.
         length: the budget in tokens.
         samples: how many.
         seed: sample i is a function of it and i.
 
     Raises:
-        ValueError: where not even the least haystack fits.
+        BudgetError: where not even the least haystack fits.
     """
     target = length - recipe.new_tokens
 
     def draw(index: int, units: int, filler: str) -> Sample:
         return recipe.draw(units, filler, random.Random(f"{seed}-{index}"), length)
 
-    units = _haystacks(recipe, lambda pairs: count([draw(i, n, "").prompt for i, n in pairs]), target, samples, length)
-    fillers = _fillers(
-        lambda pairs: count([draw(i, units[i], filler).prompt for i, filler in pairs]), target, len(units)
-    )
+    units = _haystacks(recipe, lambda pairs: count([draw(i, n, "") for i, n in pairs]), target, samples, length)
+    fillers = _fillers(lambda pairs: count([draw(i, units[i], filler) for i, filler in pairs]), target, len(units))
     return [(draw(index, units[index], filler), tokens) for index, (filler, tokens) in enumerate(fillers)]
 
 
@@ -85,7 +100,7 @@ def _haystacks(
     low = [(least, tokens) for tokens in measure([(index, least) for index in range(samples)])]
     over = max(tokens for _, tokens in low)
     if over > target:
-        raise ValueError(
+        raise BudgetError(
             f"length must be at least {over + recipe.new_tokens} tokens for this task's shortest prompt and its "
             f"answer, got {length}"
         )

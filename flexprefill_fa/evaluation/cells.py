@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import platform
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,14 +20,21 @@ from rich.console import Console
 from flexprefill_fa import __version__
 from flexprefill_fa.evaluation import ACCURACY_KIND
 from flexprefill_fa.evaluation.harness import Answers, Tasks, ask, has_budget
-from flexprefill_fa.generation import measure_dense, measure_sparse
+from flexprefill_fa.generation import Measurement, measure_dense, measure_sparse
 from flexprefill_fa.integrations.lm_eval import FlexPrefillLM
 from flexprefill_fa.loading import DENSE, UsageError
 from flexprefill_fa.progress import WorkProgress
-from flexprefill_fa.rows import Row, environment
+from flexprefill_fa.rows import Row, environment, package_version
 
-_OUTCOMES = ("metric", "accuracy", "wrong", "prompts_sha256", "density", "recall", "recall_min", "timing")
-"""The fields of a row that are found out; all others are known before, and say whether a cell is done already."""
+_OUTCOMES = (
+    *("metric", "accuracy", "wrong", "samples", "truncated", "prompts_sha256", "density", "recall", "recall_min"),
+    *("timing", "model"),
+)
+"""The fields of a row that are found out, and the model's name; all others say whether a cell is done already."""
+
+_REPEATS = 5  # of each timed prefill
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,17 @@ class Cell:
 
 def model_sha256(folder: str | Path) -> str:
     """SHA-256 of a model's config and weights, file by file."""
+    return _sha256(folder, ("config.json", "*.safetensors", "*.bin"))
+
+
+def tokenizer_sha256(folder: str | Path) -> str:
+    """SHA-256 of the files of a model's tokenizer."""
+    return _sha256(folder, _TOKENIZER_FILES)
+
+
+def _sha256(folder: str | Path, patterns: tuple[str, ...]) -> str:
     found = hashlib.sha256()
-    files = [file for pattern in ("config.json", "*.safetensors", "*.bin") for file in Path(folder).glob(pattern)]
-    for file in sorted(files):
+    for file in sorted({file for pattern in patterns for file in Path(folder).glob(pattern)}):
         found.update(f"{file.name} {file.stat().st_size}\n".encode())
         with file.open("rb") as data:
             while part := data.read(2**24):
@@ -93,68 +109,84 @@ class Evaluation:
         tasks: the tasks to ask.
         plan: how.
         model: what to call the model in rows.
-        sha256: see `model_sha256`.
-
-    Raises:
-        UsageError: for a length beyond the model's position range.
+        folder: where the model is.
     """
 
-    def __init__(self, lm: FlexPrefillLM, tasks: Tasks, plan: EvaluationPlan, model: str, sha256: str):
-        limit = lm.max_length
-        for length in plan.lengths:
-            if length > limit:
-                raise UsageError(f"length must be at most {limit}, the model's position range, got {length}")
+    def __init__(self, lm: FlexPrefillLM, tasks: Tasks, plan: EvaluationPlan, model: str, folder: str | Path):
         self._lm, self._tasks, self._plan = lm, tasks, plan
+        self._folder, self._name = Path(folder).resolve(), model
+        self._asked: dict[tuple[str, int | None], str] = {}  # task and length -> the hash of the prompts
         where = {name: value for name, value in environment(lm.device).items() if name != "date"}
         network: Any = lm.model
         self._conditions: Row = {
             "kind": ACCURACY_KIND,
-            "model": model,
-            "model_sha256": sha256,
+            "model_sha256": model_sha256(folder),
+            "tokenizer_sha256": tokenizer_sha256(folder),
             "dtype": str(network.dtype).removeprefix("torch."),
             "device": lm.device.type,
             **where,
             "transformers": version("transformers"),
             "lm_eval": version("lm_eval"),
             "flexprefill_fa": __version__,
+            # Prompts are made of them: the standard library's text, and words.
+            "python": platform.python_version(),
+            "wonderwords": package_version("wonderwords"),
             "seed": plan.seed,
             "batch_size": lm.batch_size,
             "chat_template": plan.chat_template,
             "measured_prompts": plan.measured_prompts,
         }
 
-    def cells(self, done: Iterable[Row]) -> Iterator[Cell]:
+    def cells(self, done: Iterable[Row], failed: Callable[[str], None]) -> Iterator[Cell]:
         """The cells that `done` has no row for; each task's data is made or read just before its first cell.
 
-        Raises:
-            UsageError: for a task whose data is not there.
+        Args:
+            done: rows of earlier runs.
+            failed: called with a line about a task that cannot be asked (at one length, or at all); others go on.
         """
-        finished = [{key: value for key, value in row.items() if key not in _OUTCOMES} for row in done]
+        finished = []
+        for row in done:
+            finished.append(self._identity(row))
+            if finished[-1] in [self._known(row["task"], row["length"], choice) for choice in self._plan.choices]:
+                self._asked[row["task"], row["length"]] = row["prompts_sha256"]
         for name in self._tasks.names:
             for length in self._plan.lengths:
                 known = [self._known(name, length, choice) for choice in self._plan.choices]
                 alone = [self._known(name, None, choice) for choice in self._plan.choices]
                 if all(row in finished for row in known) or all(row in finished for row in alone):
                     continue
-                task = self._tasks.load(name, self._metadata(length))
-                budget = has_budget(task)
+                try:
+                    task = self._tasks.load(name, self._metadata(length), self._plan.seed)
+                    budget = has_budget(task)
+                    if budget and length > self._lm.max_length:
+                        raise UsageError(
+                            f"task {name}: length must be at most {self._lm.max_length}, the model's position range, "
+                            f"got {length}"
+                        )
+                except UsageError as error:
+                    failed(str(error))
+                    continue
                 for choice, row in zip(self._plan.choices, known if budget else alone, strict=True):
                     if row not in finished:
                         yield Cell(task, length if budget else None, choice, row)
                 if not budget:
                     break
 
+    @staticmethod
+    def _identity(row: Row) -> Row:
+        return {key: value for key, value in row.items() if key not in _OUTCOMES}
+
     def _metadata(self, length: int) -> dict[str, Any]:
         plan = self._plan
         settings = {"samples": plan.samples, "seed": plan.seed, "chat_template": plan.chat_template}
-        return {"tokenizer": self._lm.tokenizer.name_or_path, "max_seq_lengths": [length], **settings}
+        return {"tokenizer": str(self._folder), "max_seq_lengths": [length], **settings}
 
     def _known(self, task: str, length: int | None, choice: Choice) -> Row:
         return {
             **self._conditions,
             "task": task,
             "length": length,
-            "samples": self._plan.samples,
+            "limit": self._plan.samples,
             "selector": choice.name,
             "settings": {} if choice.config is None else dataclasses.asdict(choice.config),
             "mean_correction": choice.mean_correction,
@@ -164,11 +196,14 @@ class Evaluation:
         """Ask the questions of a cell, then measure prefill time and recall on its first prompts.
 
         Raises:
-            UsageError: where sparse prefill refuses the model.
+            UsageError: where sparse prefill refuses the model, or earlier rows of the task were asked other questions.
         """
         start = time.perf_counter()
         try:
             self._lm.use(cell.choice.config, mean_correction=cell.choice.mean_correction)
+        except (TypeError, ValueError) as error:
+            raise UsageError(str(error)) from error
+        try:
             answers = ask(
                 self._lm,
                 self._tasks,
@@ -179,10 +214,14 @@ class Evaluation:
                 self._plan.chat_template,
             )
             density = self._lm.density()
-        except (TypeError, ValueError) as error:
-            raise UsageError(str(error)) from error
         finally:
             self._lm.use(None)
+        asked = self._asked.setdefault((cell.known["task"], cell.length), answers.prompts_sha256)
+        if asked != answers.prompts_sha256:
+            raise UsageError(
+                f"task {cell.known['task']} has other prompts than its earlier rows, whose prompts_sha256 begins with "
+                f"{asked[:10]}: expected the same, got {answers.prompts_sha256[:10]}; use another --out"
+            )
         measured = self._measure(cell.choice, answers)
         recalls = [layer.recall for one in measured for layer in one.layers if layer.recall is not None]
         lowest = [layer.lowest_recall for one in measured for layer in one.layers if layer.lowest_recall is not None]
@@ -193,33 +232,39 @@ class Evaluation:
             "seconds": round(time.perf_counter() - start, 1),
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }
-        return cell.known | {
-            "metric": answers.metric,
-            "accuracy": round(answers.value, 5),
-            "wrong": answers.wrong,
-            "prompts_sha256": answers.prompts_sha256,
-            "density": round(density, 5),
-            # A prompt that ran dense keeps everything.
-            "recall": round(statistics.fmean(recalls), 5) if recalls else 1.0,
-            "recall_min": round(min(lowest), 5) if lowest else 1.0,
-            "timing": timing,
-        }
+        return (
+            {"model": self._name}
+            | cell.known
+            | {
+                "metric": answers.metric,
+                "accuracy": round(answers.value, 5),
+                "samples": answers.samples,
+                "wrong": answers.wrong,
+                "truncated": answers.truncated,
+                "prompts_sha256": answers.prompts_sha256,
+                "density": round(density, 5),
+                # A prompt that ran dense keeps everything.
+                "recall": (round(statistics.fmean(recalls), 5) if recalls else 1.0) if measured else None,
+                "recall_min": (round(min(lowest), 5) if lowest else 1.0) if measured else None,
+                "timing": timing,
+            }
+        )
 
-    def _measure(self, choice: Choice, answers: Answers) -> list[Any]:
+    def _measure(self, choice: Choice, answers: Answers) -> list[Measurement]:
+        """Prefill time and recall of the first prompts; none where memory does not suffice for exact attention."""
         quiet = WorkProgress(Console(quiet=True, force_terminal=False))
         model: Any = self._lm.model
         found = []
         for prompt in answers.first_prompts[: self._plan.measured_prompts]:
-            ids = torch.tensor([self._lm.tok_encode(prompt)], device=self._lm.device)
-            if choice.config is None:
-                found.append(measure_dense(model, ids, 1, quiet, repeats=5))
-            else:
-                correction = choice.mean_correction
-                found.append(
-                    measure_sparse(
-                        model, ids, choice.config, 1, quiet, mean_correction=correction, repeats=5, recall=True
-                    )
-                )
+            ids = torch.tensor([prompt], device=self._lm.device)
+            try:
+                if choice.config is None:
+                    found.append(measure_dense(model, ids, 1, quiet, repeats=_REPEATS))
+                else:
+                    options: dict[str, Any] = {"mean_correction": choice.mean_correction, "repeats": _REPEATS}
+                    found.append(measure_sparse(model, ids, choice.config, 1, quiet, recall=True, **options))
+            except torch.OutOfMemoryError:
+                return []
         return found
 
 

@@ -26,7 +26,7 @@ from flexprefill_fa.loading import (
 )
 from flexprefill_fa.masks import get_selector
 from flexprefill_fa.progress import WorkProgress
-from flexprefill_fa.rows import Row, append, read
+from flexprefill_fa.rows import Row, append, drop_unfinished, read
 
 _COLUMNS = ("task", "tokens", "selector", "settings", "accuracy", "density", "recall", "prefill ms")
 
@@ -68,15 +68,22 @@ def evaluate(
 ) -> None:
     """Measure the task accuracy of a local model with dense and with sparse prefill, by lm-evaluation-harness.
 
-    Rows are kept as they are finished: the same command goes on where it was stopped.
+    Rows are kept as they are finished: the same command goes on where it was stopped. Exits with 2 if a task could not
+    be asked; the others are.
     """
     console = Console(file=sys.stderr, highlight=False)  # this stderr, whatever is redirected meanwhile
     rows: list[Row] = []
+    failures: list[str] = []
+
+    def failed(line: str) -> None:
+        failures.append(line)
+        typer.echo(f"error: {line}", err=True)
+
     with one_line_errors():
         from flexprefill_fa.evaluation.harness import Tasks, require_lm_eval
 
         require_lm_eval()
-        choices = [selector_config(spec) for spec in (selector or ["dense", "flexprefill"])]
+        choices = dict.fromkeys(selector_config(spec) for spec in (selector or ["dense", "flexprefill"]))
         numbers = _lengths(lengths)
         where, precision = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
@@ -86,7 +93,9 @@ def evaluate(
             found = Tasks([name.strip() for name in tasks.split(",")], include_path or (), data_dir)
         with progress.task("loading the model"):
             network, tokenizer = load_model(model, precision, where)
-        from flexprefill_fa.evaluation.cells import Choice, Evaluation, EvaluationPlan, count_cells, model_sha256
+        if chat_template and not tokenizer.chat_template:
+            raise UsageError(f"--chat-template needs a tokenizer with a chat template, that of {model} has none")
+        from flexprefill_fa.evaluation.cells import Choice, Evaluation, EvaluationPlan, count_cells
         from flexprefill_fa.integrations.lm_eval import FlexPrefillLM
 
         plan = EvaluationPlan(
@@ -98,11 +107,12 @@ def evaluate(
             measured_prompts=measured_prompts,
         )
         lm = FlexPrefillLM(network, "dense", tokenizer=tokenizer, batch_size=batch_size)
-        evaluation = Evaluation(lm, found, plan, _model_name(model), model_sha256(model))
+        with progress.task("reading the weights for their hash"):
+            evaluation = Evaluation(lm, found, plan, _model_name(model), model)
         before = read(out)
         try:
             with progress.task(f"{', '.join(found.names)}", count_cells(plan, found)) as advance:
-                for cell in evaluation.cells(before):
+                for cell in evaluation.cells(before, failed):
                     row = evaluation.run(cell)
                     append(out, row)
                     rows.append(row)
@@ -120,8 +130,10 @@ def evaluate(
             raise UsageError(f"{first_line(error)} ({len(rows)} new rows are kept in {out})") from error
     if rows:
         (console if as_json else Console(highlight=False)).print(_table(rows))
-    else:
+    elif not failures:
         console.print(f"every row of this plan is in {out} already", markup=False)
+    if failures:
+        raise typer.Exit(2)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -139,6 +151,7 @@ def _check_writable(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8"):
             pass
+        drop_unfinished(out)
         read(out)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot add rows to {out}: {first_line(error)}") from error
@@ -165,12 +178,12 @@ def _line(row: Row) -> str:
 
 def _table(rows: list[Row]) -> Table:
     first = rows[0]
-    table = Table(title=f"{first['model']}, {first['gpu']}, {first['dtype']}, {first['samples']} samples a row")
+    table = Table(title=f"{first['model']}, {first['gpu']}, {first['dtype']}, at most {first['limit']} samples a row")
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name in ("task", "selector", "settings") else "right")
     for row in rows:
         length, prefill = row["length"], row["timing"]["prefill_ms"]
-        numbers = [f"{row[name]:.3f}" for name in ("accuracy", "density", "recall")]
+        numbers = ["-" if row[name] is None else f"{row[name]:.3f}" for name in ("accuracy", "density", "recall")]
         cells = [row["task"], "-" if length is None else str(length), row["selector"], _settings(row), *numbers]
         table.add_row(*cells, "-" if prefill is None else f"{prefill:.1f}")
     return table

@@ -6,18 +6,26 @@ import hashlib
 import io
 import logging
 import os
+import random
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
+from flexprefill_fa.evaluation.budget import BudgetError
 from flexprefill_fa.evaluation.task_data import takes_budget
 from flexprefill_fa.loading import UsageError, first_line
 from flexprefill_fa.rows import CHECKOUT
 
 if TYPE_CHECKING:
     from flexprefill_fa.integrations.lm_eval import FlexPrefillLM
+
+_GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "description"}
+"""What a group may say without changing its tasks."""
 
 _OWN_TASKS = Path(__file__).parent / "tasks"
 _NEEDLE_TASKS = CHECKOUT / "bench" / "needle" / "tasks"
@@ -47,17 +55,19 @@ class Answers:
         metric: the task's first metric, or that of the length.
         value: its value.
         samples: how many questions there were.
-        wrong: the indices of questions with a score below 1; None where questions have no score of their own.
+        wrong: the indices of questions with a score below 1; None where scores are not 0, 1 or a share between them.
+        truncated: prompts that were too long for the model, of which lm-eval left out the beginning.
         prompts_sha256: of all prompts, in order.
-        first_prompts: the first few prompts, as the model read them.
+        first_prompts: the tokens of the first few prompts, as the model read them.
     """
 
     metric: str
     value: float
     samples: int
     wrong: list[int] | None
+    truncated: int
     prompts_sha256: str
-    first_prompts: list[str] = field(repr=False)
+    first_prompts: list[list[int]] = field(repr=False)
 
 
 class Tasks:
@@ -82,7 +92,8 @@ class Tasks:
         for folder in (*include, *(() if data_dir is None else (data_dir,))):
             if not folder.is_dir():
                 raise UsageError(f"no folder at {folder}")
-        folders: list[str | Path] = [folder for folder in (_OWN_TASKS, _NEEDLE_TASKS, *include) if folder.is_dir()]
+        mine = (_OWN_TASKS, _NEEDLE_TASKS, *(folder.resolve() for folder in include))
+        folders: list[str | Path] = [folder for folder in mine if folder.is_dir()]
         self._data_dir = data_dir
         # A task gets what this holds when it is loaded: building the index for each length would take 10 s each.
         self._metadata: dict[str, Any] = {"max_seq_lengths": []}
@@ -103,39 +114,47 @@ class Tasks:
         if entry.kind is Kind.TAG:
             return sorted(entry.tags)
         if entry.kind is Kind.GROUP:
-            children = (entry.cfg or {}).get("task", [])
-            return [
-                leaf for child in children for leaf in self._leaves(child if isinstance(child, str) else child["task"])
-            ]
+            group = entry.cfg or {}
+            children = group.get("task", [])
+            if set(group) - _GROUP_KEYS or not all(isinstance(child, str) for child in children):
+                raise UsageError(
+                    f"group {name} changes the settings of its tasks, which this command does not follow: "
+                    "name its tasks one by one"
+                )
+            return [leaf for child in children for leaf in self._leaves(child)]
         return [name]
 
     def _own_files(self) -> Iterator[Path]:
         for folder in (_OWN_TASKS, _NEEDLE_TASKS):
             yield from folder.glob("*.yaml")
 
-    def load(self, name: str, metadata: dict[str, Any]) -> Any:
-        """A task with its data.
+    def load(self, name: str, metadata: dict[str, Any], seed: int = 0) -> Any:
+        """A task with its data, the same for the same seed.
 
         Args:
             name: one of `names`.
             metadata: for tasks that make their own prompts, see `task_data.dataset`.
+            seed: lm-eval's own tasks draw their prompts with Python's and numpy's global random numbers.
 
         Raises:
             UsageError: saying which task lacks which data.
         """
         self._metadata.update(metadata)
+        _seed_everything(f"{seed} {name} {metadata.get('max_seq_lengths')}")
         try:
             with _working_in(self._data_dir), _without_bars():
                 loaded = self.manager.load([self._spec(name)])
-        except UsageError:
-            raise
-        except ValueError as error:
-            if "length must be" in str(error):
-                raise UsageError(f"task {name}: {first_line(error)}") from error
+        except BudgetError as error:
+            raise UsageError(f"task {name}: {first_line(error)}") from error
+        except OSError as error:  # as hubs and `datasets` say that something is not there
             raise UsageError(self._data_problem(name, error)) from error
-        except Exception as error:  # datasets, hubs and task files raise nearly anything
-            raise UsageError(self._data_problem(name, error)) from error
-        return loaded["tasks"][name]
+        except Exception as error:  # task files raise nearly anything
+            what = f"task {name} cannot be loaded: {type(error).__name__}: {first_line(error)}"
+            raise UsageError(what) from error
+        task = loaded["tasks"][name]
+        if task.OUTPUT_TYPE == "loglikelihood_rolling" or not all((task.higher_is_better() or {}).values()):
+            raise UsageError(f"task {name} has a metric where less is better; rows hold metrics where more is better")
+        return task
 
     def _spec(self, name: str) -> Any:
         """A task's name; or its whole config where lm-eval gives features to `datasets` in a form it does not take."""
@@ -161,9 +180,19 @@ class Tasks:
     def _data_problem(self, name: str, error: Exception) -> str:
         wanted = self._config(name).get("dataset_path") or "what its task file names"
         return (
-            f"task {name} cannot be loaded. It needs data: {wanted}. {first_line(error)}. Where the network is closed, "
+            f"task {name} needs data that is not here: {wanted} ({first_line(error)}). Where the network is closed, "
             f"fetch it elsewhere (hf download --repo-type dataset NAME --local-dir DATA/NAME) and give --data-dir DATA"
         )
+
+
+def _seed_everything(text: str) -> None:
+    """Seed the global random numbers, and those that lm-eval's RULER keeps in a module."""
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+    random.seed(seed)
+    numpy.random.seed(seed)
+    kept = getattr(sys.modules.get("lm_eval.tasks.ruler.cwe_utils"), "RNG", None)
+    if kept is not None:
+        kept.seed(seed)
 
 
 @contextmanager
@@ -180,8 +209,8 @@ def _working_in(folder: Path | None) -> Iterator[None]:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """lm-eval draws a bar for each step of each task on stderr; one bar for the whole run is enough."""
-    with redirect_stderr(io.StringIO()):
+    """lm-eval draws a bar for each step of each task, and some tasks print; one bar for the whole run is enough."""
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
         yield
 
 
@@ -207,37 +236,53 @@ def ask(
     import lm_eval
 
     simple_evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its type
-    with _without_bars():
-        results: Any = simple_evaluate(
-            model=lm,
-            tasks=[task],
-            task_manager=tasks.manager,
-            limit=samples,
-            bootstrap_iters=0,
-            apply_chat_template=chat_template,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+    generates = task.OUTPUT_TYPE == "generate_until"
+    batch = lm.batch_size_per_gpu
+    try:
+        if not generates:
+            lm.batch_size_per_gpu = 1  # lm-eval pads such batches on the right, without a mask
+        with _without_bars():
+            results: Any = simple_evaluate(
+                model=lm,
+                tasks=[task],
+                task_manager=tasks.manager,
+                limit=samples,
+                bootstrap_iters=0,
+                apply_chat_template=chat_template,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+    finally:
+        lm.batch_size_per_gpu = batch
     name = task.config.task
-    metric, value = _metric(results["results"][name], length)
-    asked = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+    logged = results["samples"][name]
+    chosen = logged[0]["filter"]  # tasks may read an answer in several ways: the first counts
+    asked = sorted((sample for sample in logged if sample["filter"] == chosen), key=lambda sample: sample["doc_id"])
+    metric, value = _metric(results["results"][name], chosen, length)
     prompts = [sample["arguments"][0][0] for sample in asked]
+    room = lm.max_length - (task.config.generation_kwargs.get("max_gen_toks", lm.max_gen_toks) if generates else 0)
+    encoded = [lm.tok_encode(prompt) for prompt in prompts]
     scores = [sample.get(metric) for sample in asked]
-    known = all(isinstance(score, (int, float)) for score in scores)
+    shares = all(isinstance(score, (int, float)) and 0 <= score <= 1 for score in scores)
     return Answers(
         metric=metric,
         value=value,
         samples=len(asked),
-        wrong=[sample["doc_id"] for sample, score in zip(asked, scores, strict=True) if score < 1] if known else None,
+        wrong=[sample["doc_id"] for sample, score in zip(asked, scores, strict=True) if score < 1] if shares else None,
+        truncated=sum(len(ids) > room for ids in encoded),
         prompts_sha256=hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
-        first_prompts=prompts[:8],
+        first_prompts=[ids[-room:] for ids in encoded[:8]],
     )
 
 
-def _metric(results: dict[str, Any], length: int | None) -> tuple[str, float]:
+def _metric(results: dict[str, Any], chosen: str, length: int | None) -> tuple[str, float]:
     """lm-eval's RULER tasks have a metric for each length, others name theirs."""
-    values = {key.partition(",")[0]: value for key, value in results.items() if "," in key and "stderr" not in key}
+    values = {}
+    for key, value in results.items():
+        name, comma, filtered = key.partition(",")
+        if comma and filtered == chosen and not name.endswith("_stderr"):
+            values[name] = value
     name = str(length) if str(length) in values else next(iter(values))
     return name, float(values[name])

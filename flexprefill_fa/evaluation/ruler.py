@@ -13,8 +13,8 @@ import random
 import re
 import string
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 
 from flexprefill_fa.evaluation.budget import Recipe, Sample
@@ -96,10 +96,10 @@ class Niah:
         about = f"{some} special magic {kind} {verb} hidden within the following text. Make sure to memorize it."
         prompt = (
             f"{about} I will quiz you about the {kind} afterwards.{filler}\n{context}\n"
-            f"{what} the special magic {kind} for {query} mentioned in the provided text? "
-            f"The special magic {kind} for {query} mentioned in the provided text {verb}"
+            f"{what} the special magic {kind} for {query} mentioned in the provided text?"
         )
-        return Sample(prompt, tuple(chain.from_iterable(hidden[key] for key in asked)))
+        prefix = f"The special magic {kind} for {query} mentioned in the provided text {verb}"
+        return Sample(prompt, tuple(chain.from_iterable(hidden[key] for key in asked)), prefix)
 
     def _needle(self, key: str, value: str) -> str:
         return f"One of the special magic {self.values} for {key} is: {value}."
@@ -145,11 +145,11 @@ class VariableTracking:
 
     def draw(self, units: int, filler: str, rng: random.Random, length: int) -> Sample:
         """As `Recipe.draw`; units are lines of noise."""
-        example, solved = self._question(15, "", rng, letters=3)
-        question, names = self._question(units, filler, rng, letters=5)
-        return Sample(f"{example} {' '.join(solved)}\n\n{question}", tuple(names))
+        example = self._question(15, "", rng, letters=3)
+        asked = self._question(units, filler, rng, letters=5)
+        return replace(asked, prompt=f"{example.text} {' '.join(example.outputs)}\n\n{asked.prompt}")
 
-    def _question(self, units: int, filler: str, rng: random.Random, letters: int) -> tuple[str, list[str]]:
+    def _question(self, units: int, filler: str, rng: random.Random, letters: int) -> Sample:
         names: list[str] = []
         while len(names) < self.chains * (self.hops + 1):
             name = "".join(rng.choices(string.ascii_uppercase, k=letters))
@@ -166,13 +166,15 @@ class VariableTracking:
             for place, link in zip(sorted(_spread(rng, units, len(links)))[::-1], links[::-1], strict=True):
                 lines.insert(place, link)
         context = "\n".join(lines)
-        return (
+        prompt = (
             f"Memorize and track the chain(s) of variable assignment hidden in the following text.{filler}\n\n"
-            f"{context}\nQuestion: Find all variables that are assigned the value {asked} in the text above. "
-            f"Answer: According to the chain(s) of variable assignment in the text above, {self.hops + 1} variables "
-            f"are assgined the value {asked}, they are:",  # the spelling is RULER's
-            names[: self.hops + 1],
+            f"{context}\nQuestion: Find all variables that are assigned the value {asked} in the text above."
         )
+        prefix = (
+            f"Answer: According to the chain(s) of variable assignment in the text above, {self.hops + 1} variables "
+            f"are assgined the value {asked}, they are:"  # the spelling is RULER's
+        )
+        return Sample(prompt, tuple(names[: self.hops + 1]), prefix)
 
 
 @dataclass(frozen=True)
@@ -181,33 +183,33 @@ class CommonWords:
 
     new_tokens: int = 120
     least_units: int = 1
-    _common = 10
+    common: int = 10
 
     def draw(self, units: int, filler: str, rng: random.Random, length: int) -> Sample:
         """As `Recipe.draw`; units are uncommon words. Prompts below 4,096 tokens have RULER's smaller numbers."""
         small = length < 4096
-        example, solved = self._question("", rng, *((20, 3, 1) if small else (40, 10, 3)))
-        question, common = self._question(filler, rng, self._common + units, *((6, 1) if small else (30, 3)))
-        return Sample(f"{example} {_numbered(solved)}\n{question}", tuple(common))
+        example = self._question("", rng, *((20, 3, 1) if small else (40, 10, 3)))
+        asked = self._question(filler, rng, self.common + units, *((6, 1) if small else (30, 3)))
+        return replace(asked, prompt=f"{example.text} {_numbered(example.outputs)}\n{asked.prompt}")
 
-    def _question(self, filler: str, rng: random.Random, words: int, often: int, seldom: int) -> tuple[str, list[str]]:
+    def _question(self, filler: str, rng: random.Random, words: int, often: int, seldom: int) -> Sample:
         known = list(_words("noun", "adjective", "verb"))
         rng.shuffle(known)
         while len(known) < words:  # long lists need more words than there are: pairs then
             known.append(_word_pair(rng))
-        common, uncommon = known[: self._common], known[self._common : words]
+        common, uncommon = known[: self.common], known[self.common : words]
         listed = common * often + uncommon * seldom
         rng.shuffle(listed)
-        return (
+        prompt = (
             "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones "
             f"that appear most often.{filler}\n{_numbered(listed)}\n"
-            f"Question: What are the {self._common} most common words in the above list? "
-            f"Answer: The top {self._common} words that appear most often in the list are:",
-            common,
+            f"Question: What are the {self.common} most common words in the above list?"
         )
+        prefix = f"Answer: The top {self.common} words that appear most often in the list are:"
+        return Sample(prompt, tuple(common), prefix)
 
 
-def _numbered(words: list[str]) -> str:
+def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
 
 
@@ -233,10 +235,10 @@ class FrequentWords:
         prompt = (
             "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
             f"appeared coded words.{filler} {' '.join(text)}\nQuestion: Do not provide any explanation. Please ignore "
-            "the dots '....'. What are the three most frequently appeared words in the above coded text? Answer: "
-            "According to the coded text above, the three most frequently appeared words are:"
+            "the dots '....'. What are the three most frequently appeared words in the above coded text?"
         )
-        return Sample(prompt, tuple(coded[1:4]))
+        prefix = "Answer: According to the coded text above, the three most frequently appeared words are:"
+        return Sample(prompt, tuple(coded[1:4]), prefix)
 
 
 RECIPES: dict[str, Recipe] = {

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flexprefill_fa.evaluation.budget import CountTokens, Recipe, fit
+from flexprefill_fa.evaluation.budget import CountTokens, Recipe, Sample, fit
 from flexprefill_fa.evaluation.ruler import score
 
 METRIC = "string_match"
@@ -34,7 +33,8 @@ def dataset(
         chat_template: whether prompts will be put into the tokenizer's chat template, whose tokens count too.
 
     Raises:
-        ValueError: without a tokenizer, or where a length is too short for the task.
+        ValueError: without a tokenizer.
+        BudgetError: where a length is too short for the task.
     """
     import datasets
 
@@ -50,6 +50,7 @@ def dataset(
         {
             "index": index,
             "input": sample.prompt,
+            "gen_prefix": sample.prefix,
             "outputs": list(sample.outputs),
             "max_length": length,
             "prompt_tokens": tokens,
@@ -66,23 +67,30 @@ def data_of(recipe: Recipe) -> Callable[..., dict[str, Any]]:
     def build(**metadata: Any) -> dict[str, Any]:
         return dataset(recipe, **metadata)
 
+    build.__module__ = __name__
     return build
 
 
 def token_counter(tokenizer: Any, chat_template: bool) -> CountTokens:
     """Counts tokens as the harness will encode prompts: special tokens included, each once."""
 
-    def count(prompts: list[str]) -> list[int]:
-        options: dict[str, Any] = {}
-        if chat_template:
-            turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            prompts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            bos = getattr(tokenizer, "bos_token", None)
-            if bos and prompts[0].startswith(bos):
-                options["add_special_tokens"] = False
-        return [len(ids) for ids in tokenizer(prompts, **options)["input_ids"]]
+    def count(samples: list[Sample]) -> list[int]:
+        if not chat_template:
+            return [len(ids) for ids in tokenizer([sample.text for sample in samples])["input_ids"]]
+        texts = [_chat(tokenizer, sample) for sample in samples]
+        bos = getattr(tokenizer, "bos_token", None)
+        options = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
+        return [len(ids) for ids in tokenizer(texts, **options)["input_ids"]]
 
     return count
+
+
+def _chat(tokenizer: Any, sample: Sample) -> str:
+    turns = [{"role": "user", "content": sample.prompt}]
+    if not sample.prefix:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    turns.append({"role": "assistant", "content": sample.prefix})
+    return tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -92,6 +100,4 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]
 
 def takes_budget(function: Any) -> bool:
     """Whether a task's `custom_dataset` makes its prompts to a length: ours do, and lm-eval's own RULER tasks."""
-    return callable(function) and any(
-        kind.kind is inspect.Parameter.VAR_KEYWORD for kind in inspect.signature(function).parameters.values()
-    )
+    return getattr(function, "__module__", "").startswith((__name__, "lm_eval.tasks.ruler."))
