@@ -20,6 +20,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
+    from vllm_stubs import FakeVllm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,6 +41,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def vllm() -> Iterator[FakeVllm]:
+    """Stand-ins for vLLM's modules, with our backend imported over them."""
+    from vllm_stubs import fake_vllm
+
+    with fake_vllm() as fake:
+        yield fake
 
 
 @pytest.fixture(scope="session")

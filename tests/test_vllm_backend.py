@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,18 +22,11 @@ from vllm_stubs import (
     ParentImpl,
     ParentMetadata,
     engine_config,
-    fake_vllm,
     log_lines,
 )
 
 from flexprefill_fa.integrations.vllm_plan import SparseStep
 from flexprefill_fa.selection import BlockSelection
-
-
-@pytest.fixture
-def vllm() -> Iterator[FakeVllm]:
-    with fake_vllm() as fake:
-        yield fake
 
 
 def kept_of(batch: PagedBatch, request: int, attended: list[BlockSelection]) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,12 +25,6 @@ from vllm_stubs import (
 
 from flexprefill_fa.integrations.vllm import register, statistics
 from flexprefill_fa.integrations.vllm_plan import SparseStep
-
-
-@pytest.fixture
-def vllm() -> Iterator[FakeVllm]:
-    with fake_vllm() as fake:
-        yield fake
 
 
 def test_the_class_for_a_layer(vllm: FakeVllm) -> None:

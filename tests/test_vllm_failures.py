@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,18 +14,11 @@ from vllm_stubs import (
     ParentBuilder,
     ParentMetadata,
     engine_config,
-    fake_vllm,
     log_lines,
 )
 
 from flexprefill_fa.integrations.vllm import statistics
 from flexprefill_fa.integrations.vllm_plan import SparseStep
-
-
-@pytest.fixture
-def vllm() -> Iterator[FakeVllm]:
-    with fake_vllm() as fake:
-        yield fake
 
 
 def statistics_of(layer: Any) -> dict[str, Any]:
