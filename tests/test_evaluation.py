@@ -205,3 +205,17 @@ def test_a_chat_template_counts_too(prefix: str) -> None:
     (tokens,) = token_counter(tokenizer, True)([Sample("What is it?", ("x",), prefix)])
     start = f" {prefix}" if prefix else ""
     assert tokens == len(tokenizer(f"[user] What is it?;[assistant]{start}")["input_ids"])
+
+
+def test_what_lm_eval_asks_takes_exactly_the_budget() -> None:
+    """The task files agree with the recipes about prompts and the room for answers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tasks = Tasks(["offline_ruler", "needle"])
+    assert len(tasks.names) == 10
+    for name in tasks.names:
+        task = tasks.load(name, {"tokenizer": str(MODEL_DIR), "max_seq_lengths": [6000], "samples": 1})
+        task.build_all_requests(limit=1, rank=0, world_size=1)
+        prompt = task.instances[0].args[0]
+        assert len(tokenizer(prompt)["input_ids"]) + task.config.generation_kwargs["max_gen_toks"] == 6000, name
