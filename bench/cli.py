@@ -24,12 +24,13 @@ from bench.render import README, render_readme
 from bench.report import calibration_table, one_line, result_table
 from bench.spec import check_backends, parse_lengths, parse_list, parse_numbers, parse_selector
 from bench.synthetic import block_count
-from bench.terminal import one_line_errors, open_console
+from bench.terminal import one_line_errors
 from bench.tune import best_tiles, tuning_rows
 from bench.vllm_cli import vllm
 from flexprefill_fa.backends import flash_problem
 from flexprefill_fa.loading import UsageError, first_line, require_kernels, resolve_device, resolve_dtype
 from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.reporting import open_console
 from flexprefill_fa.rows import Row, append, read
 
 app = typer.Typer(

@@ -14,9 +14,10 @@ from bench.paths import RESULTS
 from bench.quality import BACKEND, SWEEP, QualityPlan, quality_rows
 from bench.quality_tables import quality_line, quality_summary
 from bench.spec import check_backends, parse_layers, parse_lengths, parse_list, parse_selector
-from bench.terminal import one_line_errors, open_console
+from bench.terminal import one_line_errors
 from flexprefill_fa.loading import UsageError, first_line, require_kernels, resolve_device, resolve_dtype
 from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.reporting import open_console
 from flexprefill_fa.rows import Row, append
 
 

@@ -1,23 +1,13 @@
-"""What the benchmark commands share: tables wide enough for a log, mistakes told in one line."""
+"""What the benchmark commands share: mistakes told in one line."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from rich.console import Console
 
 from flexprefill_fa.loading import UsageError, first_line
-
-_LOG_WIDTH = 140  # of the table where there is no terminal
-
-
-def open_console(*, stderr: bool) -> Console:
-    """A console on stdout or stderr."""
-    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else _LOG_WIDTH
-    return Console(stderr=stderr, highlight=False, width=wide)
 
 
 @contextmanager

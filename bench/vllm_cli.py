@@ -12,11 +12,12 @@ import typer
 
 from bench.paths import RESULTS
 from bench.spec import parse_lengths
-from bench.terminal import one_line_errors, open_console
+from bench.terminal import one_line_errors
 from bench.vllm import LoadPlan, load_rows
 from bench.vllm_engine import EngineError
 from bench.vllm_tables import vllm_tables
 from flexprefill_fa.loading import UsageError, first_line
+from flexprefill_fa.reporting import open_console
 from flexprefill_fa.rows import Row, append
 
 

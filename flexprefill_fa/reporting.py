@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +17,15 @@ from flexprefill_fa import __version__
 
 if TYPE_CHECKING:
     from flexprefill_fa.generation import Measurement
+
+
+_LOG_WIDTH = 140  # of the table where there is no terminal
+
+
+def open_console(*, stderr: bool) -> Console:
+    """A console on stdout or stderr."""
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else _LOG_WIDTH
+    return Console(stderr=stderr, highlight=False, width=wide)
 
 
 def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from flexprefill_fa.loading import (
 )
 from flexprefill_fa.masks import get_selector
 from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.reporting import open_console
 from flexprefill_fa.rows import Row, append, drop_unfinished, read
 
 _COLUMNS = ("task", "tokens", "selector", "settings", "accuracy", "density", "recall", "prefill ms")
@@ -129,7 +130,7 @@ def evaluate(
         except torch.OutOfMemoryError as error:
             raise UsageError(f"{first_line(error)} ({len(rows)} new rows are kept in {out})") from error
     if rows:
-        (console if as_json else Console(highlight=False)).print(_table(rows))
+        open_console(stderr=as_json).print(_table(rows))
     elif not failures:
         console.print(f"every row of this plan is in {out} already", markup=False)
     if failures:
