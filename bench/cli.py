@@ -17,6 +17,7 @@ from bench.attention import LengthBenchmark, Plan
 from bench.fit import fit_rates
 from bench.inputs import WORKLOADS
 from bench.paths import RESULTS
+from bench.peers_cli import peers
 from bench.planning import check_memory, head_shape, make_plan
 from bench.quality_cli import quality
 from bench.render import README, render_readme
@@ -116,6 +117,7 @@ def attention(
 
 
 app.command()(quality)
+app.command()(peers)
 
 
 @app.command()
