@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -16,19 +16,18 @@ from bench import calibrate as calibration
 from bench.attention import LengthBenchmark, Plan
 from bench.fit import fit_rates
 from bench.inputs import WORKLOADS
-from bench.memory import free_bytes, needed_bytes, shortage
-from bench.needle.capture import model_config
 from bench.paths import RESULTS
+from bench.peers_cli import peers
+from bench.planning import check_memory, head_shape, make_plan
 from bench.quality_cli import quality
 from bench.render import README, render_readme
 from bench.report import calibration_table, one_line, result_table
-from bench.spec import check_backends, parse_lengths, parse_list, parse_numbers, parse_selector
+from bench.spec import parse_lengths, parse_list, parse_numbers, parse_selector
 from bench.synthetic import block_count
 from bench.terminal import one_line_errors
 from bench.tune import best_tiles, tuning_rows
 from bench.vllm_cli import vllm
-from flexprefill_fa.backends import flash_problem
-from flexprefill_fa.loading import UsageError, first_line, require_kernels, resolve_device, resolve_dtype
+from flexprefill_fa.loading import UsageError, first_line, resolve_dtype
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.reporting import open_console
 from flexprefill_fa.rows import Row, append, read
@@ -41,7 +40,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_HEADS = (32, 8, 128)  # query heads, kv heads, head_dim
 _LENGTHS = "4096,8192,16384,32768,65536,131072,262144"
 
 
@@ -79,11 +77,11 @@ def attention(
     """
     console = open_console(stderr=True)
     with one_line_errors():
-        plan = _plan(
+        plan = make_plan(
             configs=[] if density else [parse_selector(spec) for spec in parse_list("selectors", selectors)],
             densities=parse_numbers("density", density, 1) if density else [],
             backends=backends,
-            shape=_shape(workload, layer, heads, kv_heads, head_dim),
+            shape=head_shape(workload, layer, heads, kv_heads, head_dim),
             batch=batch,
             dtype=dtype,
             workload=workload,
@@ -98,7 +96,7 @@ def attention(
         wanted = parse_lengths(lengths)
         for length, share in itertools.product(wanted, plan.densities):
             block_count(length, share)
-        _enough_memory(plan, wanted)
+        check_memory(plan, wanted)
     rows: list[Row] = []
     skipped = False
     for length in wanted:
@@ -122,6 +120,7 @@ def attention(
 
 app.command()(quality)
 app.command()(vllm)
+app.command()(peers)
 
 
 @app.command()
@@ -216,84 +215,6 @@ def render(
     draw_attention(RESULTS)
     draw_quality(RESULTS)
     draw_accuracy(RESULTS)
-
-
-def _shape(
-    workload: str, layer: int, heads: int | None, kv_heads: int | None, head_dim: int | None
-) -> tuple[int, int, int]:
-    """Query heads, kv heads and head_dim of a workload."""
-    if workload not in WORKLOADS:
-        raise UsageError(f"workload must be one of {', '.join(WORKLOADS)}, got {workload!r}")
-    if workload == "needle":
-        if (heads, kv_heads, head_dim) != (None, None, None):
-            raise UsageError("the needle model has its own heads, kv-heads and head-dim: leave those options out")
-        config = model_config()
-        if layer >= config["num_hidden_layers"]:
-            raise UsageError(f"layer must be in [0, {config['num_hidden_layers']}), got {layer}")
-        return config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-    found = (heads or _HEADS[0], kv_heads or _HEADS[1], head_dim or _HEADS[2])
-    if found[0] % found[1]:
-        raise UsageError(f"heads must be a multiple of kv-heads, got {found[0]} and {found[1]}")
-    if found[2] % 16:
-        raise UsageError(f"head-dim must be a multiple of 16, got {found[2]}")
-    return found
-
-
-def _plan(
-    *,
-    backends: str | None,
-    shape: tuple[int, int, int],
-    dtype: str,
-    workload: str,
-    device: str,
-    configs: list[Any],
-    densities: list[float],
-    **rest: Any,
-) -> Plan:
-    """The plan of a command line, checked before any work."""
-    where, precision = resolve_device(device), resolve_dtype(dtype)
-    if precision is None:
-        raise UsageError("dtype must be bfloat16, float16 or float32, got 'auto'")
-    heads, kv_heads, head_dim = shape
-    require_kernels(where)
-    listed = parse_list("backends", backends) if backends else _backends_of(where, precision, head_dim)
-    check_backends(listed, precision, head_dim, [config.block_size for config in configs] or [128], where)
-    return Plan(
-        configs=configs,
-        densities=densities,
-        backends=listed,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=precision,
-        workload=workload,
-        device=where,
-        **rest,
-    )
-
-
-def _backends_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """What there is to measure: FLASH only where it runs."""
-    if device.type == "cpu":
-        return ["auto", "CPU"]
-    problem = flash_problem(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), 128)
-    if problem is None:
-        return ["auto", "FLASH", "TRITON"]
-    typer.echo(f"without FLASH: {problem}", err=True)
-    return ["auto", "TRITON"]
-
-
-def _enough_memory(plan: Plan, lengths: list[int]) -> None:
-    """Before anything runs.
-
-    Raises:
-        UsageError: naming the first length for which memory is short, with the bytes needed and free.
-    """
-    for length in lengths:
-        needed = needed_bytes(length, plan.batch, plan.heads, plan.kv_heads, plan.head_dim, plan.dtype, plan.device)
-        problem = shortage(needed, free_bytes(plan.device))
-        if problem:
-            raise UsageError(f"{length} tokens: {problem}")
 
 
 def _measure(plan: Plan, length: int, console: Console) -> Iterator[Row]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.accuracy_tables import accuracy_tables, task_tables
 from bench.paths import ROOT
+from bench.peer_tables import peer_tables
 from bench.quality_points import quality_groups
 from bench.quality_tables import correction_tables, selector_tables
 from bench.tables import attention_tables, demo_table, density_tables, groups
@@ -58,6 +59,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "quality-plot": _quality_plot,
     "mean-correction": lambda results: correction_tables(read(results / "quality.jsonl")),
     "vllm": lambda results: vllm_tables(read(results / "vllm.jsonl")),
+    "peers": lambda results: peer_tables(read(results / "peers.jsonl")),
     "demo": lambda results: demo_table(read(results / "demo.jsonl")),
 }
 """Markdown by the name of its markers, from the folder of result rows; empty where there are no rows for it."""

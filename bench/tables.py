@@ -91,7 +91,7 @@ def _attention_table(dense: list[Row], selected: list[Row]) -> str:
         cells += [_correction(by_backend.get(name, {})) for name in corrected]
         cells.append(_auto(by_backend.get("auto"), yardstick))
         lines.append(cells)
-    return f"{_caption(dense + selected, _selector(selected[0]))}\n\n{markdown_table(header, lines)}"
+    return f"{caption(dense + selected, _selector(selected[0]))}\n\n{markdown_table(header, lines)}"
 
 
 def _density_table(dense: list[Row], selected: list[Row]) -> str:
@@ -105,7 +105,7 @@ def _density_table(dense: list[Row], selected: list[Row]) -> str:
         cells += [number(row.get("tflops"), ".0f"), number(row.get("share_of_dense_tflops"), ".0%")]
         lines.append([*cells, _times(row.get("speedup_best_dense"))])
     what = "random blocks of an exact density, attention alone, without a selection"
-    return f"{_caption(dense + selected, what)}\n\n{markdown_table(header, lines)}"
+    return f"{caption(dense + selected, what)}\n\n{markdown_table(header, lines)}"
 
 
 def demo_table(rows: Sequence[Row]) -> str:
@@ -137,7 +137,7 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _caption(rows: Sequence[Row], what: str) -> str:
+def caption(rows: Sequence[Row], what: str) -> str:
     """Conditions of a table's rows; where they differ, each is named."""
     row = rows[0]
     workload = _WORKLOADS[row["workload"]].format(layer=row.get("layer"))

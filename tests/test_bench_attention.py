@@ -156,7 +156,7 @@ def test_mistakes_are_one_line_before_any_work(
 
 
 def test_too_little_memory_is_said_with_both_numbers(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.cli.free_bytes", lambda _: 3 * 2**30)
+    monkeypatch.setattr("bench.planning.free_bytes", lambda _: 3 * 2**30)
     result = run("--lengths", "1048576", "--device", "cpu", "--out", str(out))
     assert result.exit_code == 2
     assert "error: 1048576 tokens: it needs about " in result.stderr

@@ -1,0 +1,138 @@
+"""`python -m bench peers`: this package beside other implementations of the same methods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from bench.attention import Plan
+from bench.inputs import WORKLOADS
+from bench.paths import RESULTS
+from bench.peer_rows import PeerBenchmark
+from bench.peer_tables import peer_line, peer_tables
+from bench.peers import SELECTORS, Peer, find_peers, importable
+from bench.planning import check_memory, head_shape, make_plan
+from bench.spec import parse_lengths, parse_list, parse_selector
+from bench.terminal import one_line_errors
+from flexprefill_fa.loading import UsageError, first_line
+from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.reporting import open_console
+from flexprefill_fa.rows import Row, append
+
+
+def peers(
+    package: Annotated[
+        Path | None, typer.Option(help="Folder with another implementation's Python package; its code is run.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "4096,16384,65536",
+    selectors: Annotated[
+        str, typer.Option(help="Comma-separated; name or name:field=value+field=value. Peers get the same settings.")
+    ] = "flexprefill,flashprefill",
+    backends: Annotated[
+        str | None, typer.Option(help="Default: auto and what the device has of FLASH, TRITON and CPU.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Query heads, 32 by default.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads, 8 by default.")] = None,
+    head_dim: Annotated[int | None, typer.Option(min=16, help="128 by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    workload: Annotated[str, typer.Option(help=f"One of {', '.join(WORKLOADS)}.")] = WORKLOADS[0],
+    layer: Annotated[int, typer.Option(min=0, help="Of the needle model, for that workload.")] = 2,
+    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each time.")] = 20,
+    seconds: Annotated[float, typer.Option(min=0, help="Fewer repeats where they would take longer.")] = 5.0,
+    out: Annotated[Path, typer.Option(help="JSON lines; rows are added.")] = RESULTS / "peers.jsonl",
+    as_json: Annotated[bool, typer.Option("--json", help="Print each row on stdout too, the table on stderr.")] = False,
+) -> None:
+    """Time the published functions of another implementation beside this package's selectors, on the same inputs.
+
+    Finds `flex_prefill_attention` and `flash_prefill` by name in the modules under --package. Without a folder, only
+    this package and dense attention are measured. Exits with 1 if an output of this package was wrong and with 2 if
+    a peer or something else could not run.
+    """
+    console = open_console(stderr=True)
+
+    def note(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
+    with one_line_errors():
+        plan = make_plan(
+            configs=[parse_selector(spec) for spec in parse_list("selectors", selectors)],
+            densities=[],
+            backends=backends,
+            shape=head_shape(workload, layer, heads, kv_heads, head_dim),
+            batch=1,
+            dtype=dtype,
+            workload=workload,
+            layer=layer,
+            device=device,
+            seed=seed,
+            repeats=repeats,
+            seconds=seconds,
+            dense=True,
+        )
+        wanted = parse_lengths(lengths)
+        check_memory(plan, wanted)
+    found = _look_for_peers(package, note)
+    rows: list[Row] = []
+    failed = package is not None and not found
+    with importable(package, found) if package is not None else nullcontext():
+        for length in wanted:
+            try:
+                for row in _measure(plan, length, note, package, found):
+                    rows.append(row)
+                    append(out, row)
+                    note(peer_line(row))
+                    if as_json:
+                        typer.echo(json.dumps(row))
+            except (UsageError, torch.AcceleratorError) as error:  # the latter after a peer broke the CUDA context
+                note(f"error: {length} tokens: {first_line(error)}")
+                failed = True
+    if rows:
+        typer.echo(peer_tables(rows), err=as_json)
+    if any("error" in row and row["path"] != "peer" for row in rows):
+        raise typer.Exit(1)
+    if failed or any("error" in row for row in rows):
+        raise typer.Exit(2)
+
+
+def _look_for_peers(package: Path | None, note: Callable[[str], None]) -> list[Peer]:
+    """The peers under a folder; says what was found, and what is missing."""
+    alone = "this package and dense attention are measured alone"
+    if package is None:
+        note(f"no --package folder with another implementation: {alone}")
+        return []
+    if not package.is_dir():
+        note(f"error: there is no folder {package}: {alone}")
+        return []
+    found = find_peers(package)
+    if not found:
+        note(f"error: no module in {package} defines {' or '.join(SELECTORS)}: {alone}")
+    for peer in found:
+        others = f"; also in {', '.join(str(file) for file in peer.also)}" if peer.also else ""
+        note(f"{peer.function}: {peer.module} ({peer.file}){others}")
+    return found
+
+
+def _measure(
+    plan: Plan, length: int, note: Callable[[str], None], folder: Path | None, found: list[Peer]
+) -> Iterator[Row]:
+    """The rows of one length.
+
+    Raises:
+        UsageError: if memory is short.
+    """
+    try:
+        with WorkProgress().task(f"{length} tokens", plan.steps()) as advance:
+            for row in PeerBenchmark(plan, length, note, folder, found).rows():
+                yield row
+                if advance is not None and row["path"] != "peer":
+                    advance()
+    except torch.OutOfMemoryError as error:
+        raise UsageError(first_line(error)) from error

@@ -1,0 +1,242 @@
+"""The names under which FlexPrefill was published, on this package's attention.
+
+The names, arguments and layouts are those of the code released with Lai et al., ICLR 2025 (arXiv 2502.20766); what
+is selected is `FlexPrefillConfig(variant="published")`. New code is better off with `sparse_prefill_attention` and
+`enable_sparse_prefill`, which also take padding, choose dense attention where it is faster and report statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+from torch.nn import Module
+
+from flexprefill_fa.attention import sparse_prefill_attention
+from flexprefill_fa.backends import resolve_backend
+from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, StreamingLLMConfig, VerticalSlashConfig
+from flexprefill_fa.selection import BlockSelection
+
+if TYPE_CHECKING:
+    from flexprefill_fa.integrations.transformers import SparsePrefill
+
+__all__ = ["flex_prefill_attention", "patch_model"]
+
+
+def flex_prefill_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma: float,
+    tau: float = 0,
+    min_budget: int | None = None,
+    max_budget: int | None = None,
+    gqa_interleave: bool = False,
+    softmax_scale: float | None = None,
+    block_size: int = 128,
+    return_computational_ratio: bool = False,
+) -> Any:
+    """Causal attention over the blocks that FlexPrefill keeps, on tensors whose heads come after the tokens.
+
+    Prompts longer than max(2 * block_size, min_budget in whole blocks) always run sparse, whatever would be faster.
+
+    Args:
+        q: `[B, L, Hq, D]`, fp32, bf16 or fp16; the released code takes B = 1 only. Fewer queries than keys are the
+            last positions of the keys.
+        k, v: `[B, Lkv, Hkv, D]`, Hq a multiple of Hkv.
+        gamma: share of the attention probability to cover, in (0, 1].
+        tau: Jensen-Shannon distance below which a head is query-aware, in [0, 1]; 0 makes every head vertical-slash.
+        min_budget: tokens that every query row keeps at least; None means one block.
+        max_budget: tokens that a row keeps at most, None for no limit; at least max(min_budget, 3 * block_size).
+        gqa_interleave: which kv head query head h reads: h % Hkv if True, else h // (Hq // Hkv).
+        softmax_scale: score scale for selection and attention, default 1/sqrt(D).
+        block_size: tokens per block, 64 or 128.
+        return_computational_ratio: also return kept blocks / (query blocks * key blocks), the mean over batch and
+            heads. Dense causal attention comes to (nb + 1) / (2 nb), about a half, and not to 1 as with
+            `BlockSelection.density`. Reading it waits for the GPU.
+
+    Returns:
+        `[B, L, Hq, D]`, contiguous, heads in the order of q; or (that, float).
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, or inputs that require grad.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor [B, L, H, D], got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape [B, L, H, D], got {list(tensor.shape)}")
+    for name, flag in (
+        ("gqa_interleave", gqa_interleave),
+        ("return_computational_ratio", return_computational_ratio),
+    ):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")
+    config = _flexprefill(gamma, tau, min_budget, max_budget, block_size)
+    query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    kv_heads = key.shape[1]
+    if gqa_interleave:
+        if kv_heads == 0 or query.shape[1] % kv_heads:
+            raise ValueError(f"query heads must be a multiple of key heads, got {query.shape[1]} and {kv_heads}")
+        query = _swap_head_axes(query, -1, kv_heads)
+    selects = query.shape[2] > 1 and key.shape[2] > config.dense_tokens
+    found = sparse_prefill_attention(
+        query,
+        key,
+        value,
+        config,
+        scale=softmax_scale,
+        # A named backend keeps the cost model out: the published function is sparse wherever it selects.
+        backend=resolve_backend("auto", query, block_size) if selects else "auto",
+        return_selection=return_computational_ratio,
+    )
+    out: Tensor = found[0] if return_computational_ratio else found
+    if gqa_interleave:
+        out = _swap_head_axes(out, kv_heads, -1)
+    out = out.transpose(1, 2).contiguous()
+    return (out, _computational_ratio(found[1])) if return_computational_ratio else out
+
+
+def _flexprefill(
+    gamma: float, tau: float, min_budget: int | None, max_budget: int | None, block_size: int
+) -> FlexPrefillConfig:
+    least = block_size if min_budget is None else min_budget
+    return FlexPrefillConfig(gamma, tau, least, max_budget, block_size, "published")
+
+
+def _swap_head_axes(x: Tensor, outer: int, inner: int) -> Tensor:
+    """Reorder heads `[B, outer * inner, L, D]` from index o * inner + i to i * outer + o.
+
+    Interleaved query heads are g * Hkv + h for kv head h; the attention wants h * groups + g.
+    """
+    return x.unflatten(1, (outer, inner)).transpose(1, 2).flatten(1, 2)
+
+
+def _computational_ratio(selection: BlockSelection) -> float:
+    grid = selection.grid
+    return selection.kept_blocks().double().mean().item() / (grid.q_blocks * grid.kv_blocks)
+
+
+def _patched_flexprefill(given: Mapping[str, Any]) -> FlexPrefillConfig:
+    published = FlexPrefillConfig()
+    return _flexprefill(
+        given.get("flex_prefill_gamma", published.gamma),
+        given.get("flex_prefill_tau", published.tau),
+        given.get("flex_prefill_min_budget", published.min_budget),
+        given.get("flex_prefill_max_budget", published.max_budget),
+        given.get("block_size", published.block_size),
+    )
+
+
+def _renamed(kind: Callable[..., SelectorConfig], names: Mapping[str, str]) -> Callable[..., SelectorConfig]:
+    """What makes a config from a dict whose keys have other names than its fields; keys left out keep the default."""
+    return lambda given: kind(**{field: given[key] for key, field in names.items() if key in given})
+
+
+_FLEX_PREFILL_KEYS = (
+    "block_size",
+    "flex_prefill_gamma",
+    "flex_prefill_tau",
+    "flex_prefill_min_budget",
+    "flex_prefill_max_budget",
+)
+_STREAMING_LLM_KEYS = {
+    "block_size": "block_size",
+    "streaming_llm_sink": "sink",
+    "streaming_llm_window": "window",
+}
+_VERTICAL_SLASH_KEYS = {
+    "block_size": "block_size",
+    "vertical_slash_vertical_size": "vertical_size",
+    "vertical_slash_slash_size": "slash_size",
+}
+
+_PATTERNS: dict[str, tuple[tuple[str, ...], Callable[..., SelectorConfig | None]]] = {
+    "default": ((), lambda _: None),
+    "flex_prefill": (_FLEX_PREFILL_KEYS, _patched_flexprefill),
+    "streaming_llm": (tuple(_STREAMING_LLM_KEYS), _renamed(StreamingLLMConfig, _STREAMING_LLM_KEYS)),
+    "vertical_slash": (tuple(_VERTICAL_SLASH_KEYS), _renamed(VerticalSlashConfig, _VERTICAL_SLASH_KEYS)),
+}
+"""Pattern -> its keys, and what makes the selector's config of them."""
+
+_KEYS = tuple(dict.fromkeys(key for keys, _ in _PATTERNS.values() for key in keys))
+
+_REPLACED = {
+    "flash": (
+        "use pattern 'default', which gives the model its own dense attention back, or "
+        "model.set_attn_implementation('flash_attention_2')"
+    ),
+    "minfer": (
+        "use pattern 'vertical_slash' for its vertical-slash heads with fixed budgets, or 'flex_prefill', which "
+        "chooses each head's pattern by itself"
+    ),
+}
+_VLLM_REPLACEMENT = (
+    "patch_model cannot patch a vLLM engine: make it with this package's attention backend instead, "
+    'LLM(model, attention_backend="CUSTOM", additional_config={"sparse_prefill": {"gamma": 0.95}})'
+)
+
+_handles: WeakKeyDictionary[Module, SparsePrefill] = WeakKeyDictionary()
+
+
+def patch_model(model: Any, pattern: str, config: Mapping[str, Any] | None = None) -> Any:
+    """Switch a transformers model's prefill to a pattern, or with "default" back to its own dense attention.
+
+    A later call takes the place of an earlier one. Nothing is patched: the attention goes through transformers'
+    interface, see `enable_sparse_prefill`. Decode steps, and prompts of which the pattern keeps every block, are dense.
+
+    Args:
+        model: a decoder-only transformers model whose attention goes through the attention interface.
+        pattern: "default", "flex_prefill", "streaming_llm" or "vertical_slash".
+        config: settings by the published keys; each pattern reads its own, and those of other patterns may stay.
+            All but "default" read block_size (tokens, 64 or 128).
+            flex_prefill: flex_prefill_gamma, flex_prefill_tau, flex_prefill_min_budget and flex_prefill_max_budget
+            (tokens; a min_budget of None means one block).
+            streaming_llm: streaming_llm_sink, streaming_llm_window (tokens).
+            vertical_slash: vertical_slash_vertical_size, vertical_slash_slash_size (tokens, 8192 each).
+            The keys of these two follow the published manner and are this package's own. A key that is left out has
+            the default of `FlexPrefillConfig`, `StreamingLLMConfig` or `VerticalSlashConfig`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: for an unknown pattern or key, a value out of range, or a model that cannot be served.
+        TypeError: for what is no transformers model, config that is no mapping, or a value of the wrong type. vLLM
+            engines and the patterns "flash" and "minfer" get an error that names the replacement.
+        ImportError: without transformers.
+    """
+    if any(kind.__module__.partition(".")[0] == "vllm" for kind in type(model).__mro__):
+        raise TypeError(_VLLM_REPLACEMENT)
+    chosen = _pattern_config(pattern, config)
+    from flexprefill_fa.integrations.hf_plan import check_model
+    from flexprefill_fa.integrations.transformers import NAME, enable_sparse_prefill
+
+    check_model(model)
+    before = _handles.get(model)
+    if chosen is not None:
+        _handles[model] = enable_sparse_prefill(model, chosen)
+    if before is not None:
+        before.disable()
+    if chosen is None:
+        _handles.pop(model, None)
+        if model.config._attn_implementation == NAME:  # by its own doing: sparse with default settings
+            _handles[model] = enable_sparse_prefill(model, lambda layer: None)
+    return model
+
+
+def _pattern_config(pattern: object, config: Mapping[str, Any] | None) -> SelectorConfig | None:
+    """The selector of a pattern and its settings, None for dense attention."""
+    if pattern in _REPLACED:
+        raise ValueError(f"pattern {pattern!r} is not here: {_REPLACED[str(pattern)]}")
+    if pattern not in _PATTERNS:
+        raise ValueError(f"pattern must be one of {', '.join(_PATTERNS)}, got {pattern!r}")
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(f"config must be a mapping such as a dict, got {type(config).__name__}")
+    given = dict(config or {})
+    unknown = [str(key) for key in given if key not in _KEYS]
+    if unknown:
+        raise ValueError(f"unknown key {', '.join(unknown)} in config, expected of {', '.join(_KEYS)}")
+    return _PATTERNS[str(pattern)][1](given)
