@@ -141,11 +141,13 @@ class Evaluation:
         """The cells that `done` has no row for; each task's data is made or read just before its first cell.
 
         Args:
-            done: rows of earlier runs.
+            done: rows of earlier runs; those of other kinds do not count.
             failed: called with a line about a task that cannot be asked (at one length, or at all); others go on.
         """
         finished = []
         for row in done:
+            if row["kind"] != ACCURACY_KIND:
+                continue
             finished.append(self._identity(row))
             if finished[-1] in [self._known(row["task"], row["length"], choice) for choice in self._plan.choices]:
                 self._asked[row["task"], row["length"]] = row["prompts_sha256"]
