@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.tables import VERSIONS, distinct, markdown_table
-from flexprefill_fa import get_selector
 from flexprefill_fa.evaluation import ACCURACY_KIND
 from flexprefill_fa.loading import DENSE
+from flexprefill_fa.reporting import changed_settings
 from flexprefill_fa.rows import Row, latest
 
 MARGIN = 0.02
@@ -69,10 +68,7 @@ def _table_of(rows: Sequence[Row]) -> TaskTable:
 
 def _name(row: Row) -> str:
     """The selector and the settings that are not its usual ones."""
-    if row["selector"] == DENSE:
-        return DENSE
-    usual = dataclasses.asdict(get_selector(row["selector"])())
-    told = [f"{name} {value}" for name, value in row["settings"].items() if value != usual[name]]
+    told = [f"{name} {value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
     told += ["mean correction"] if row["mean_correction"] else []
     return ", ".join([row["selector"], *told])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.table import Table
 from bench.quality_points import KNOBS, Family, at_density, families, labels, quality_groups
 from bench.report import number
 from bench.tables import conditions, markdown_table
-from flexprefill_fa import get_selector
+from flexprefill_fa.reporting import changed_settings
 from flexprefill_fa.rows import Row
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
@@ -150,8 +149,7 @@ def _caption(group: Sequence[Row]) -> str:
 
 def quality_line(row: Row) -> str:
     """A row for a log."""
-    usual = dataclasses.asdict(get_selector(row["selector"])())
-    told = {name: value for name, value in row["settings"].items() if value != usual[name]}
+    told = changed_settings(row["selector"], row["settings"])
     told |= {name: row["settings"][name] for name in KNOBS.get(row["selector"], ())}
     who = f"{row['length']} tokens, layer {row['layer']}, {row['selector']} {_assignments(told)}"
     corrected = ", mean-corrected" if row["mean_correction"] else ""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flexprefill_fa.backends import resolve_backend
-from flexprefill_fa.loading import UsageError, make_config, selector_spec
+from flexprefill_fa.loading import UsageError, make_config, selector_spec, token_count
 
 
 def parse_list(option: str, text: str) -> list[str]:
@@ -33,12 +33,7 @@ def parse_lengths(text: str) -> list[int]:
     Raises:
         UsageError: for anything but whole numbers from 1.
     """
-    lengths = []
-    for item in parse_list("lengths", text):
-        if not item.isdecimal() or int(item) < 1:
-            raise UsageError(f"lengths must be whole numbers of tokens from 1, such as 4096,8192, got {item!r}")
-        lengths.append(int(item))
-    return sorted(lengths)
+    return sorted(token_count(item) for item in parse_list("lengths", text))
 
 
 def parse_layers(text: str | None, layers: int) -> list[int]:

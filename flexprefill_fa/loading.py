@@ -37,13 +37,19 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a mistake of the user in the body into one line on stderr and exit status 2."""
+def one_line_errors(
+    mistakes: tuple[type[Exception], ...] = (UsageError, torch.OutOfMemoryError),
+) -> Iterator[None]:
+    """Turn a mistake of the user in the body into one line on stderr and exit status 2.
+
+    Args:
+        mistakes: the exceptions that are such.
+    """
     import typer
 
     try:
         yield
-    except (UsageError, torch.OutOfMemoryError) as error:
+    except mistakes as error:
         typer.echo(f"error: {first_line(error)}", err=True)
         raise typer.Exit(2) from error
 
@@ -176,6 +182,17 @@ def load_model(
     except Exception as error:
         raise UsageError(f"cannot load the model in {path}: {first_line(error)}") from error
     return model, tokenizer
+
+
+def token_count(text: str) -> int:
+    """One of a list of prompt lengths.
+
+    Raises:
+        UsageError: for anything but a whole number from 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"lengths must be whole numbers of tokens from 1, such as 4096,8192, got {text!r}")
+    return int(text)
 
 
 def selector_spec(spec: str) -> tuple[str, dict[str, Any]]:

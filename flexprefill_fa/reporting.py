@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexprefill_fa import __version__
+from flexprefill_fa.masks import get_selector
 
 if TYPE_CHECKING:
     from flexprefill_fa.generation import Measurement
@@ -62,6 +63,12 @@ def inspection_facts(model: str, prompt_file: str, config: Any, conditions: dict
         "dtype": conditions["dtype"],
         **{name: conditions[name] for name in ("torch", "transformers", "flexprefill_fa")},
     }
+
+
+def changed_settings(selector: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a row's settings that are not the selector's usual ones."""
+    usual = dataclasses.asdict(get_selector(selector)()) if settings else {}
+    return {name: value for name, value in settings.items() if value != usual[name]}
 
 
 def measurement_fields(measurement: Measurement) -> dict[str, Any]:

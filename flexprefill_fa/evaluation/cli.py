@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from flexprefill_fa.loading import (
-    DENSE,
     UsageError,
     first_line,
     load_model,
@@ -23,10 +21,10 @@ from flexprefill_fa.loading import (
     resolve_device,
     resolve_dtype,
     selector_config,
+    token_count,
 )
-from flexprefill_fa.masks import get_selector
 from flexprefill_fa.progress import WorkProgress
-from flexprefill_fa.reporting import open_console
+from flexprefill_fa.reporting import changed_settings, open_console
 from flexprefill_fa.rows import Row, append, drop_unfinished, read
 
 _COLUMNS = ("task", "tokens", "selector", "settings", "accuracy", "density", "recall", "prefill ms")
@@ -85,10 +83,10 @@ def evaluate(
 
         require_lm_eval()
         choices = dict.fromkeys(selector_config(spec) for spec in (selector or ["dense", "flexprefill"]))
-        numbers = _lengths(lengths)
+        numbers = tuple(sorted({token_count(item.strip()) for item in lengths.split(",")}))
         where, precision = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
-        _check_writable(out)
+        before = _rows_before(out)
         progress = WorkProgress(console)
         with progress.task("finding tasks"):
             found = Tasks([name.strip() for name in tasks.split(",")], include_path or (), data_dir)
@@ -110,7 +108,6 @@ def evaluate(
         lm = FlexPrefillLM(network, "dense", tokenizer=tokenizer, batch_size=batch_size)
         with progress.task("reading the weights for their hash"):
             evaluation = Evaluation(lm, found, plan, _model_name(model), model)
-        before = read(out)
         try:
             with progress.task(f"{', '.join(found.names)}", count_cells(plan, found)) as advance:
                 for cell in evaluation.cells(before, failed):
@@ -137,15 +134,8 @@ def evaluate(
         raise typer.Exit(2)
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    items = [item.strip() for item in text.split(",")]
-    for item in items:
-        if not item.isdecimal() or int(item) < 1:
-            raise UsageError(f"lengths must be whole numbers of tokens from 1, such as 4096,8192, got {item!r}")
-    return tuple(sorted({int(item) for item in items}))
-
-
-def _check_writable(out: Path) -> None:
+def _rows_before(out: Path) -> list[Row]:
+    """The rows that are in a file already; makes it, and shows that rows can be added, before anything is measured."""
     if out.is_dir():
         raise UsageError(f"--out must be a file of JSON lines, {out} is a folder")
     try:
@@ -153,7 +143,7 @@ def _check_writable(out: Path) -> None:
         with out.open("a", encoding="utf-8"):
             pass
         drop_unfinished(out)
-        read(out)
+        return read(out)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot add rows to {out}: {first_line(error)}") from error
 
@@ -166,8 +156,7 @@ def _model_name(path: str) -> str:
 
 def _settings(row: Row) -> str:
     """The settings that are not the selector's usual ones."""
-    usual = {} if row["selector"] == DENSE else dataclasses.asdict(get_selector(row["selector"])())
-    shown = [f"{name}={value}" for name, value in row["settings"].items() if value != usual[name]]
+    shown = [f"{name}={value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
     return " ".join([*shown, *(["mean_correction"] if row["mean_correction"] else [])])
 
 
