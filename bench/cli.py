@@ -25,6 +25,7 @@ from bench.report import calibration_table, one_line, result_table
 from bench.spec import parse_lengths, parse_list, parse_numbers, parse_selector
 from bench.synthetic import block_count
 from bench.terminal import one_line_errors
+from bench.ttft_cli import ttft
 from bench.tune import best_tiles, tuning_rows
 from bench.vllm_cli import vllm
 from flexprefill_fa.loading import UsageError, first_line, resolve_dtype
@@ -119,6 +120,7 @@ def attention(
 
 
 app.command()(quality)
+app.command()(ttft)
 app.command()(vllm)
 app.command()(peers)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.check import SAMPLED_ROWS
+from bench.shapes import head_dim
 
 _OUTPUTS = 4  # of dense, of sparse, one more while a graph holds its own, and what a kernel makes beside it
 
@@ -25,6 +27,31 @@ def needed_bytes(
     if device.type == "cpu":  # the plain reference selects: fp32 scores of 128 queries, keys for every head
         needed += heads * length * 4 * (5 * 128 + 2 * head_dim)
     return needed
+
+
+def prefill_bytes(config: Any, length: int, chunk: int | None, dtype: torch.dtype, ranks: int = 1) -> int:
+    """An estimate of what a model's prefill of `length` tokens takes on each rank, weights and cache included.
+
+    Args:
+        config: transformers config of a dense decoder.
+        length: tokens of the prompt.
+        chunk: tokens of it at a time, None for all.
+        dtype: of weights and activations.
+        ranks: that share the model.
+    """
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, head_dim(config)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    layer = 3 * hidden * inner + 2 * hidden * dim * (heads + kv_heads)
+    tables = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    weights = config.num_hidden_layers * layer // ranks + tables
+    cache = 2 * config.num_hidden_layers * kv_heads * dim * length // ranks
+    at_once = length if chunk is None else min(chunk, length)
+    feed_forward = 4 * inner // ranks
+    attention = (4 * heads + 4 * kv_heads) * dim // ranks
+    activations = at_once * (4 * hidden + max(feed_forward, attention)) + 4 * cache // config.num_hidden_layers
+    blocks = -(-length // 128) * -(-at_once // 128)
+    lists = 6 * 4 * (heads // ranks) * blocks  # a selection, its stand-in, and block scores
+    return (weights + cache + activations) * dtype.itemsize + lists
 
 
 def free_bytes(device: torch.device) -> int:

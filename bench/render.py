@@ -12,6 +12,7 @@ from bench.peer_tables import peer_tables
 from bench.quality_points import quality_groups
 from bench.quality_tables import correction_tables, selector_tables
 from bench.tables import attention_tables, demo_table, density_tables, groups
+from bench.ttft_tables import ttft_tables
 from bench.vllm_tables import vllm_tables
 from flexprefill_fa.rows import read
 
@@ -58,6 +59,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "quality": lambda results: selector_tables(read(results / "quality.jsonl")),
     "quality-plot": _quality_plot,
     "mean-correction": lambda results: correction_tables(read(results / "quality.jsonl")),
+    "ttft": lambda results: ttft_tables(read(results / "ttft.jsonl"), read(results / "quality.jsonl")),
     "vllm": lambda results: vllm_tables(read(results / "vllm.jsonl")),
     "peers": lambda results: peer_tables(read(results / "peers.jsonl")),
     "demo": lambda results: demo_table(read(results / "demo.jsonl")),

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.shapes import SHAPES
 from bench.synthetic import chunk_selection
 from bench.vllm_engine import EngineError, run_job, sparse_layers
 from flexprefill_fa import BlockSelection, block_sparse_attention, select_blocks
@@ -28,26 +29,7 @@ from flexprefill_fa.integrations.vllm_config import SECTION, Settings, make_sett
 from flexprefill_fa.integrations.vllm_paged import GatherBuffer, gather
 from flexprefill_fa.rows import Row, environment, package_version
 
-MODEL: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "max_position_embeddings": 135168,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 128256,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "torch_dtype": "bfloat16",
-}
-"""The shape of Llama-3.1-8B, as a Hugging Face config."""
+MODEL = SHAPES["llama-3.1-8b"]
 
 _ANSWER_TOKENS = 16  # room behind the longest prompt
 _DECODE_REQUESTS, _DECODE_PROMPT, _DECODE_TOKENS = 32, 512, 128

@@ -60,12 +60,12 @@ def select_operator(
 
     @operator.register_fake
     def _(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
-        return _traced_lists(query, key, block_size)
+        return traced_lists(query, key, block_size)
 
     return operator
 
 
-def _traced_lists(query: Tensor, key: Tensor, block_size: int) -> Lists:
+def traced_lists(query: Tensor, key: Tensor, block_size: int) -> Lists:
     """What tracing sees of a selector's results, unwritten."""
     batch, heads, q_len, _ = query.shape
     rows, columns = cdiv(q_len, block_size), cdiv(key.shape[2], block_size)

@@ -1,0 +1,178 @@
+"""A selector that runs in full and whose choice is then replaced by seeded random blocks of a stated density.
+
+Models with random weights have no attention pattern, so what a selector finds in them says nothing about its cost on
+real prompts; what selecting costs, and what attending over a density costs, can be measured all the same. This selector
+lives in the benchmarks alone. It runs wherever a selector does, inside compiled models too.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bench.laps import Laps
+from bench.synthetic import block_count, chunk_selection, random_selection
+from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
+from flexprefill_fa.masks.operator import Lists, traced_lists
+from flexprefill_fa.selection import BlockSelection
+
+_made: weakref.WeakValueDictionary[int, StandIn] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class StandIn:
+    """A selector config around another one, which runs in full and is timed.
+
+    Args:
+        inner: the selector that runs.
+        density: of the blocks that take the place of its choice; None keeps the choice. Raised to what every row keeps
+            (its diagonal and the first block).
+        seed: of the blocks. The same for every layer: one draw for each shape.
+        device: on which it runs.
+
+    Attributes:
+        selecting: times of the inner selector.
+        calls: how often it ran.
+    """
+
+    name: ClassVar[str] = "stand_in"
+
+    def __init__(self, inner: Any, density: float | None, seed: int, device: torch.device) -> None:
+        self.inner = inner
+        self.density = density
+        self.seed = seed
+        self.selecting = Laps(device)
+        self.calls = 0
+        self._kept: list[Tensor] = []
+        self._causal = 0
+        self._number = next(_numbers)
+        _made[self._number] = self
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.inner.block_size
+
+    @property
+    def dense_tokens(self) -> int:
+        """As the inner selector's."""
+        return self.inner.dense_tokens
+
+    def expected_density(self, tokens: int) -> float:
+        """The stated density, or what the inner selector expects."""
+        return self.inner.expected_density(tokens) if self.density is None else self.density
+
+    def settings(self) -> Tensor:
+        """Its number, then the inner selector's: one compiled graph serves them all."""
+        return torch.cat((torch.tensor([self._number], dtype=torch.float64), self.inner.settings()))
+
+    def operator(self) -> Any:
+        """As `SelectorConfig.operator`."""
+        return _stand_in
+
+    def forget(self) -> None:
+        """Start counting anew."""
+        self.calls, self._kept, self._causal = 0, [], 0
+        self.selecting.forget()
+
+    def kept_density(self) -> float:
+        """Kept blocks / causal blocks of all calls since `forget`, over all heads; reads back from the GPU.
+
+        Raises:
+            ValueError: if there was none.
+        """
+        if not self._kept:
+            raise ValueError("no selection has run")
+        return float(torch.stack(self._kept).sum()) / self._causal
+
+    def run(
+        self, query: Tensor, key: Tensor, starts: Tensor | None, lengths: Tensor | None, settings: Tensor, *rest: Any
+    ) -> Lists:
+        """What the operator does."""
+        self.calls += 1
+        with self.selecting.lap():
+            lists = self.inner.operator()(query, key, starts, lengths, settings, *rest)
+        if self.density is not None:
+            lists = self._replaced(lists, query.shape[2], key.shape[2])
+        self._kept.append((lists[0] + lists[2]).sum())
+        heads = query.shape[0] * query.shape[1]
+        self._causal += heads * _causal_blocks(query.shape[2], key.shape[2], self.block_size)
+        return lists
+
+    def _replaced(self, lists: Lists, q_len: int, kv_len: int) -> Lists:
+        """New lists of the same shapes: a compiled graph may reuse the memory of what an operator returns."""
+        batch, heads, _ = lists[0].shape
+        assert self.density is not None
+        chosen = _blocks(q_len, kv_len, heads, self.density, self.block_size, lists[0].device, self.seed)
+        width = lists[1].shape[-1]
+
+        def copied(count: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+            out = torch.zeros(*indices.shape[:-1], width, dtype=torch.int32, device=indices.device)
+            out[..., : indices.shape[-1]] = indices
+            return count.repeat(batch, 1, 1), out.repeat(batch, 1, 1, 1) if batch > 1 else out
+
+        partial = copied(chosen.kv_num_blocks, chosen.kv_indices)
+        full = copied(chosen.full_kv_num_blocks, chosen.full_kv_indices)
+        return *partial, *full, lists[4].clone()
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(
+    q_len: int, kv_len: int, heads: int, density: float, block_size: int, device: torch.device, seed: int
+) -> BlockSelection:
+    """Of one shape, with the lists cut to the longest row."""
+    try:
+        whole = q_len == kv_len and block_count(q_len, density, block_size) > 0
+    except ValueError:  # less than what every row keeps
+        whole = False
+    if whole:
+        found = random_selection(q_len, heads, density, block_size=block_size, seed=seed)
+    else:
+        found = chunk_selection(q_len, kv_len, heads, density, block_size=block_size, seed=seed)
+
+    def cut(count: Tensor, indices: Tensor) -> Tensor:
+        return indices[..., : max(1, int(count.max()))].contiguous().to(device)
+
+    return BlockSelection(
+        found.kv_num_blocks.to(device),
+        cut(found.kv_num_blocks, found.kv_indices),
+        found.full_kv_num_blocks.to(device),
+        cut(found.full_kv_num_blocks, found.full_kv_indices),
+        found.js_distance.to(device),
+        q_len,
+        kv_len,
+        block_size,
+    )
+
+
+@functools.cache
+def _causal_blocks(q_len: int, kv_len: int, block_size: int) -> int:
+    """Of one head."""
+    grid = Grid(q_len, kv_len, block_size)
+    return int(visible_blocks(grid, real_ranges(None, None, 1, kv_len, torch.device("cpu"))).sum())
+
+
+@torch.library.custom_op("flexprefill_fa_bench::stand_in", mutates_args=())
+def _stand_in(
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    settings: Tensor,
+    scale: float | None,
+    block_size: int,
+    all_partial: bool,
+    zero_tails: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    stand_in = _made[int(settings[0])]
+    return stand_in.run(query, key, starts, lengths, settings[1:], scale, block_size, all_partial, zero_tails)
+
+
+@_stand_in.register_fake
+def _(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
+    return traced_lists(query, key, block_size)

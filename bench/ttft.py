@@ -1,0 +1,256 @@
+"""Time to first token of a model with random weights: `generate` of one token, with dense and with sparse prefill.
+
+Random weights have no attention pattern. Each selector therefore runs in full, and attention is then over seeded random
+blocks of a stated density (`bench.stand_in`); a selector whose budget bounds its choice may also attend over that
+choice. Rows say which it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bench.laps import Laps
+from bench.prefill_kernels import implementation, timed_attention
+from bench.shapes import head_dim
+from bench.stand_in import StandIn
+from bench.timing import summarise
+from bench.ttft_ranks import Ranks, build_model
+from flexprefill_fa.integrations.transformers import NAME, compile_prefill, enable_sparse_prefill
+from flexprefill_fa.region import compile_limits
+from flexprefill_fa.rows import Row, environment, package_version
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a row is about: a dense kernel, or a selector.
+
+    Attributes:
+        kernel: of `flexprefill_fa.dense.DENSE_KERNELS`, None for a selector.
+        config: of the selector, None for a kernel.
+        density: of the blocks that take the place of the selector's choice; None for its own choice.
+    """
+
+    kernel: str | None = None
+    config: Any = None
+    density: float | None = None
+
+    def fields(self) -> Row:
+        """What tells its rows from others."""
+        if self.config is None:
+            return {"selector": None, "kernel": self.kernel, "settings": {}, "synthetic_density": None}
+        return {
+            "selector": self.config.name,
+            "kernel": None,
+            "settings": dataclasses.asdict(self.config),
+            "synthetic_density": self.density,
+        }
+
+
+@dataclass(frozen=True)
+class TtftPlan:
+    """What to measure.
+
+    Attributes:
+        shape: name of the config.
+        config: transformers config of the model.
+        lengths: prompt lengths in tokens.
+        attentions: what to measure at each length.
+        modes: whether the model is compiled, for each that is measured; uncompiled first.
+        chunk: tokens of the prompt at a time, transformers' prefill_chunk_size; None for the whole prompt.
+        repeats: timed passes, fewer (at least one) where they would take longer than `seconds` together.
+        once_from: prompts from which on a dense kernel gets one pass, uncompiled and without a warm-up.
+        dtype, seed: of weights and prompts.
+    """
+
+    shape: str
+    config: Any
+    lengths: Sequence[int]
+    attentions: Sequence[Attention]
+    modes: Sequence[bool]
+    chunk: int | None
+    repeats: int
+    seconds: float
+    once_from: int
+    dtype: torch.dtype
+    seed: int
+
+    def passes(self) -> Iterator[tuple[bool, int, Attention]]:
+        """(compiled, length, attention) of each row, in the order of measuring."""
+        for compiled, length, attention in itertools.product(self.modes, self.lengths, self.attentions):
+            once = attention.kernel is not None and length >= self.once_from
+            if not compiled or not once:
+                yield compiled, length, attention
+
+
+def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iterator[Row]:
+    """The rows, uncompiled ones first; one with `error` where something ran out of memory or did not run sparse.
+
+    Args:
+        plan: what to measure.
+        ranks: this process among those that share the model.
+        note: called with a line about what is being done.
+    """
+    started = time.perf_counter()
+    model = build_model(plan.config, plan.dtype, ranks, plan.seed)
+    note(f"{plan.shape}: {model.num_parameters() / 1e9:.2f} G parameters in {time.perf_counter() - started:.1f} s")
+    bench = _ModelBenchmark(plan, model, ranks)
+    for compiled, length, attention in plan.passes():
+        try:
+            yield bench.row(attention, length, compiled)
+        except torch.OutOfMemoryError:
+            yield {**bench.conditions(attention, length, compiled), "error": "out of memory"}
+        gc.collect()
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _ModelBenchmark:
+    def __init__(self, plan: TtftPlan, model: PreTrainedModel, ranks: Ranks) -> None:
+        self.plan = plan
+        self.model = model
+        self.ranks = ranks
+        self.cuda = ranks.device.type == "cuda"
+        self._compiled_dense: dict[str, Any] = {}
+        self._stand_ins: dict[int, StandIn] = {}
+        self._same: Row = {
+            "kind": "ttft",
+            "device": ranks.device.type,
+            **environment(ranks.device),
+            "transformers": package_version("transformers"),
+            "shape": plan.shape,
+            "layers": plan.config.num_hidden_layers,
+            "heads": plan.config.num_attention_heads,
+            "kv_heads": plan.config.num_key_value_heads,
+            "head_dim": head_dim(plan.config),
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "ranks": ranks.world_size,
+            "seed": plan.seed,
+        }
+
+    def conditions(self, attention: Attention, length: int, compiled: bool) -> Row:
+        """The fields of a row that are known before it is measured."""
+        chunk = self.plan.chunk if self.plan.chunk is not None and self.plan.chunk < length else None
+        return {**self._same, **attention.fields(), "length": length, "chunk": chunk, "compiled": compiled}
+
+    def row(self, attention: Attention, length: int, compiled: bool) -> Row:
+        """One row, see `ttft_rows`."""
+        plan = self.plan
+        row = self.conditions(attention, length, compiled)
+        generator = torch.Generator().manual_seed(plan.seed)
+        tokens = torch.randint(3, plan.config.vocab_size, (1, length), generator=generator).to(self.ranks.device)
+        laps = Laps(self.ranks.device)
+        stand_in = self._stand_in(attention)
+        with ExitStack() as stack:
+            stack.enter_context(self._installed(attention, stand_in, compiled))
+            if not compiled:
+                name = NAME if attention.kernel is None else implementation(attention.kernel)
+                stack.enter_context(timed_attention(name, laps))
+            once = attention.kernel is not None and length >= plan.once_from
+            if once:
+                row |= {"warm_up": False}
+                count = 1
+            else:
+                first = self._pass(tokens)
+                again = self._pass(tokens) if compiled else first  # the first one may have compiled
+                row |= {"warm_up": True, "first_s": round(first, 3)}
+                count = max(1, min(plan.repeats, int(plan.seconds / max(again, 1e-9))))
+            laps.forget()
+            if stand_in is not None:
+                stand_in.forget()
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats(self.ranks.device)
+            seconds = [self._pass(tokens) for _ in range(count)]
+            row |= summarise([1e3 * second for second in seconds], "wall clock").fields("ttft_ms")
+            row["repeats"] = count
+            if self.cuda:
+                row["peak_gib"] = round(torch.cuda.max_memory_allocated(self.ranks.device) / 2**30, 2)
+            if not compiled:
+                row["attention_ms"] = round(laps.total_ms() / count, 3)
+        if stand_in is None:
+            return row
+        row |= {
+            "density": round(stand_in.kept_density(), 5) if stand_in.calls else None,
+            "select_ms": round(stand_in.selecting.total_ms() / count, 3),
+        }
+        expected = count * plan.config.num_hidden_layers * -(-length // (row["chunk"] or length))
+        if stand_in.calls != expected:
+            row["error"] = f"{stand_in.calls} of {expected} layers ran sparse"
+        return row
+
+    def _pass(self, tokens: Tensor) -> float:
+        """Seconds to the first token."""
+        chunk = self.plan.chunk if self.plan.chunk is not None and self.plan.chunk < tokens.shape[1] else None
+        options = {} if chunk is None else {"prefill_chunk_size": chunk}
+        self.ranks.barrier()
+        start = time.perf_counter()
+        self.model.generate(  # pyright: ignore[reportCallIssue]
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=1,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
+        if self.cuda:
+            torch.cuda.synchronize(self.ranks.device)
+        return time.perf_counter() - start
+
+    def _stand_in(self, attention: Attention) -> StandIn | None:
+        if attention.config is None:
+            return None
+        place = self.plan.attentions.index(attention)
+        if place not in self._stand_ins:
+            self._stand_ins[place] = StandIn(attention.config, attention.density, self.plan.seed, self.ranks.device)
+        return self._stand_ins[place]
+
+    @contextmanager
+    def _installed(self, attention: Attention, stand_in: StandIn | None, compiled: bool) -> Iterator[None]:
+        if attention.kernel is None:
+            with enable_sparse_prefill(self.model, stand_in), self._compiling(compiled):
+                yield
+            return
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(implementation(attention.kernel))
+        try:
+            if compiled:
+                with self._dense_compiled(attention.kernel):
+                    yield
+            else:
+                yield
+        finally:
+            self.model.set_attn_implementation(before or "sdpa")
+
+    def _compiling(self, compiled: bool) -> AbstractContextManager[Any]:
+        return compile_prefill(self.model) if compiled else nullcontext()
+
+    @contextmanager
+    def _dense_compiled(self, kernel: str) -> Iterator[None]:
+        """The dense model with its forward pass compiled, as `compile_prefill` does it for the sparse one."""
+        if kernel not in self._compiled_dense:
+            self._compiled_dense[kernel] = torch.compile(self.model.forward, fullgraph=True, dynamic=True)
+        forward = self._compiled_dense[kernel]
+        plain = self.model.forward
+
+        @functools.wraps(plain)  # `generate` looks at its signature
+        def compiled(*args: Any, **kwargs: Any) -> Any:
+            kwargs["attention_mask"] = None  # all ones
+            with compile_limits():
+                return forward(*args, **kwargs)
+
+        self.model.forward = compiled
+        try:
+            yield
+        finally:
+            del self.model.forward

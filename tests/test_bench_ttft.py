@@ -1,0 +1,219 @@
+"""`python -m bench ttft` on the CPU: a tiny model, the selector that stands in for another, what a user gets wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import bench.ttft_cli
+from bench.cli import app
+from bench.memory import prefill_bytes
+from bench.shapes import SHAPES, model_config
+from bench.stand_in import StandIn
+from bench.ttft_ranks import Ranks, build_model
+from bench.ttft_tables import ttft_tables
+from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, select_blocks, sparse_prefill_attention
+from flexprefill_fa.integrations.transformers import enable_sparse_prefill
+from flexprefill_fa.loading import UsageError
+from flexprefill_fa.rows import read
+
+CPU = torch.device("cpu")
+TINY = ("--config", "tiny", "--layers", "1", "--dtype", "float32", "--device", "cpu", "--repeats", "1")
+ONE = ("--selectors", "flexprefill:min_budget=128", "--own", "", "--density", "0.5")
+
+
+def run(*options: str) -> Result:
+    return CliRunner().invoke(app, ["ttft", *options])
+
+
+def test_a_stand_in_runs_its_selector_and_attends_over_the_stated_blocks() -> None:
+    query, key, value = (torch.randn(1, heads, 1536, 32) for heads in (4, 2, 2))
+    stand_in = StandIn(FlashPrefillConfig(), 0.5, 0, CPU)
+    ran = []
+    inner: Any = FlashPrefillConfig().operator()
+    stand_in.inner = Spy(lambda *arguments: ran.append(1) or inner(*arguments))
+    selection = select_blocks(query, key, stand_in)
+    assert ran == [1] and stand_in.calls == 1 and len(stand_in.selecting) == 1
+    expected = round(0.5 * 78)
+    assert selection.kept_blocks().tolist() == [[expected] * 4]
+    assert stand_in.kept_density() == pytest.approx(expected / 78)
+
+    with torch.no_grad():
+        out = sparse_prefill_attention(query, key, value, stand_in, backend="CPU")
+    keep = selection.to_dense().repeat_interleave(128, -1).repeat_interleave(128, -2).tril()
+    scores = (query.double() @ key.double().repeat_interleave(2, 1).mT) / math.sqrt(32)
+    probability = scores.masked_fill(~keep, -torch.inf).softmax(-1)
+    torch.testing.assert_close(out.double(), probability @ value.double().repeat_interleave(2, 1), atol=1e-5, rtol=1e-5)
+
+
+class Spy:
+    """A selector's config with another operator."""
+
+    name, block_size, dense_tokens = "flashprefill", 128, 256
+
+    def __init__(self, operator: Any) -> None:
+        self._operator = operator
+
+    def operator(self) -> Any:
+        return self._operator
+
+    def settings(self) -> torch.Tensor:
+        return FlashPrefillConfig().settings()
+
+
+def test_a_stand_in_without_a_density_keeps_the_selectors_own_choice() -> None:
+    query, key = torch.randn(1, 4, 1000, 32), torch.randn(1, 2, 1000, 32)
+    config = FlexPrefillConfig(min_budget=128, max_budget=384, tau=0)
+    own, plain = select_blocks(query, key, StandIn(config, None, 0, CPU)), select_blocks(query, key, config)
+    assert torch.equal(own.to_dense(), plain.to_dense())
+
+
+def test_a_stand_in_never_returns_the_same_memory_twice() -> None:
+    """A compiled graph may write over what an operator gave it."""
+    query, key = torch.randn(1, 4, 1024, 32), torch.randn(1, 2, 1024, 32)
+    stand_in = StandIn(FlashPrefillConfig(), 0.6, 0, CPU)
+    first = select_blocks(query, key, stand_in)
+    kept = first.to_dense()
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+        getattr(first, name).fill_(0)
+    assert torch.equal(select_blocks(query, key, stand_in).to_dense(), kept)
+
+
+def test_a_density_below_what_every_row_keeps_is_raised_to_that() -> None:
+    query, key = torch.randn(1, 4, 1024, 32), torch.randn(1, 2, 1024, 32)
+    assert select_blocks(query, key, StandIn(FlashPrefillConfig(), 0.05, 0, CPU)).kept_blocks().tolist() == [[15] * 4]
+
+
+def test_rows_of_a_tiny_model(tmp_path: Path) -> None:
+    out = tmp_path / "ttft.jsonl"
+    result = run(*TINY, *ONE, "--lengths", "1536", "--modes", "eager", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    rows = read(out)
+    assert [row["kernel"] or row["selector"] for row in rows] == ["sdpa", "CPU", "flexprefill"]
+    sparse = rows[-1]
+    assert sparse["density"] == pytest.approx(round(0.5 * 78) / 78, abs=1e-5)
+    assert 0 < sparse["select_ms"] < sparse["attention_ms"] < sparse["ttft_ms"]
+    assert {"ttft_ms_p20", "first_s", "repeats", "commit", "transformers"} <= sparse.keys()
+    assert "flexprefill, min_budget 128 | 0.500" in ttft_tables(rows, [])
+
+
+def test_the_compiled_model_runs_sparse_too(tmp_path: Path) -> None:
+    out = tmp_path / "ttft.jsonl"
+    result = run(*TINY, *ONE, "--dense", "", "--lengths", "1536", "--modes", "compiled", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    (row,) = read(out)
+    assert row["compiled"] and row["density"] == pytest.approx(round(0.5 * 78) / 78, abs=1e-5)
+    assert row["select_ms"] > 0 and "attention_ms" not in row
+
+
+def test_a_prompt_in_chunks_selects_for_each_chunk(tmp_path: Path) -> None:
+    out = tmp_path / "ttft.jsonl"
+    result = run(*TINY, *ONE, "--lengths", "1792", "--chunk", "1280", "--modes", "eager", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    (row,) = read(out)
+    assert row["chunk"] == 1280 and row["selector"] == "flexprefill"
+    assert row["density"] == pytest.approx(0.5, abs=0.05)  # drawn block by block where a chunk sees earlier keys
+
+
+def test_a_prompt_that_runs_dense_is_an_error(tmp_path: Path) -> None:
+    out = tmp_path / "ttft.jsonl"
+    result = run(*TINY, "--selectors", "flexprefill", "--own", "", "--dense", "", "--lengths", "1024",
+                 "--modes", "eager", "--out", str(out))  # fmt: skip
+    assert result.exit_code == 1
+    assert read(out)[0]["error"] == "0 of 1 layers ran sparse"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--config", "llama-9"), "config must be one of llama-3.1-8b, qwen3-8b, tiny or a folder with a config.json"),
+        (("--density", "0"), "density must be in (0, 1], got 0"),
+        (("--modes", "eager,fast"), "modes must be of eager, compiled, got 'fast'"),
+        (("--dense", "TRITON"), "dense must be of sdpa, CPU, got 'TRITON'"),
+        (("--chunk", "512", "--dense", "sdpa"), "dense attention of a chunk needs a mask"),
+        (("--selectors", "", "--own", "", "--dense", ""), "there is nothing to measure"),
+        (("--selectors", "flexprefil"), "unknown selector 'flexprefil', expected one of"),
+        (("--lengths", "0"), "lengths must be whole numbers"),
+        (("--dtype", "auto"), "dtype must be bfloat16, float16 or float32, got 'auto'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = run(*TINY, *options, "--out", str(tmp_path / "ttft.jsonl"))
+    assert result.exit_code == 2
+    assert message in result.output and result.output.count("\n") == 1
+    assert not (tmp_path / "ttft.jsonl").exists()
+
+
+def test_too_little_memory_is_said_before_anything_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench.ttft_cli, "free_bytes", lambda device: 40 * 2**30)
+    monkeypatch.setattr("bench.ttft.build_model", lambda *arguments: pytest.fail("a model was built"))
+    result = run("--config", "llama-3.1-8b", "--device", "cpu", "--out", str(tmp_path / "ttft.jsonl"))
+    assert result.exit_code == 2
+    assert "131072 tokens: it needs about" in result.output and "40.0 GiB are free" in result.output
+
+
+def test_a_folder_without_the_fields_of_a_dense_decoder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UsageError, match="it has no intermediate_size"):
+        model_config(str(tmp_path))
+
+
+def test_named_shapes_are_those_of_the_models() -> None:
+    config: Any = model_config("llama-3.1-8b")
+    assert config.rope_parameters["rope_theta"] == SHAPES["llama-3.1-8b"]["rope_theta"]
+    assert prefill_bytes(config, 131072, None, torch.bfloat16) / 2**30 == pytest.approx(49, abs=8)
+    parameters = prefill_bytes(config, 1, None, torch.bfloat16) / 2
+    assert parameters == pytest.approx(8.03e9, rel=0.01)
+    assert model_config("qwen3-8b", 3).num_hidden_layers == 3
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"4 query heads and 2 kv heads.*got 3"):
+        build_model(model_config("tiny"), torch.float32, Ranks(0, 3, CPU))
+
+
+def test_the_model_is_sparse_through_the_integration() -> None:
+    """Other blocks, other logits: nothing between the benchmark and the kernel runs dense."""
+    model: Any = build_model(model_config("tiny", 1), torch.float32, Ranks(0, 1, CPU))
+    tokens = torch.randint(3, 500, (1, 1536), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dense = model(tokens).logits
+        outputs = []
+        for seed in (0, 1):
+            with enable_sparse_prefill(model, StandIn(FlexPrefillConfig(min_budget=128), 0.5, seed, CPU)):
+                outputs.append(model(tokens).logits)
+    assert not torch.allclose(outputs[0], dense, atol=1e-3)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+
+
+def test_tables_name_the_densities_of_a_trained_model() -> None:
+    settings = dataclasses.asdict(FlexPrefillConfig())
+    common: dict[str, Any] = {
+        "kind": "ttft", "gpu": "X", "shape": "llama-3.1-8b", "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128,
+        "dtype": "bfloat16", "ranks": 1, "length": 4096, "chunk": None, "torch": "2", "triton": "3",
+        "transformers": "5", "flash_attn_4": None, "commit": "c", "date": "d", "repeats": 3,
+    }  # fmt: skip
+    dense = {"selector": None, "settings": {}, "synthetic_density": None}
+    rows = [
+        common | dense | {"kernel": "sdpa", "compiled": False, "ttft_ms": 100.0, "attention_ms": 40.0, "peak_gib": 20},
+        common | dense | {"kernel": "FLASH", "compiled": False, "ttft_ms": 80.0, "attention_ms": 20.0},
+        common | dense | {"kernel": "FLASH", "compiled": True, "ttft_ms": 60.0},
+        common
+        | {"kernel": None, "selector": "flexprefill", "settings": settings, "synthetic_density": 0.05, "density": 0.05}
+        | {"compiled": False, "ttft_ms": 40.0, "attention_ms": 10.0, "select_ms": 2.0, "peak_gib": 21.5},
+    ]
+    accuracy = [
+        {"kind": "accuracy", "selector": "flexprefill", "settings": settings, "length": 4096, "density": density,
+         "mean_correction": False} for density in (0.59, 0.63)
+    ]  # fmt: skip
+    table = ttft_tables(rows, accuracy)
+    assert "| 4,096 | dense SDPA | - | - | 100 | - | 1.00x | 0.60x | 40% | - | 20.0 |" in table
+    assert "| 4,096 | dense FlexAttention FLASH | - | - | 80 | 60 | 1.67x | 1.00x | 25% | - | - |" in table
+    assert "| 4,096 | flexprefill | 0.050 | 0.59 to 0.63 | 40 | - | 2.50x | 1.50x | 25% | 5% | 21.5 |" in table
