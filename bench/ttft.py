@@ -27,6 +27,7 @@ from bench.shapes import head_dim
 from bench.stand_in import StandIn
 from bench.timing import summarise
 from bench.ttft_ranks import Ranks, build_model
+from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.integrations.transformers import NAME, compile_prefill, enable_sparse_prefill
 from flexprefill_fa.region import compile_limits
 from flexprefill_fa.rows import Row, environment, package_version
@@ -45,6 +46,10 @@ class Attention:
     kernel: str | None = None
     config: Any = None
     density: float | None = None
+
+    def keeps_all(self, length: int) -> bool:
+        """Whether a selector keeps every block of a prompt so short, which then runs dense."""
+        return self.config is not None and length <= self.config.dense_tokens
 
     def fields(self) -> Row:
         """What tells its rows from others."""
@@ -70,7 +75,8 @@ class TtftPlan:
         modes: whether the model is compiled, for each that is measured; uncompiled first.
         chunk: tokens of the prompt at a time, transformers' prefill_chunk_size; None for the whole prompt.
         repeats: timed passes, fewer (at least one) where they would take longer than `seconds` together.
-        once_from: prompts from which on a dense kernel gets one pass, uncompiled and without a warm-up.
+        once_from: prompts from which on a dense kernel gets one pass, uncompiled and without a warm-up, and a selector
+            one warm-up instead of two.
         dtype, seed: of weights and prompts.
     """
 
@@ -90,7 +96,7 @@ class TtftPlan:
         """(compiled, length, attention) of each row, in the order of measuring."""
         for compiled, length, attention in itertools.product(self.modes, self.lengths, self.attentions):
             once = attention.kernel is not None and length >= self.once_from
-            if not compiled or not once:
+            if not (compiled and once) and not attention.keeps_all(length):
                 yield compiled, length, attention
 
 
@@ -104,6 +110,9 @@ def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iter
     """
     started = time.perf_counter()
     model = build_model(plan.config, plan.dtype, ranks, plan.seed)
+    for length, attention in itertools.product(plan.lengths, plan.attentions):
+        if attention.keeps_all(length):
+            note(f"{length} tokens: {attention.config.name} keeps every block, so this is left out")
     note(f"{plan.shape}: {model.num_parameters() / 1e9:.2f} G parameters in {time.perf_counter() - started:.1f} s")
     bench = _ModelBenchmark(plan, model, ranks)
     for compiled, length, attention in plan.passes():
@@ -122,6 +131,7 @@ class _ModelBenchmark:
         self.model = model
         self.ranks = ranks
         self.cuda = ranks.device.type == "cuda"
+        self._ran: list[tuple[Attention, bool]] = []
         self._compiled_dense: dict[str, Any] = {}
         self._stand_ins: dict[int, StandIn] = {}
         self._same: Row = {
@@ -141,8 +151,16 @@ class _ModelBenchmark:
 
     def conditions(self, attention: Attention, length: int, compiled: bool) -> Row:
         """The fields of a row that are known before it is measured."""
-        chunk = self.plan.chunk if self.plan.chunk is not None and self.plan.chunk < length else None
-        return {**self._same, **attention.fields(), "length": length, "chunk": chunk, "compiled": compiled}
+        row = {**self._same, **attention.fields(), "length": length, "chunk": self._chunk(length), "compiled": compiled}
+        if attention.config is not None:
+            probe = torch.empty(1, 1, 1, self._same["head_dim"], dtype=self.plan.dtype, device=self.ranks.device)
+            row["backend"] = resolve_backend("auto", probe, attention.config.block_size)
+        return row
+
+    def _chunk(self, length: int) -> int | None:
+        """Tokens at a time, None for the whole prompt at once."""
+        chunk = self.plan.chunk
+        return chunk if chunk is not None and chunk < length else None
 
     def row(self, attention: Attention, length: int, compiled: bool) -> Row:
         """One row, see `ttft_rows`."""
@@ -157,15 +175,16 @@ class _ModelBenchmark:
             if not compiled:
                 name = NAME if attention.kernel is None else implementation(attention.kernel)
                 stack.enter_context(timed_attention(name, laps))
-            once = attention.kernel is not None and length >= plan.once_from
-            if once:
-                row |= {"warm_up": False}
+            if attention.kernel is not None and length >= plan.once_from:
+                row["warm_up"] = False
                 count = 1
             else:
-                first = self._pass(tokens)
-                again = self._pass(tokens) if compiled else first  # the first one may have compiled
+                first = warm = self._pass(tokens)
+                if length < plan.once_from and (stand_in is not None or (attention, compiled) not in self._ran):
+                    warm = self._pass(tokens)  # the first one may have compiled, or drawn blocks
+                self._ran.append((attention, compiled))
                 row |= {"warm_up": True, "first_s": round(first, 3)}
-                count = max(1, min(plan.repeats, int(plan.seconds / max(again, 1e-9))))
+                count = max(1, min(plan.repeats, int(plan.seconds / warm)))
             laps.forget()
             if stand_in is not None:
                 stand_in.forget()
@@ -191,7 +210,7 @@ class _ModelBenchmark:
 
     def _pass(self, tokens: Tensor) -> float:
         """Seconds to the first token."""
-        chunk = self.plan.chunk if self.plan.chunk is not None and self.plan.chunk < tokens.shape[1] else None
+        chunk = self._chunk(tokens.shape[1])
         options = {} if chunk is None else {"prefill_chunk_size": chunk}
         self.ranks.barrier()
         start = time.perf_counter()

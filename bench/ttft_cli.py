@@ -154,7 +154,7 @@ def _kernels(dense: str | None, chunk: int | None, device: torch.device, dtype: 
         return []
     there = [*DENSE_KERNELS[device.type][: 1 if device.type == "cpu" else 3], *backends_of(device, dtype, dim)[1:]]
     if dense is None:
-        return [kernel for kernel in there if kernel != "sdpa_flash"]  # PyTorch's choice on Hopper, measured as sdpa
+        return there
     wanted = parse_list("dense", dense) if dense else []
     for kernel in wanted:
         if kernel not in there:

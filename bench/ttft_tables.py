@@ -12,7 +12,7 @@ from flexprefill_fa.reporting import changed_settings
 from flexprefill_fa.rows import Row, latest
 
 _GROUP = ("gpu", "shape", "layers", "dtype", "ranks")
-_WHAT = ("length", "chunk", "kernel", "selector", "settings", "synthetic_density")
+_WHAT = ("length", "chunk", "kernel", "selector", "settings", "synthetic_density", "backend")
 
 
 def ttft_tables(rows: Iterable[Row], accuracy: Iterable[Row]) -> str:
@@ -58,19 +58,24 @@ def _true_densities(rows: Iterable[Row]) -> dict[str, list[float]]:
 
 def _table(rows: Sequence[Row], true: dict[str, list[float]]) -> str:
     header = ["tokens", "prefill", "density", "needle model's density", "first token, ms", "compiled, ms"]
-    header += ["x SDPA", "x best dense", "attention", "selection", "peak GiB"]
+    flash = any(row["kernel"] == "sdpa_flash" for row in rows)
+    header += ["x SDPA", *(["x SDPA flash"] if flash else []), "x best dense", "attention", "selection", "peak GiB"]
     lines = []
     for length, chunk in sorted({(row["length"], row["chunk"]) for row in rows}, key=lambda key: (key[0], key[1] or 0)):
         here = [row for row in rows if (row["length"], row["chunk"]) == (length, chunk)]
         whole = [row for row in rows if row["length"] == length and row["selector"] is None and "error" not in row]
-        default = next((row["ttft_ms"] for row in whole if row["kernel"] == "sdpa" and not row["compiled"]), None)
-        best = min((row["ttft_ms"] for row in whole), default=None)
+        others = [_uncompiled(whole, "sdpa"), *([_uncompiled(whole, "sdpa_flash")] if flash else [])]
+        others.append(min((row["ttft_ms"] for row in whole), default=None))
         for name in dict.fromkeys(_key(row, _WHAT) for row in here):
-            lines.append(_line([row for row in here if _key(row, _WHAT) == name], default, best, true))
+            lines.append(_line([row for row in here if _key(row, _WHAT) == name], others, true))
     return f"{_caption(rows)}\n\n{markdown_table(header, lines)}"
 
 
-def _line(rows: Sequence[Row], default: float | None, best: float | None, true: dict[str, list[float]]) -> list[str]:
+def _uncompiled(rows: Sequence[Row], kernel: str) -> float | None:
+    return next((row["ttft_ms"] for row in rows if row["kernel"] == kernel and not row["compiled"]), None)
+
+
+def _line(rows: Sequence[Row], others: Sequence[float | None], true: dict[str, list[float]]) -> list[str]:
     row = rows[0]
     eager = next((row for row in rows if not row["compiled"]), {})
     compiled = next((row for row in rows if row["compiled"]), {})
@@ -79,7 +84,7 @@ def _line(rows: Sequence[Row], default: float | None, best: float | None, true: 
     cells = [tokens, _who(row), number(eager.get("density", compiled.get("density")), ".3f")]
     cells.append(_range(true.get(_key(row, ("selector", "settings", "length")), [])))
     cells += [_ms(eager), _ms(compiled)]
-    cells += [f"{other / min(times):.2f}x" if other and times else "-" for other in (default, best)]
+    cells += [f"{other / min(times):.2f}x" if other and times else "-" for other in others]
     cells += [_share(eager, "attention_ms"), _share(eager, "select_ms"), number(eager.get("peak_gib"), ".1f")]
     return cells
 
@@ -89,6 +94,7 @@ def _who(row: Row) -> str:
         return f"dense {KERNEL_NAMES[row['kernel']]}"
     told = [f"{name} {value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
     told += ["its own choice"] if row["synthetic_density"] is None else []
+    told += [row["backend"]] if row.get("backend") else []
     return ", ".join([row["selector"], *told])
 
 
@@ -126,7 +132,8 @@ def _caption(rows: Sequence[Row]) -> str:
     return (
         f"**{row['shape']}, random weights**, {row['layers']} layers, {row['heads']}/{row['kv_heads']} heads, head_dim "
         f"{row['head_dim']}, {row['dtype']}{shared}; `generate` of one token.{replaced} Speed-ups by the faster of "
-        f"uncompiled and compiled, over uncompiled SDPA and over the fastest dense one; shares of the uncompiled time. "
+        "uncompiled and compiled, over uncompiled SDPA (PyTorch's choice of kernel, and its flash kernel) and over the "
+        "fastest dense one; shares of the uncompiled time. "
         f"{row['gpu']}, {versions}, transformers {distinct(rows, 'transformers')}, commit {distinct(rows, 'commit')}, "
         f"{distinct(rows, 'date')}; median of {_repeats(rows)} by wall clock."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -101,7 +102,7 @@ def test_rows_of_a_tiny_model(tmp_path: Path) -> None:
     assert sparse["density"] == pytest.approx(round(0.5 * 78) / 78, abs=1e-5)
     assert 0 < sparse["select_ms"] < sparse["attention_ms"] < sparse["ttft_ms"]
     assert {"ttft_ms_p20", "first_s", "repeats", "commit", "transformers"} <= sparse.keys()
-    assert "flexprefill, min_budget 128 | 0.500" in ttft_tables(rows, [])
+    assert "flexprefill, min_budget 128, CPU | 0.500" in ttft_tables(rows, [])
 
 
 def test_the_compiled_model_runs_sparse_too(tmp_path: Path) -> None:
@@ -122,10 +123,20 @@ def test_a_prompt_in_chunks_selects_for_each_chunk(tmp_path: Path) -> None:
     assert row["density"] == pytest.approx(0.5, abs=0.05)  # drawn block by block where a chunk sees earlier keys
 
 
-def test_a_prompt_that_runs_dense_is_an_error(tmp_path: Path) -> None:
+def test_a_selector_that_keeps_every_block_is_left_out(tmp_path: Path) -> None:
     out = tmp_path / "ttft.jsonl"
-    result = run(*TINY, "--selectors", "flexprefill", "--own", "", "--dense", "", "--lengths", "1024",
-                 "--modes", "eager", "--out", str(out))  # fmt: skip
+    options = ("--selectors", "flexprefill", "--own", "", "--dense", "sdpa", "--lengths", "1024", "--modes", "eager")
+    result = run(*TINY, *options, "--out", str(out))
+    assert result.exit_code == 0
+    assert "1024 tokens: flexprefill keeps every block, so this is left out" in result.output
+    assert [row["kernel"] for row in read(out)] == ["sdpa"]
+
+
+def test_a_prompt_that_runs_dense_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("bench.ttft.enable_sparse_prefill", lambda model, config: contextlib.nullcontext())
+    monkeypatch.setattr("bench.ttft.timed_attention", lambda name, laps: contextlib.nullcontext())
+    out = tmp_path / "ttft.jsonl"
+    result = run(*TINY, *ONE, "--dense", "", "--lengths", "1536", "--modes", "eager", "--out", str(out))
     assert result.exit_code == 1
     assert read(out)[0]["error"] == "0 of 1 layers ran sparse"
 
