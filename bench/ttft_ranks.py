@@ -1,0 +1,177 @@
+"""A model of random weights: whole in one process, or each rank's share of it under torchrun.
+
+The shares are those of the model's own `tp_plan`. They are cut from the weights that one process would have, so both
+compute the same thing; no checkpoint is written, and a rank never holds more of the model than its share and the one
+matrix that is being drawn.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among those that share a model; a context manager, or call `close()`.
+
+    Attributes:
+        rank: from 0.
+        world_size: how many share the model; 1 without torchrun, and torch.distributed is then not started.
+        device: of this rank.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str | torch.device) -> Ranks:
+        """Join the other ranks, over NCCL on GPUs and over gloo on the CPU.
+
+        Args:
+            device: "cpu", or "cuda": under torchrun, the GPU of the process's local rank.
+
+        Raises:
+            ValueError: if there is no GPU for this rank, or GPUs are visible and not wanted: transformers places a
+                shared model on them.
+        """
+        device = torch.device(device)
+        world_size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+        if world_size == 1:
+            return cls(0, 1, device)
+        if device.type == "cuda":
+            if local >= (found := torch.cuda.device_count()):
+                raise ValueError(f"each rank needs a GPU of its own: expected more than {local} GPUs, got {found}")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        elif torch.cuda.is_available():
+            raise ValueError(
+                f"device must be 'cuda' where ranks see GPUs (hide them by CUDA_VISIBLE_DEVICES=), got {str(device)!r}"
+            )
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+        )
+        return cls(dist.get_rank(), world_size, device)
+
+    def barrier(self) -> None:
+        """Wait for the others, and for this GPU's work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.world_size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def close(self) -> None:
+        """Leave the group; a second call does nothing."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def build_model(config: PreTrainedConfig, dtype: torch.dtype, ranks: Ranks, seed: int = 0) -> PreTrainedModel:
+    """A causal language model with random weights, in evaluation mode, on the rank's device.
+
+    Matrices are drawn from a normal distribution with the config's initializer_range; vectors (norms, biases) have
+    the values of the model's own initialisation. On one kind of device the weights depend on nothing but the config,
+    the dtype and the seed: several ranks hold slices of what one process holds.
+
+    Args:
+        config: of a transformers model; it is left as it is.
+        dtype: of the weights.
+        ranks: see `Ranks.start`. Several need accelerate installed, as tensor parallelism in transformers does.
+        seed: of the weights.
+
+    Raises:
+        ValueError: for a number of ranks that does not divide the heads; before anything is built.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from flexprefill_fa.integrations.hf_ranks import check_heads
+
+    text = config.get_text_config(decoder=True)
+    heads: int = text.num_attention_heads
+    check_heads(f"this {config.model_type} config", heads, text.num_key_value_heads or heads, ranks.world_size)
+    config = copy.deepcopy(config)
+    model: Any
+    if ranks.world_size == 1:
+        with ranks.device:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        with _no_loading_report():
+            # Made on no device, then cut: an empty state dict leaves every weight to the initialisation, of which each
+            # rank does its share.
+            model = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict={},
+                dtype=dtype,
+                distributed_config=DistributedConfig(tp_size=ranks.world_size, tp_plan="auto"),
+            )
+    _draw_weights(model, text.initializer_range, seed)
+    return model.eval()
+
+
+def _draw_weights(model: PreTrainedModel, deviation: float, seed: int) -> None:
+    """Fill every matrix, whole on every rank for a moment, whose own part is kept."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            local = _local(parameter)
+            generator = torch.Generator(local.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=local.device)
+            whole.normal_(0.0, deviation, generator=generator)
+            local.copy_(_cut_like(whole, parameter))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter; shares its memory."""
+    from torch.distributed.tensor import DTensor
+
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+
+
+def _cut_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """What one rank keeps of a tensor that every rank holds whole."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+
+@contextmanager
+def _no_loading_report() -> Iterator[None]:
+    """Without the table of the weights that were in no checkpoint: none are meant to be."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
