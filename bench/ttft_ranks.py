@@ -53,10 +53,8 @@ class Ranks:
         if world_size == 1:
             return cls(0, 1, device)
         if device.type == "cuda":
-            if local >= torch.cuda.device_count():
-                raise ValueError(
-                    f"each rank needs a GPU of its own, got local rank {local} of {torch.cuda.device_count()}"
-                )
+            if local >= (found := torch.cuda.device_count()):
+                raise ValueError(f"each rank needs a GPU of its own: expected more than {local} GPUs, got {found}")
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         elif torch.cuda.is_available():
@@ -74,6 +72,14 @@ class Ranks:
             torch.cuda.synchronize(self.device)
         if self.world_size > 1:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def of_first(self, number: int) -> int:
+        """What the first rank has: every rank must make the same number of passes."""
+        if self.world_size == 1:
+            return number
+        shared = torch.tensor([number], device=self.device)
+        dist.broadcast(shared, 0)
+        return int(shared)
 
     def close(self) -> None:
         """Leave the group; a second call does nothing."""
@@ -104,7 +110,7 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, ranks: Ranks, seed
         ValueError: for a number of ranks that does not divide the heads; before anything is built.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from flexprefill_fa.integrations.hf_ranks import check_heads
@@ -118,10 +124,11 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, ranks: Ranks, seed
         with ranks.device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with _no_loading_report():
             # Made on no device, then cut: an empty state dict leaves every weight to the initialisation, of which each
             # rank does its share.
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            model = model_class.from_pretrained(
                 None,
                 config=config,
                 state_dict={},
@@ -153,7 +160,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 def _cut_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a tensor that this rank keeps that every rank holds whole."""
+    """What one rank keeps of a tensor that every rank holds whole."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(parameter, DTensor):
