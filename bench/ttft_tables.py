@@ -121,7 +121,7 @@ def _caption(rows: Sequence[Row]) -> str:
     versions = ", ".join(f"{title} {distinct(rows, name)}" for name, title in VERSIONS if distinct(rows, name))
     densities = sorted({row["synthetic_density"] for row in rows if row["synthetic_density"] is not None})
     stand_in = " and ".join(f"{density:.0%}" for density in densities)
-    shared = "" if row["ranks"] == 1 else f", shared by {row['ranks']} GPUs (tensor parallel)"
+    shared = "" if row["ranks"] == 1 else f", shared by {row['ranks']} ranks (tensor parallel)"
     replaced = (
         f" Random weights have no attention pattern: each selector runs in full, and attention is then over seeded "
         f"random blocks of {stand_in} density, or what every row keeps where that is more, unless it says 'its own "
