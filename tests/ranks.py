@@ -33,8 +33,9 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, folder: Path, gpus:
     )
     path = os.pathsep.join((str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")))
     hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    start = ("--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")  # whatever this host's name resolves to
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", *start, str(script)],
         env={"OMP_NUM_THREADS": "1", **os.environ, **hidden, "PYTHONPATH": path},
         text=True,
         stdout=subprocess.PIPE,
