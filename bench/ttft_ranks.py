@@ -39,7 +39,7 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str | torch.device) -> Ranks:
-        """Join the other ranks, over NCCL on GPUs and over gloo on the CPU.
+        """Join the other ranks, over NCCL on GPUs and over gloo on the CPU; once in a process.
 
         Args:
             device: "cpu", or "cuda": under torchrun, the GPU of the process's local rank.

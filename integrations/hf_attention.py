@@ -31,6 +31,7 @@ from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM, check_query_ke
 
 from .hf_mask import MIN_QUERY_TOKENS, PromptMask
 from .hf_plan import PLAN_ATTRIBUTE, LayerPlan, LayerStatistics, SparseCall, default_plan
+from .hf_ranks import own_part
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def flexprefill_attention(
         ValueError: for a layer or a call that cannot be served, with what to do.
     """
     _check_call(module, position_bias, cache, is_causal, kwargs)
+    if s_aux is not None:
+        s_aux = own_part(s_aux)
     prompt = PromptMask.of(attention_mask) if query.shape[2] >= MIN_QUERY_TOKENS else None
     if prompt is None:
         if query.shape[2] >= MIN_QUERY_TOKENS:

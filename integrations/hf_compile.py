@@ -103,7 +103,8 @@ def compile_prefill(model: PreTrainedModel, **options: Any) -> CompiledPrefill:
         A handle: a context manager that restores the model on exit, with `disable()`.
 
     Raises:
-        TypeError, ValueError: for a model without sparse prefill, or one that is compiled already.
+        TypeError, ValueError: for a model without sparse prefill, one that is compiled already, or one that is spread
+            over devices by `device_map`.
     """
     from .transformers import NAME
 
@@ -116,4 +117,15 @@ def compile_prefill(model: PreTrainedModel, **options: Any) -> CompiledPrefill:
         )
     if hasattr(model.forward, _MARK):
         raise ValueError(f"the prefill of this {type(model).__name__} is compiled already")
+    if options.get("fullgraph", True) and any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            f"the prefill of this {type(model).__name__} cannot be compiled as one graph: expected a model on one "
+            f"device or shared out by tp_plan, got one spread by device_map over {_devices(model)}"
+        )
     return CompiledPrefill(model, options)
+
+
+def _devices(model: PreTrainedModel) -> str:
+    """Those of its device_map, where a number is a GPU."""
+    found = dict.fromkeys(getattr(model, "hf_device_map", {}).values())
+    return ", ".join(f"cuda:{device}" if isinstance(device, int) else str(device) for device in found)

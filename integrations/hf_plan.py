@@ -16,6 +16,8 @@ from flexprefill_fa.masks.selector import check_selector
 from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import MAX_HEAD_DIM
 
+from .hf_ranks import check_ranks
+
 PLAN_ATTRIBUTE = "_sparse_prefill_plan"
 
 
@@ -142,6 +144,7 @@ def check_model(model: Any) -> dict[int, nn.Module]:
             raise ValueError(f"{name} cannot run sparse prefill: layer {index}: it is not causal")
         if hasattr(module, "prepare_dynamic_mask"):
             raise ValueError(f"{name} cannot run sparse prefill: layer {index}: it computes a mask of its own")
+    check_ranks(model, layers)
     return layers
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hf_models import FAMILIES, oracle_layers, prompt, tiny_model
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from flexprefill_fa import FlexPrefillConfig
-from flexprefill_fa.integrations.transformers import enable_sparse_prefill
+from flexprefill_fa.integrations.transformers import compile_prefill, enable_sparse_prefill
 
 EVERYTHING = FlexPrefillConfig(gamma=1.0, min_budget=1)
 SPARSE = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=1)
@@ -170,3 +171,31 @@ def test_short_prompts_and_decode_steps_are_dense(llama: PreTrainedModel) -> Non
             actual = logits(llama, ids, attention_mask=mask)
         assert sparse.statistics == {}
         torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], **CLOSE)
+
+
+def test_a_model_spread_by_a_device_map(llama: PreTrainedModel, tmp_path: Path) -> None:
+    """The second layer on the disk: the same hooks as for a second GPU, which bring every input to its layer."""
+    pytest.importorskip("accelerate")
+    llama.save_pretrained(tmp_path)
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"), "cpu")
+    spread: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map={**places, "model.layers.1": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    assert spread.model.layers[1].self_attn.q_proj.weight.is_meta
+    ids, mask = padded(prompt(2, LENGTH), [0, 128], [LENGTH, LENGTH - 128])
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    found = []
+    models: tuple[Any, ...] = (llama, spread)
+    for model in models:
+        with enable_sparse_prefill(model, SPARSE, statistics="density") as sparse:
+            tokens = model.generate(ids, **options)
+            found.append((tokens, logits(model, ids, attention_mask=mask), sparse.statistics))
+    (tokens, expected, statistics), (same_tokens, actual, same_statistics) = found
+    assert torch.equal(same_tokens, tokens)
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    for layer in (0, 1):
+        assert torch.equal(same_statistics[layer].kept_blocks, statistics[layer].kept_blocks)
+        assert same_statistics[layer].density.mean() < 0.9
+    message = "expected a model on one device or shared out by tp_plan, got one spread by device_map over cpu, disk"
+    with enable_sparse_prefill(spread, SPARSE), pytest.raises(ValueError, match=message):
+        compile_prefill(spread)

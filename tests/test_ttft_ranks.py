@@ -1,59 +1,58 @@
-"""A model of random weights on several ranks is the model that one process builds."""
+"""A model of random weights in one process; `test_several_ranks.py` builds it on two ranks."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from torch import Tensor
 from transformers import LlamaConfig
 
 from bench.ttft_ranks import Ranks, build_model
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "vocab_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_hidden_layers": 2,
-}
-SEEDS = (0, 1)
+ALONE = Ranks(0, 1, torch.device("cpu"))
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_hidden_layers": 1}
 
 
-def logits_of_seeds(device: str) -> dict[str, Any]:
-    """On one rank or on each of several."""
-    with Ranks.start(device) as ranks:
-        models = {seed: build_model(LlamaConfig(**SIZES), torch.float32, ranks, seed) for seed in SEEDS}
-        with torch.no_grad():
-            logits = {seed: model(torch.arange(50)[None]).logits for seed, model in models.items()}
-        held = sum(_local(parameter).numel() for parameter in models[0].parameters())
-        return {"logits": logits, "held": held, "rank": ranks.rank, "ranks": ranks.world_size}
+def config(heads: int = 4, kv_heads: int = 2) -> LlamaConfig:
+    return LlamaConfig(**SIZES, num_attention_heads=heads, num_key_value_heads=kv_heads, initializer_range=0.1)
 
 
-def _local(parameter: Any) -> Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+def test_the_weights_are_the_seeds() -> None:
+    given = config()
+    first, same, other = (build_model(given, torch.bfloat16, ALONE, seed) for seed in (0, 0, 1))
+    for name, weight in first.named_parameters():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, same.get_parameter(name))
+        if weight.ndim == 1:
+            assert (weight == 1).all(), name
+        else:
+            assert not torch.equal(weight, other.get_parameter(name)), name
+            assert abs(weight.float().std() - 0.1) < 0.01, name
+    assert given.to_dict() == config().to_dict()
+    assert not torch.distributed.is_initialized()
 
 
-def test_two_ranks_hold_slices_of_what_one_process_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    alone = logits_of_seeds("cpu")
-    assert not torch.equal(alone["logits"][0], alone["logits"][1])
-    together = run_ranks(logits_of_seeds, "cpu", tmp_path, timeout=120)
-    assert [rank["rank"] for rank in together] == [0, 1]
-    for rank in together:
-        assert rank["ranks"] == 2 and rank["held"] < 0.8 * alone["held"]
-        for seed in SEEDS:
-            torch.testing.assert_close(rank["logits"][seed], alone["logits"][seed], atol=1e-5, rtol=1e-5)
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with Ranks.start("cpu") as ranks:
+        ranks.barrier()
+        assert ranks == ALONE and not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "ranks"), [(4, 2, 3), (4, 2, 4)], ids=["neither", "the kv heads not"])
-def test_ranks_that_do_not_divide_the_heads(heads: int, kv_heads: int, ranks: int) -> None:
-    config = LlamaConfig(**{**SIZES, "num_attention_heads": heads, "num_key_value_heads": kv_heads})
-    expected = f"this llama config has {heads} query heads and {kv_heads} kv heads: .* divides both, got {ranks}$"
+def test_a_rank_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    monkeypatch.setenv("LOCAL_RANK", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="each rank needs a GPU of its own: expected more than 8 GPUs, got 2"):
+        Ranks.start("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"device must be 'cuda' where ranks see GPUs \(hide them .*, got 'cpu'"):
+        Ranks.start("cpu")
+
+
+@pytest.mark.parametrize("ranks", [3, 4], ids=["neither", "the kv heads not"])
+def test_ranks_that_do_not_divide_the_heads(ranks: int) -> None:
+    expected = f"this llama config has 4 query heads and 2 kv heads: .* divides both, got {ranks}$"
     with pytest.raises(ValueError, match=expected):
-        build_model(config, torch.float32, Ranks(0, ranks, torch.device("cpu")))
+        build_model(config(), torch.float32, Ranks(0, ranks, torch.device("cpu")))

@@ -1,0 +1,152 @@
+"""Two ranks over gloo, started by torchrun, do what one process does; sparse, each for its own heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import prompt, tiny_model
+from ranks import run_ranks
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from bench.ttft_ranks import Ranks, build_model
+from flexprefill_fa import FlexPrefillConfig
+from flexprefill_fa.integrations.hf_attention import flexprefill_attention
+from flexprefill_fa.integrations.transformers import (
+    SparseCall,
+    collect_statistics,
+    describe_sparse_prefill,
+    enable_sparse_prefill,
+    observe_sparse_prefill,
+)
+
+SPARSE = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=1)
+EVERYTHING = FlexPrefillConfig(gamma=1.0, min_budget=1)
+LENGTH, PADDING = 420, 128
+SIZES: dict[str, Any] = {
+    **{"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+}
+CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
+
+
+@torch.no_grad()
+def prefills(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model makes of a left-padded batch, with all its heads or a rank's."""
+    ids, mask = prompt(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
+    ids[1, :PADDING], mask[1, :PADDING] = 0, 0
+    found: dict[str, Any] = {"dense": model(ids, attention_mask=mask).logits[mask.bool()]}
+    with enable_sparse_prefill(model, EVERYTHING):
+        found["everything"] = model(ids, attention_mask=mask).logits[mask.bool()]
+    with enable_sparse_prefill(model, SPARSE, statistics="density") as handle:
+        found["runs"] = [layer.runs for layer in describe_sparse_prefill(model)]
+        calls: list[SparseCall] = []
+        with observe_sparse_prefill(model, calls.append):
+            found["sparse"] = model(ids, attention_mask=mask).logits[mask.bool()]
+        found["shapes"] = [(type(call.query).__name__, [*call.query.shape], [*call.key.shape]) for call in calls]
+        found["kept"] = torch.stack([layer.kept_blocks for layer in handle.statistics.values()])
+        for chunk in (None, 256):
+            options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+            with collect_statistics(model) as statistics:
+                out = model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **options)  # type: ignore[operator]
+            found[f"tokens, chunks of {chunk}"] = out[:, LENGTH:].tolist()
+            found[f"density, chunks of {chunk}"] = statistics.latest().density
+    return found
+
+
+def sinks_of_a_rank(rank: int, ranks: int) -> Tensor:
+    """Attention with sinks `[B, n, heads, D]` for a rank's share of four query heads over two kv heads."""
+    torch.manual_seed(0)
+    query, key, value, sinks = torch.randn(1, 4, 200, 32), *torch.randn(2, 1, 2, 200, 32), torch.randn(4)
+    if ranks > 1:
+        query, key, value = (x.chunk(ranks, 1)[rank].contiguous() for x in (query, key, value))
+        sinks = distribute_tensor(sinks, init_device_mesh("cpu", (ranks,)), [Shard(0)], src_data_rank=None)
+    return flexprefill_attention(torch.nn.Module(), query, key, value, None, s_aux=sinks)[0]
+
+
+def logits_of_random_weights(ranks: Ranks) -> Tensor:
+    model = build_model(LlamaConfig(**SIZES), torch.float32, ranks, seed=1)
+    with torch.no_grad():
+        return model(torch.arange(50)[None]).logits
+
+
+def on_a_rank(folder: str) -> dict[str, Any]:
+    """Everything that is compared with one process, in one start of the ranks: they take long to import."""
+    with Ranks.start("cpu") as ranks:
+        found = prefills(AutoModelForCausalLM.from_pretrained(Path(folder) / "2 kv heads", tp_plan="auto"))
+        found["sinks"] = sinks_of_a_rank(ranks.rank, ranks.world_size)
+        found["random weights"] = logits_of_random_weights(ranks)
+        with pytest.raises(ValueError) as error:
+            enable_sparse_prefill(AutoModelForCausalLM.from_pretrained(Path(folder) / "1 kv head", tp_plan="auto"))
+        ranks.barrier()
+    return found | {"error": str(error.value), "ranks": (ranks.rank, ranks.world_size)}
+
+
+def test_two_ranks_do_what_one_process_does(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "2 kv heads")
+    tiny_model("llama", num_key_value_heads=1).save_pretrained(tmp_path / "1 kv head")
+    both = run_ranks(on_a_rank, str(tmp_path), folder=tmp_path, timeout=240)
+
+    alone = prefills(AutoModelForCausalLM.from_pretrained(tmp_path / "2 kv heads"))
+    assert (alone["sparse"] - alone["dense"]).abs().max() > 0.01, "dense would pass too"
+    for rank, found in enumerate(both):
+        assert found["ranks"] == (rank, 2)
+        heads = slice(2 * rank, 2 * rank + 2)
+        assert found["runs"] == ["sparse", "sparse"]
+        assert found["shapes"] == [("Tensor", [2, 2, LENGTH, 32], [2, 1, LENGTH, 32])] * 2
+        torch.testing.assert_close(found["everything"], alone["dense"], **CLOSE)
+        torch.testing.assert_close(found["sparse"], alone["sparse"], **CLOSE)
+        assert torch.equal(found["kept"], alone["kept"][:, :, heads])
+        for chunk in (None, 256):
+            assert found[f"tokens, chunks of {chunk}"] == alone[f"tokens, chunks of {chunk}"]
+            density = found[f"density, chunks of {chunk}"]
+            assert torch.equal(density, alone[f"density, chunks of {chunk}"][:, :, heads])
+            assert (density.mean((1, 2)) < 0.9).all(), "dense"
+        torch.testing.assert_close(found["sinks"], sinks_of_a_rank(0, 1)[:, :, heads])
+        expected = logits_of_random_weights(Ranks(0, 1, torch.device("cpu")))
+        torch.testing.assert_close(found["random weights"], expected, atol=1e-5, rtol=1e-5)
+        assert found["error"] == (
+            "layer 0 (LlamaAttention) has 4 query heads and 1 kv heads: tensor parallelism needs a number of ranks "
+            "that divides both, got 2"
+        )
+
+
+def shared_out(ranks: int, plan: dict[str, str] | None = None) -> Any:
+    """A whole model that says what transformers leaves on a rank's: how many they are and, unless its own, the plan."""
+    model: Any = tiny_model("llama")
+    model._tp_size = ranks
+    if plan is not None:
+        model._tp_plan = {f"model.layers.*.self_attn.{name}": style for name, style in plan.items()}
+    return model
+
+
+@pytest.mark.parametrize("ranks", [3, 4], ids=["neither", "the kv heads not"])
+@pytest.mark.parametrize("function", [enable_sparse_prefill, describe_sparse_prefill])
+def test_a_number_of_ranks_that_does_not_divide_the_heads(function: Callable[[Any], Any], ranks: int) -> None:
+    model = shared_out(ranks)
+    message = (
+        r"layer 0 \(LlamaAttention\) has 4 query heads and 2 kv heads: tensor parallelism needs a number of ranks that "
+        f"divides both, got {ranks}$"
+    )
+    with pytest.raises(ValueError, match=message):
+        function(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_plan_that_shares_out_the_query_heads_alone() -> None:
+    model = shared_out(2, {"q_proj": "colwise", "k_proj": "colwise_gather_output"})
+    message = r"layer 0 .* alike, .*, got a tp_plan for its query heads and none for its kv heads$"
+    with pytest.raises(ValueError, match=message):
+        enable_sparse_prefill(model)
+
+
+def test_ranks_that_all_have_every_head() -> None:
+    model = shared_out(3, {f"{name}_proj": "colwise_gather_output" for name in "qkv"})
+    with enable_sparse_prefill(model):
+        assert [layer.runs for layer in describe_sparse_prefill(model)] == ["sparse", "sparse"]
