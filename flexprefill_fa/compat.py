@@ -8,19 +8,14 @@ is selected is `FlexPrefillConfig(variant="published")`. New code is better off 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
 
 from flexprefill_fa.attention import sparse_prefill_attention
 from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, StreamingLLMConfig, VerticalSlashConfig
 from flexprefill_fa.selection import BlockSelection
-
-if TYPE_CHECKING:
-    from flexprefill_fa.integrations.transformers import SparsePrefill
 
 __all__ = ["flex_prefill_attention", "patch_model"]
 
@@ -178,14 +173,13 @@ _VLLM_REPLACEMENT = (
     'LLM(model, attention_backend="CUSTOM", additional_config={"sparse_prefill": {"gamma": 0.95}})'
 )
 
-_handles: WeakKeyDictionary[Module, SparsePrefill] = WeakKeyDictionary()
-
 
 def patch_model(model: Any, pattern: str, config: Mapping[str, Any] | None = None) -> Any:
     """Switch a transformers model's prefill to a pattern, or with "default" back to its own dense attention.
 
-    A later call takes the place of an earlier one. Nothing is patched: the attention goes through transformers'
-    interface, see `enable_sparse_prefill`. Decode steps, and prompts of which the pattern keeps every block, are dense.
+    It takes the place of an earlier call and of every `enable_sparse_prefill` on the model: their handles are switched
+    off for good. Nothing is patched: the attention goes through transformers' interface, see `enable_sparse_prefill`.
+    Decode steps, and prompts of which the pattern keeps every block, are dense.
 
     Args:
         model: a decoder-only transformers model whose attention goes through the attention interface.
@@ -204,33 +198,33 @@ def patch_model(model: Any, pattern: str, config: Mapping[str, Any] | None = Non
 
     Raises:
         ValueError: for an unknown pattern or key, a value out of range, or a model that cannot be served.
-        TypeError: for what is no transformers model, config that is no mapping, or a value of the wrong type. vLLM
-            engines and the patterns "flash" and "minfer" get an error that names the replacement.
+        TypeError: for what is no transformers model, a pattern that is no string, config that is no mapping, or a value
+            of the wrong type. vLLM engines and the patterns "flash" and "minfer" get an error that names the replacement.
         ImportError: without transformers.
     """
     if any(kind.__module__.partition(".")[0] == "vllm" for kind in type(model).__mro__):
         raise TypeError(_VLLM_REPLACEMENT)
     chosen = _pattern_config(pattern, config)
     from flexprefill_fa.integrations.hf_plan import check_model
-    from flexprefill_fa.integrations.transformers import NAME, enable_sparse_prefill
+    from flexprefill_fa.integrations.transformers import NAME, SparsePrefill, enable_sparse_prefill
 
     check_model(model)
-    before = _handles.get(model)
+    before = SparsePrefill.all_of(model)
     if chosen is not None:
-        _handles[model] = enable_sparse_prefill(model, chosen)
-    if before is not None:
-        before.disable()
-    if chosen is None:
-        _handles.pop(model, None)
-        if model.config._attn_implementation == NAME:  # by its own doing: sparse with default settings
-            _handles[model] = enable_sparse_prefill(model, lambda layer: None)
+        enable_sparse_prefill(model, chosen)
+    for handle in before:
+        handle.disable()
+    if chosen is None and model.config._attn_implementation == NAME:  # by its own doing: sparse with default settings
+        enable_sparse_prefill(model, lambda layer: None)
     return model
 
 
 def _pattern_config(pattern: object, config: Mapping[str, Any] | None) -> SelectorConfig | None:
     """The selector of a pattern and its settings, None for dense attention."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be one of {', '.join(_PATTERNS)}, got {type(pattern).__name__}")
     if pattern in _REPLACED:
-        raise ValueError(f"pattern {pattern!r} is not here: {_REPLACED[str(pattern)]}")
+        raise ValueError(f"pattern {pattern!r} is not here: {_REPLACED[pattern]}")
     if pattern not in _PATTERNS:
         raise ValueError(f"pattern must be one of {', '.join(_PATTERNS)}, got {pattern!r}")
     if config is not None and not isinstance(config, Mapping):
@@ -239,4 +233,4 @@ def _pattern_config(pattern: object, config: Mapping[str, Any] | None) -> Select
     unknown = [str(key) for key in given if key not in _KEYS]
     if unknown:
         raise ValueError(f"unknown key {', '.join(unknown)} in config, expected of {', '.join(_KEYS)}")
-    return _PATTERNS[str(pattern)][1](given)
+    return _PATTERNS[pattern][1](given)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -233,6 +235,38 @@ def test_default_makes_a_model_dense_that_was_loaded_sparse() -> None:
     torch.testing.assert_close(logits(model), before, atol=2e-4, rtol=2e-4)
 
 
+def test_default_ends_every_handle_for_good(llama: PreTrainedModel) -> None:
+    before = logits(llama)
+    first = enable_sparse_prefill(llama, StreamingLLMConfig(0, 128))
+    patch_model(llama, "flex_prefill", {"flex_prefill_gamma": 0.5, "flex_prefill_min_budget": None})
+    with enable_sparse_prefill(llama, StreamingLLMConfig(0, 256)):
+        patch_model(llama, "default")
+        assert torch.equal(logits(llama), before)
+    first.disable()
+    assert llama.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(llama), before)
+
+
+def test_a_pattern_outlives_the_handles_before_it(llama: PreTrainedModel) -> None:
+    before = logits(llama)
+    with enable_sparse_prefill(llama, StreamingLLMConfig(0, 256)):
+        patch_model(llama, "streaming_llm", {"streaming_llm_sink": 0, "streaming_llm_window": 128})
+        expected = logits(llama)
+    assert torch.equal(logits(llama), expected) and not torch.equal(expected, before)
+    patch_model(llama, "default")
+    assert torch.equal(logits(llama), before)
+
+
+@pytest.mark.parametrize("pattern", ["flex_prefill", "default"])
+def test_a_patched_model_can_go(pattern: str) -> None:
+    model = tiny_model("llama", attn_implementation="flexprefill")
+    gone = weakref.ref(model)
+    patch_model(model, pattern)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
 class LLM:
     """Stands for vLLM's class."""
 
@@ -252,6 +286,7 @@ def test_vllm_engines_get_the_name_of_the_backend(engine: type) -> None:
         ("flash", {}, ValueError, "pattern 'flash' is not here: use pattern 'default'"),
         ("minfer", {}, ValueError, "pattern 'minfer' is not here: use pattern 'vertical_slash'"),
         ("flexprefill", {}, ValueError, "pattern must be one of default, flex_prefill, streaming_llm, vertical_slash"),
+        (["flex_prefill"], {}, TypeError, "pattern must be one of default, flex_prefill, .*, got list"),
         ("flex_prefill", {"gamma": 0.9}, ValueError, "unknown key gamma in config, expected of block_size, flex_pre"),
         ("default", {"gama": 0.9}, ValueError, "unknown key gama"),
         ("flex_prefill", [0.9], TypeError, "config must be a mapping such as a dict, got list"),
@@ -267,7 +302,7 @@ def test_vllm_engines_get_the_name_of_the_backend(engine: type) -> None:
     ],
 )
 def test_wrong_patterns_and_keys(
-    pattern: str, settings: Any, kind: type[Exception], message: str, llama: PreTrainedModel
+    pattern: Any, settings: Any, kind: type[Exception], message: str, llama: PreTrainedModel
 ) -> None:
     with pytest.raises(kind, match=message):
         patch_model(llama, pattern, settings)
