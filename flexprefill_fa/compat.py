@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from flexprefill_fa.attention import sparse_prefill_attention
 from flexprefill_fa.backends import resolve_backend
+from flexprefill_fa.block_mask import needs_position
 from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, StreamingLLMConfig, VerticalSlashConfig
 from flexprefill_fa.selection import BlockSelection
 
@@ -72,24 +75,31 @@ def flex_prefill_attention(
     config = _flexprefill(gamma, tau, min_budget, max_budget, block_size)
     query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     kv_heads = key.shape[1]
+    heads: Tensor | None = None
     if gqa_interleave:
         if kv_heads == 0 or query.shape[1] % kv_heads:
             raise ValueError(f"query heads must be a multiple of key heads, got {query.shape[1]} and {kv_heads}")
-        query = _swap_head_axes(query, -1, kv_heads)
-    selects = query.shape[2] > 1 and key.shape[2] > config.dense_tokens
+        # Query heads come as g * Hkv + h for kv head h; the attention wants h * groups + g. By an index tensor: a
+        # transposed view of the heads does not compile on the CPU.
+        heads = torch.arange(query.shape[1], device=query.device)
+        query = query[:, heads.view(-1, kv_heads).T.flatten()]
+    backend = "auto"
+    if query.shape[2] > 1 and key.shape[2] > config.dense_tokens:
+        # A named backend keeps the cost model out: the published function is sparse wherever it selects.
+        offset = is_compiling() and needs_position(query, key, None, None)
+        backend = resolve_backend("auto", query, block_size, position_in_graph=offset)
     found = sparse_prefill_attention(
         query,
         key,
         value,
         config,
         scale=softmax_scale,
-        # A named backend keeps the cost model out: the published function is sparse wherever it selects.
-        backend=resolve_backend("auto", query, block_size) if selects else "auto",
+        backend=backend,
         return_selection=return_computational_ratio,
     )
     out: Tensor = found[0] if return_computational_ratio else found
-    if gqa_interleave:
-        out = _swap_head_axes(out, kv_heads, -1)
+    if heads is not None:
+        out = out[:, heads.view(kv_heads, -1).T.flatten()]
     out = out.transpose(1, 2).contiguous()
     return (out, _computational_ratio(found[1])) if return_computational_ratio else out
 
@@ -99,14 +109,6 @@ def _flexprefill(
 ) -> FlexPrefillConfig:
     least = block_size if min_budget is None else min_budget
     return FlexPrefillConfig(gamma, tau, least, max_budget, block_size, "published")
-
-
-def _swap_head_axes(x: Tensor, outer: int, inner: int) -> Tensor:
-    """Reorder heads `[B, outer * inner, L, D]` from index o * inner + i to i * outer + o.
-
-    Interleaved query heads are g * Hkv + h for kv head h; the attention wants h * groups + g.
-    """
-    return x.unflatten(1, (outer, inner)).transpose(1, 2).flatten(1, 2)
 
 
 def _computational_ratio(selection: BlockSelection) -> float:
@@ -198,8 +200,9 @@ def patch_model(model: Any, pattern: str, config: Mapping[str, Any] | None = Non
 
     Raises:
         ValueError: for an unknown pattern or key, a value out of range, or a model that cannot be served.
-        TypeError: for what is no transformers model, a pattern that is no string, config that is no mapping, or a value
-            of the wrong type. vLLM engines and the patterns "flash" and "minfer" get an error that names the replacement.
+        TypeError: for what is no transformers model, a pattern that is no string, config that is no mapping, or a
+            value of the wrong type. vLLM engines and the patterns "flash" and "minfer" get an error that names the
+            replacement.
         ImportError: without transformers.
     """
     if any(kind.__module__.partition(".")[0] == "vllm" for kind in type(model).__mro__):
