@@ -7,7 +7,7 @@ import functools
 import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,11 +108,11 @@ class LengthBenchmark:
         }
         self.dense_ms: dict[str, float] = {}
         self.dense_tflops: dict[str, float] = {}
+        self.references: dict[Any, Reference] = {}  # of each config's selection
 
     def rows(self) -> Iterator[Row]:
         """The rows, dense first; a row whose check failed has `error` and no times."""
-        on_device = torch.cuda.device(self.plan.device) if self.plan.device.type == "cuda" else nullcontext()
-        with torch.no_grad(), on_device:
+        with torch.no_grad(), self._on_device():
             dense = reference(self.inputs, None)
             for kernel in self.plan.kernels:
                 row = self._dense(kernel, dense)
@@ -122,6 +122,9 @@ class LengthBenchmark:
                 yield from self._selector(config, dense)
             for density in self.plan.densities:
                 yield from self._synthetic(density)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.plan.device) if self.plan.device.type == "cuda" else nullcontext()
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +164,7 @@ class LengthBenchmark:
             return select_blocks(query, key, config)
 
         selection = select()
-        sparse = reference(self.inputs, selection)
+        sparse = self.references[config] = reference(self.inputs, selection)
         select_times = None
         for backend in self.plan.backends:
             kernel = resolve_backend(backend, query, config.block_size)

@@ -155,3 +155,25 @@ def verify(out: Tensor, reference: Reference) -> Verdict:
             f"(share of the way from dense {share:.3g}, at least 0.5 expected)"
         )
     return Verdict(error, allowed, share, problem)
+
+
+def no_better_than_zeros(out: Tensor, reference: Reference) -> str | None:
+    """What is wrong with an output `[B, Hq, n, D]` over unknown blocks, judged by its sampled rows.
+
+    A row is no better than zeros where its relative L2 error is 1 or more, against dense attention and against
+    `expected`, the attention over the blocks kept here. A row whose blocks hold at least half of the probability stays
+    below against dense attention, for values that are uncorrelated; one whose blocks hold less stays below against
+    `expected`, where they are about those kept here. A head is wrong where at least half of its rows are no better.
+    """
+    got = out[:, :, reference.positions].double()
+    wrong = torch.ones(got.shape[:3], dtype=torch.bool, device=got.device)
+    for right in (reference.dense, reference.expected):
+        wrong &= ~((got - right).norm(dim=-1) < right.norm(dim=-1))
+    share = wrong.double().mean(-1).flatten()
+    worst = int(share.argmax())
+    if share[worst] < 0.5:
+        return None
+    return (
+        f"{share[worst]:.0%} of the sampled rows of head {divmod(worst, got.shape[1])} are no nearer than zeros "
+        "to dense attention or to that over the blocks kept here, allowed less than 50%"
+    )

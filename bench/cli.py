@@ -10,10 +10,9 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from bench import calibrate as calibration
-from bench.attention import LengthBenchmark, Plan
+from bench.attention import LengthBenchmark
 from bench.fit import fit_rates
 from bench.inputs import WORKLOADS
 from bench.paths import RESULTS
@@ -24,11 +23,11 @@ from bench.render import README, render_readme
 from bench.report import calibration_table, one_line, result_table
 from bench.spec import parse_lengths, parse_list, parse_numbers, parse_selector
 from bench.synthetic import block_count
-from bench.terminal import one_line_errors
+from bench.terminal import one_line_errors, plain, record
 from bench.ttft_cli import ttft
 from bench.tune import best_tiles, tuning_rows
 from bench.vllm_cli import vllm
-from flexprefill_fa.loading import UsageError, first_line, resolve_dtype
+from flexprefill_fa.loading import UsageError, resolve_dtype
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.reporting import open_console
 from flexprefill_fa.rows import Row, append, read
@@ -98,19 +97,11 @@ def attention(
         for length, share in itertools.product(wanted, plan.densities):
             block_count(length, share)
         check_memory(plan, wanted)
-    rows: list[Row] = []
-    skipped = False
-    for length in wanted:
-        try:
-            for row in _measure(plan, length, console):
-                rows.append(row)
-                append(out, row)
-                console.print(one_line(row))
-                if as_json:
-                    typer.echo(json.dumps(row))
-        except UsageError as error:
-            console.print(f"error: {length} tokens: {first_line(error)}", markup=False, soft_wrap=True)
-            skipped = True
+
+    def rows_of(length: int) -> Iterator[Row]:
+        return LengthBenchmark(plan, length, plain(console)).rows()
+
+    rows, skipped = record(wanted, rows_of, plan.steps(), out=out, as_json=as_json, console=console, line=one_line)
     if rows:
         open_console(stderr=as_json).print(result_table(rows))
     if any("error" in row for row in rows):
@@ -217,20 +208,3 @@ def render(
     draw_attention(RESULTS)
     draw_quality(RESULTS)
     draw_accuracy(RESULTS)
-
-
-def _measure(plan: Plan, length: int, console: Console) -> Iterator[Row]:
-    """The rows of one length.
-
-    Raises:
-        UsageError: if memory is short.
-    """
-    try:
-        with WorkProgress(console).task(f"{length} tokens", plan.steps()) as advance:
-            bench = LengthBenchmark(plan, length, lambda line: console.print(line, markup=False, soft_wrap=True))
-            for row in bench.rows():
-                yield row
-                if advance is not None:
-                    advance()
-    except torch.OutOfMemoryError as error:
-        raise UsageError(first_line(error)) from error

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import hashlib
 import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -49,36 +50,56 @@ SELECTORS = {"flex_prefill_attention": "flexprefill", "flash_prefill": "flashpre
 """The published functions that can be called, and the selector whose method each one is."""
 
 
-def find_peers(folder: Path) -> list[Peer]:
+def find_peers(folder: Path, modules: Sequence[str] = ()) -> list[Peer]:
     """The published functions that modules under a folder define, each once; nothing is imported.
 
-    Of several modules that define one name the outermost counts, the first by name among equals. The folder may be a
-    package itself, hold packages, or be a checkout that does.
+    Of several modules that define one name, those in a package come before loose files and the outermost before deeper
+    ones, the first by name among equals. The folder may be a package itself, hold packages, or be a checkout that does.
+
+    Args:
+        folder: where to look.
+        modules: dotted names of the only modules to look at; else all but tests.
     """
-    defined: dict[str, list[Path]] = {}
-    files = [file.resolve() for file in folder.rglob("*.py") if not _hidden(file.relative_to(folder))]
-    for file in sorted(files, key=lambda file: (len(file.parts), str(file))):
-        for name in _defined_names(file):
-            defined.setdefault(name, []).append(file)
-    peers = []
-    for name in SELECTORS:
-        if name in defined:
-            file, *rest = defined[name]
-            root = _import_root(file, folder)
-            parts = file.relative_to(root).with_suffix("").parts
-            module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            peers.append(Peer(name, module, file, root, tuple(rest)))
-    return peers
+    found = []
+    for name in python_files(folder):
+        if modules or not _is_test(name):
+            found += [_peer(function, (folder / name).resolve(), folder) for function in _defined_names(folder / name)]
+    found.sort(key=lambda peer: (peer.root == peer.file.parent, len(peer.file.parts), str(peer.file)))
+    peers: dict[str, Peer] = {}
+    for peer in found:
+        if not modules or peer.module in modules:
+            first = peers.setdefault(peer.function, peer)
+            if first is not peer:
+                peers[peer.function] = dataclasses.replace(first, also=(*first.also, peer.file))
+    return [peers[function] for function in SELECTORS if function in peers]
 
 
-def _hidden(file: Path) -> bool:
-    return any(part.startswith(".") for part in file.parts)
+def python_files(folder: Path) -> list[Path]:
+    """The Python files under a folder, sorted, by their paths in it; neither hidden ones nor dangling links."""
+    names = [file.relative_to(folder) for file in folder.rglob("*.py") if file.is_file()]
+    return sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
+
+
+def _is_test(name: Path) -> bool:
+    return name.match("test_*.py") or name.match("*_test.py") or not {"test", "tests"}.isdisjoint(name.parts[:-1])
 
 
 def _defined_names(file: Path) -> list[str]:
-    """By text: a module that cannot even be parsed is still found, so that its error is reported."""
+    """The published functions that a file defines; by text where it is no Python, so that its error is reported."""
     text = file.read_text(encoding="utf-8", errors="replace")
-    return [name for name in SELECTORS if re.search(rf"^def {name}\s*\(", text, re.MULTILINE)]
+    if not any(name in text for name in SELECTORS):
+        return []
+    try:
+        defined = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    except (SyntaxError, ValueError):  # the latter for null bytes
+        defined = re.findall(r"^def (\w+)", text, re.MULTILINE)
+    return [name for name in SELECTORS if name in defined]
+
+
+def _peer(function: str, file: Path, folder: Path) -> Peer:
+    root = _import_root(file, folder)
+    parts = file.relative_to(root).with_suffix("").parts
+    return Peer(function, ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file, root)
 
 
 def _import_root(file: Path, folder: Path) -> Path:
@@ -92,28 +113,21 @@ def _import_root(file: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def importable(folder: Path, peers: list[Peer]) -> Iterator[None]:
-    """The peers' roots on the import path; afterwards the path, and what is loaded of the folder, are as they were."""
-    before, loaded = list(sys.path), set(sys.modules)
-    roots = dict.fromkeys([str(peer.root) for peer in peers] + [str(folder.resolve())])
-    sys.path[:0] = roots
+def foreign_code(peer: Peer) -> Iterator[None]:
+    """For imports and calls of a peer: its root is first on the import path, and what it prints goes to stderr."""
+    root = str(peer.root)
+    sys.path.insert(0, root)
     importlib.invalidate_caches()
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
-        sys.path[:] = before
-        for name, module in list(sys.modules.items()):
-            if name not in loaded and _inside(module, folder):
-                del sys.modules[name]
-
-
-def _inside(module: ModuleType, folder: Path) -> bool:
-    file = getattr(module, "__file__", None)
-    return isinstance(file, str) and Path(file).resolve().is_relative_to(folder.resolve())
+        if root in sys.path:  # unless the peer took it away itself
+            sys.path.remove(root)
 
 
 def load(peer: Peer) -> Callable[..., Any]:
-    """The function, imported; inside `importable`.
+    """The function, imported; inside `foreign_code`.
 
     Raises:
         ImportError: where another module of that name is loaded already.
@@ -129,10 +143,8 @@ def load(peer: Peer) -> Callable[..., Any]:
 def identity(peer: Peer, folder: Path) -> Row:
     """What tells one peer and one state of its code from another: names, and a digest of the folder's Python files."""
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        name = file.relative_to(folder)
-        if not _hidden(name):
-            digest.update(str(name).encode() + b"\0" + file.read_bytes() + b"\0")
+    for name in python_files(folder):
+        digest.update(str(name).encode() + b"\0" + (folder / name).read_bytes() + b"\0")
     return {
         "implementation": peer.implementation,
         "module": peer.module,
@@ -149,13 +161,16 @@ def loaded_version(peer: Peer) -> str | None:
 
 
 class Call:
-    """A peer's function on given inputs, in its own layout.
+    """A peer's function on given inputs, in its own layout; inside `foreign_code`.
 
     Args:
         peer: which function it is.
         function: what `load` found.
         inputs: copied once into contiguous `[B, L, H, D]`, the layout of both published signatures.
         config: the settings of the same method here.
+
+    Raises:
+        TypeError: naming the settings that the function does not take.
     """
 
     def __init__(self, peer: Peer, function: Callable[..., Any], inputs: Inputs, config: Any) -> None:
@@ -165,9 +180,14 @@ class Call:
         ]
         self._takes_out = peer.function == "flash_prefill"
         self._out = torch.empty_like(self._tensors[0]) if self._takes_out else None
-        self.settings: Mapping[str, Any] = (
-            _flashprefill_settings(function, config) if self._takes_out else _flexprefill_settings(config)
-        )
+        parameters = inspect.signature(function).parameters
+        settings = _flashprefill_settings(parameters, config) if self._takes_out else _flexprefill_settings(config)
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self.settings = {name: settings[name] for name in settings if takes_any or name in parameters}
+        lacking = [name for name in settings if name not in self.settings and settings[name] is not None]
+        if lacking:
+            raise TypeError(f"its signature has no {', '.join(lacking)}")
+        self._ratio = {"return_computational_ratio": True} if "return_computational_ratio" in parameters else {}
 
     def __call__(self) -> Any:
         """One call as a user makes it; what it returns."""
@@ -188,10 +208,9 @@ class Call:
             returned = self()
             out = returned if isinstance(returned, Tensor) else self._out
         else:
-            returned = self._function(*self._tensors, **self.settings, return_computational_ratio=True)
-            out = returned
-            if isinstance(returned, (tuple, list)):
-                out, ratio = returned[0], float(returned[1])
+            out = self._function(*self._tensors, **self.settings, **self._ratio)
+            if isinstance(out, (tuple, list)):
+                out, ratio = out[0], float(out[1])
         expected = list(self._tensors[0].shape)
         if not isinstance(out, Tensor) or list(out.shape) != expected:
             got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -206,20 +225,29 @@ def _flexprefill_settings(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _flashprefill_settings(function: Callable[..., Any], config: Any) -> dict[str, Any]:
+def _flashprefill_settings(parameters: Mapping[str, inspect.Parameter], config: Any) -> dict[str, Any]:
     """Published names of the same settings; min_budget, which is not in the paper, as its author set it, else 0."""
-    default = inspect.signature(function).parameters["min_budget"].default
-    return {
+    settings = {
         "block_size": config.block_size,
         "attention_sink": config.sink_blocks,
         "window_size": config.window_blocks,
         "alpha": config.alpha,
         "last_n_block_full": config.last_full_blocks,
-        "min_budget": 0 if default is inspect.Parameter.empty else default,
     }
+    if "min_budget" in parameters:
+        default = parameters["min_budget"].default
+        settings["min_budget"] = 0 if default is inspect.Parameter.empty else default
+    return settings
 
 
 def density_of_ratio(ratio: float, tokens: int, block_size: int) -> float:
-    """Kept blocks / causal blocks from kept blocks / all blocks, of as many queries as keys."""
+    """Kept blocks / causal blocks from kept blocks / all blocks, of as many queries as keys, to five digits.
+
+    Raises:
+        ValueError: for a density that cannot be.
+    """
     blocks = -(-tokens // block_size)
-    return ratio * 2 * blocks / (blocks + 1)
+    density = round(ratio * 2 * blocks / (blocks + 1), 5)
+    if not 0 < density <= 1:
+        raise ValueError(f"its ratio {ratio:g} means a density of {density:g}, which must be in (0, 1]")
+    return density

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from bench.attention import Plan
 from bench.inputs import WORKLOADS
 from bench.paths import RESULTS
 from bench.peer_rows import PeerBenchmark
 from bench.peer_tables import peer_line, peer_tables
-from bench.peers import SELECTORS, Peer, find_peers, importable
+from bench.peers import SELECTORS, Peer, find_peers
 from bench.planning import check_memory, head_shape, make_plan
 from bench.spec import parse_lengths, parse_list, parse_selector
-from bench.terminal import one_line_errors
-from flexprefill_fa.loading import UsageError, first_line
-from flexprefill_fa.progress import WorkProgress
+from bench.terminal import one_line_errors, plain, record
+from flexprefill_fa.loading import UsageError
 from flexprefill_fa.reporting import open_console
-from flexprefill_fa.rows import Row, append
+from flexprefill_fa.rows import Row
 
 
 def peers(
     package: Annotated[
         Path | None, typer.Option(help="Folder with another implementation's Python package; its code is run.")
+    ] = None,
+    module: Annotated[
+        str | None, typer.Option(help="Comma-separated dotted names of the only modules in --package to look at.")
     ] = None,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "4096,16384,65536",
     selectors: Annotated[
@@ -52,16 +51,15 @@ def peers(
 ) -> None:
     """Time the published functions of another implementation beside this package's selectors, on the same inputs.
 
-    Finds `flex_prefill_attention` and `flash_prefill` by name in the modules under --package. Without a folder, only
-    this package and dense attention are measured. Exits with 1 if an output of this package was wrong and with 2 if
-    a peer or something else could not run.
+    Finds `flex_prefill_attention` and `flash_prefill` by name in the modules under --package; tests are left out, and
+    modules in a package come before loose files. Without a folder, only this package and dense attention are measured.
+    Exits with 1 if an output of this package was wrong and with 2 if a peer's was, or something could not run.
     """
     console = open_console(stderr=True)
-
-    def note(line: str) -> None:
-        console.print(line, markup=False, soft_wrap=True)
-
     with one_line_errors():
+        if module is not None and package is None:
+            raise UsageError("module needs package, the folder that holds it")
+        modules = parse_list("module", module) if module is not None else []
         plan = make_plan(
             configs=[parse_selector(spec) for spec in parse_list("selectors", selectors)],
             densities=[],
@@ -79,31 +77,31 @@ def peers(
         )
         wanted = parse_lengths(lengths)
         check_memory(plan, wanted)
-    found = _look_for_peers(package, note)
-    rows: list[Row] = []
-    failed = package is not None and not found
-    with importable(package, found) if package is not None else nullcontext():
-        for length in wanted:
-            try:
-                for row in _measure(plan, length, note, package, found):
-                    rows.append(row)
-                    append(out, row)
-                    note(peer_line(row))
-                    if as_json:
-                        typer.echo(json.dumps(row))
-            except (UsageError, torch.AcceleratorError) as error:  # the latter after a peer broke the CUDA context
-                note(f"error: {length} tokens: {first_line(error)}")
-                failed = True
+    found = _look_for_peers(package, modules, [config.name for config in plan.configs], plain(console))
+    benches: dict[int, PeerBenchmark] = {}  # their inputs stay in memory for the peers, who come after every length
+
+    def ours(length: int) -> Iterator[Row]:
+        bench = PeerBenchmark(plan, length, plain(console))
+        yield from bench.rows()
+        benches[length] = bench
+
+    measure = partial(record, out=out, as_json=as_json, console=console, line=peer_line)
+    rows, failed = measure(wanted, ours, plan.steps())
+    if package is not None and found:
+        theirs, broken = measure(benches, lambda length: benches[length].peer_rows(package, found), len(plan.configs))
+        rows, failed = rows + theirs, failed or broken
     if rows:
         typer.echo(peer_tables(rows), err=as_json)
     if any("error" in row and row["path"] != "peer" for row in rows):
         raise typer.Exit(1)
-    if failed or any("error" in row for row in rows):
+    if failed or (package is not None and not found) or any("error" in row for row in rows):
         raise typer.Exit(2)
 
 
-def _look_for_peers(package: Path | None, note: Callable[[str], None]) -> list[Peer]:
-    """The peers under a folder; says what was found, and what is missing."""
+def _look_for_peers(
+    package: Path | None, modules: Sequence[str], selectors: Sequence[str], note: Callable[[str], None]
+) -> list[Peer]:
+    """The peers of these selectors under a folder; says what was found, and what is missing."""
     alone = "this package and dense attention are measured alone"
     if package is None:
         note(f"no --package folder with another implementation: {alone}")
@@ -111,28 +109,16 @@ def _look_for_peers(package: Path | None, note: Callable[[str], None]) -> list[P
     if not package.is_dir():
         note(f"error: there is no folder {package}: {alone}")
         return []
-    found = find_peers(package)
-    if not found:
-        note(f"error: no module in {package} defines {' or '.join(SELECTORS)}: {alone}")
+    wanted = [function for function, selector in SELECTORS.items() if selector in selectors]
+    found = [peer for peer in find_peers(package, modules) if peer.function in wanted]
+    if not wanted:
+        note(f"error: {' and '.join(SELECTORS.values())} alone have published functions: {alone}")
+    elif not found:
+        note(f"error: no module in {package} defines {' or '.join(wanted)}: {alone}")
     for peer in found:
         others = f"; also in {', '.join(str(file) for file in peer.also)}" if peer.also else ""
         note(f"{peer.function}: {peer.module} ({peer.file}){others}")
+        wanted.remove(peer.function)
+    if found and wanted:
+        note(f"no module in {package} defines {wanted[0]}: {SELECTORS[wanted[0]]} is measured without it")
     return found
-
-
-def _measure(
-    plan: Plan, length: int, note: Callable[[str], None], folder: Path | None, found: list[Peer]
-) -> Iterator[Row]:
-    """The rows of one length.
-
-    Raises:
-        UsageError: if memory is short.
-    """
-    try:
-        with WorkProgress().task(f"{length} tokens", plan.steps()) as advance:
-            for row in PeerBenchmark(plan, length, note, folder, found).rows():
-                yield row
-                if advance is not None and row["path"] != "peer":
-                    advance()
-    except torch.OutOfMemoryError as error:
-        raise UsageError(first_line(error)) from error

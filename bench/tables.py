@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from bench.attention import YARDSTICK
 from bench.report import number
 from flexprefill_fa.rows import Row, latest
 
-_GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "layer")
+GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "layer")
 KERNEL_NAMES = {
     "sdpa": "SDPA",
     "sdpa_flash": "SDPA flash",
@@ -18,7 +19,6 @@ KERNEL_NAMES = {
     "TRITON": "FlexAttention TRITON",
     "CPU": "FlexAttention CPU",
 }
-_YARDSTICK = {"cuda": "sdpa_flash", "cpu": "sdpa"}
 
 
 def attention_tables(rows: Iterable[Row], device: str, workload: str) -> str:
@@ -33,9 +33,9 @@ def density_tables(rows: Iterable[Row]) -> str:
     return "\n\n".join(filter(None, tables))
 
 
-def _measured(row: Row) -> str:
+def measured(row: Row) -> str:
     """What tells one measurement from another; a later row of the same takes an earlier one's place."""
-    names = [*_GROUP_KEYS, "length", "selector", "settings", "backend"]
+    names = [*GROUP_KEYS, "length", "selector", "settings", "backend", "implementation", "module", "function"]
     kernel = row["kernel"] if row["selector"] is None else None
     return json.dumps([kernel, *(row.get(name) for name in names)])
 
@@ -43,10 +43,10 @@ def _measured(row: Row) -> str:
 def groups(rows: Iterable[Row], device: str, workload: str, *, synthetic: bool) -> list[tuple[list[Row], list[Row]]]:
     """(dense rows, rows of one selector) of the latest measurements that belong in one table."""
     found: dict[str, tuple[list[Row], dict[str, list[Row]]]] = {}
-    for row in latest(rows, _measured):
+    for row in latest(rows, measured):
         if (row["device"], row["workload"]) != (device, workload):
             continue
-        dense, selected = found.setdefault(json.dumps([row.get(key) for key in _GROUP_KEYS]), ([], {}))
+        dense, selected = found.setdefault(json.dumps([row.get(key) for key in GROUP_KEYS]), ([], {}))
         if row["selector"] is None:
             dense.append(row)
         elif (row["selector"] == "synthetic") == synthetic:
@@ -67,7 +67,7 @@ def _each_group(
 
 
 def _attention_table(dense: list[Row], selected: list[Row]) -> str:
-    yardstick = _YARDSTICK[selected[0]["device"]]
+    yardstick = YARDSTICK[selected[0]["device"]]
     explicit = list(dict.fromkeys(row["backend"] for row in selected if row["backend"] != "auto"))
     header = ["tokens", "density", "recall", f"{KERNEL_NAMES[yardstick]} ms", "best dense ms", "select ms"]
     for title in ("attend ms", "total ms", f"x {KERNEL_NAMES[yardstick]}", "x best dense"):
@@ -82,12 +82,12 @@ def _attention_table(dense: list[Row], selected: list[Row]) -> str:
         sparse = next((row for row in by_backend.values() if row["path"] == "sparse"), {})
         select = next((row["select_ms"] for row in by_backend.values() if row.get("select_ms") is not None), None)
         cells = [f"{length:,}", number(sparse.get("density"), ".3f"), number(sparse.get("recall"), ".3f")]
-        cells += [_ms(dense_ms.get(yardstick)), _best(dense_ms), _ms(select)]
+        cells += [milliseconds(dense_ms.get(yardstick)), _best(dense_ms), milliseconds(select)]
         shown = [by_backend.get(name, {}) for name in explicit]
-        cells += [_ms(row.get("attend_ms")) for row in shown]
-        cells += ["wrong" if "error" in row else _ms(row.get("total_ms")) for row in shown]
+        cells += [milliseconds(row.get("attend_ms")) for row in shown]
+        cells += ["wrong" if "error" in row else milliseconds(row.get("total_ms")) for row in shown]
         for field in (f"speedup_{yardstick}", "speedup_best_dense"):
-            cells += [_times(row.get(field)) for row in shown]
+            cells += [times(row.get(field)) for row in shown]
         cells += [_correction(by_backend.get(name, {})) for name in corrected]
         cells.append(_auto(by_backend.get("auto"), yardstick))
         lines.append(cells)
@@ -101,9 +101,9 @@ def _density_table(dense: list[Row], selected: list[Row]) -> str:
         if row["backend"] == "auto":
             continue
         cells = [f"{row['length']:,}", f"{row['density']:.3f}", row["kernel"]]
-        cells.append("wrong" if "error" in row else _ms(row.get("attend_ms")))
+        cells.append("wrong" if "error" in row else milliseconds(row.get("attend_ms")))
         cells += [number(row.get("tflops"), ".0f"), number(row.get("share_of_dense_tflops"), ".0%")]
-        lines.append([*cells, _times(row.get("speedup_best_dense"))])
+        lines.append([*cells, times(row.get("speedup_best_dense"))])
     what = "random blocks of an exact density, attention alone, without a selection"
     return f"{caption(dense + selected, what)}\n\n{markdown_table(header, lines)}"
 
@@ -118,7 +118,7 @@ def demo_table(rows: Sequence[Row]) -> str:
         part = row[name]
         cells = [title, f"{part['answer']} {'right' if part['correct'] else 'wrong'}", f"{part['prefill_seconds']:.2f}"]
         cells += [number(part.get("compile_seconds"), ".1f"), number(part.get("density"), ".3f")]
-        lines.append([*cells, _times(row["dense"]["prefill_seconds"] / part["prefill_seconds"])])
+        lines.append([*cells, times(row["dense"]["prefill_seconds"] / part["prefill_seconds"])])
     table = markdown_table(["prefill", "answer", "seconds", "compile s", "density", "speed-up"], lines)
     recalls = [layer["recall"] for layer in row["sparse"].get("layers", ()) if layer["recall"] is not None]
     recall = ""
@@ -178,7 +178,7 @@ def _best(dense_ms: dict[str, float | None]) -> str:
     if not ran:
         return "-"
     best = min(ran, key=ran.__getitem__)
-    return f"{_ms(ran[best])} ({KERNEL_NAMES[best]})"
+    return f"{milliseconds(ran[best])} ({KERNEL_NAMES[best]})"
 
 
 def _auto(row: Row | None, yardstick: str) -> str:
@@ -186,7 +186,9 @@ def _auto(row: Row | None, yardstick: str) -> str:
         return "-"
     if "error" in row:
         return "wrong"
-    return f"{row['path']} {row['kernel']}: {_ms(row['total_ms'])} ms, {_times(row.get(f'speedup_{yardstick}'))}"
+    return (
+        f"{row['path']} {row['kernel']}: {milliseconds(row['total_ms'])} ms, {times(row.get(f'speedup_{yardstick}'))}"
+    )
 
 
 def _correction(row: Row) -> str:
@@ -196,11 +198,13 @@ def _correction(row: Row) -> str:
     return f"+{row['corrected_ms'] / row['attend_ms'] - 1:.0%} of attend"
 
 
-def _ms(value: Any) -> str:
+def milliseconds(value: Any) -> str:
+    """Milliseconds, or a dash where there are none."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _times(value: float | None) -> str:
+def times(value: float | None) -> str:
+    """A speed-up, or a dash where there is none."""
     return "-" if value is None else f"{value:.2f}x"

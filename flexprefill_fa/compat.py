@@ -8,19 +8,17 @@ is selected is `FlexPrefillConfig(variant="published")`. New code is better off 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.compiler import is_compiling
 
 from flexprefill_fa.attention import sparse_prefill_attention
 from flexprefill_fa.backends import resolve_backend
+from flexprefill_fa.block_mask import needs_position
 from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, StreamingLLMConfig, VerticalSlashConfig
 from flexprefill_fa.selection import BlockSelection
-
-if TYPE_CHECKING:
-    from flexprefill_fa.integrations.transformers import SparsePrefill
 
 __all__ = ["flex_prefill_attention", "patch_model"]
 
@@ -77,24 +75,31 @@ def flex_prefill_attention(
     config = _flexprefill(gamma, tau, min_budget, max_budget, block_size)
     query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     kv_heads = key.shape[1]
+    heads: Tensor | None = None
     if gqa_interleave:
         if kv_heads == 0 or query.shape[1] % kv_heads:
             raise ValueError(f"query heads must be a multiple of key heads, got {query.shape[1]} and {kv_heads}")
-        query = _swap_head_axes(query, -1, kv_heads)
-    selects = query.shape[2] > 1 and key.shape[2] > config.dense_tokens
+        # Query heads come as g * Hkv + h for kv head h; the attention wants h * groups + g. By an index tensor: a
+        # transposed view of the heads does not compile on the CPU.
+        heads = torch.arange(query.shape[1], device=query.device)
+        query = query[:, heads.view(-1, kv_heads).T.flatten()]
+    backend = "auto"
+    if query.shape[2] > 1 and key.shape[2] > config.dense_tokens:
+        # A named backend keeps the cost model out: the published function is sparse wherever it selects.
+        offset = is_compiling() and needs_position(query, key, None, None)
+        backend = resolve_backend("auto", query, block_size, position_in_graph=offset)
     found = sparse_prefill_attention(
         query,
         key,
         value,
         config,
         scale=softmax_scale,
-        # A named backend keeps the cost model out: the published function is sparse wherever it selects.
-        backend=resolve_backend("auto", query, block_size) if selects else "auto",
+        backend=backend,
         return_selection=return_computational_ratio,
     )
     out: Tensor = found[0] if return_computational_ratio else found
-    if gqa_interleave:
-        out = _swap_head_axes(out, kv_heads, -1)
+    if heads is not None:
+        out = out[:, heads.view(kv_heads, -1).T.flatten()]
     out = out.transpose(1, 2).contiguous()
     return (out, _computational_ratio(found[1])) if return_computational_ratio else out
 
@@ -104,14 +109,6 @@ def _flexprefill(
 ) -> FlexPrefillConfig:
     least = block_size if min_budget is None else min_budget
     return FlexPrefillConfig(gamma, tau, least, max_budget, block_size, "published")
-
-
-def _swap_head_axes(x: Tensor, outer: int, inner: int) -> Tensor:
-    """Reorder heads `[B, outer * inner, L, D]` from index o * inner + i to i * outer + o.
-
-    Interleaved query heads are g * Hkv + h for kv head h; the attention wants h * groups + g.
-    """
-    return x.unflatten(1, (outer, inner)).transpose(1, 2).flatten(1, 2)
 
 
 def _computational_ratio(selection: BlockSelection) -> float:
@@ -178,14 +175,13 @@ _VLLM_REPLACEMENT = (
     'LLM(model, attention_backend="CUSTOM", additional_config={"sparse_prefill": {"gamma": 0.95}})'
 )
 
-_handles: WeakKeyDictionary[Module, SparsePrefill] = WeakKeyDictionary()
-
 
 def patch_model(model: Any, pattern: str, config: Mapping[str, Any] | None = None) -> Any:
     """Switch a transformers model's prefill to a pattern, or with "default" back to its own dense attention.
 
-    A later call takes the place of an earlier one. Nothing is patched: the attention goes through transformers'
-    interface, see `enable_sparse_prefill`. Decode steps, and prompts of which the pattern keeps every block, are dense.
+    It takes the place of an earlier call and of every `enable_sparse_prefill` on the model: their handles are switched
+    off for good. Nothing is patched: the attention goes through transformers' interface, see `enable_sparse_prefill`.
+    Decode steps, and prompts of which the pattern keeps every block, are dense.
 
     Args:
         model: a decoder-only transformers model whose attention goes through the attention interface.
@@ -204,33 +200,34 @@ def patch_model(model: Any, pattern: str, config: Mapping[str, Any] | None = Non
 
     Raises:
         ValueError: for an unknown pattern or key, a value out of range, or a model that cannot be served.
-        TypeError: for what is no transformers model, config that is no mapping, or a value of the wrong type. vLLM
-            engines and the patterns "flash" and "minfer" get an error that names the replacement.
+        TypeError: for what is no transformers model, a pattern that is no string, config that is no mapping, or a
+            value of the wrong type. vLLM engines and the patterns "flash" and "minfer" get an error that names the
+            replacement.
         ImportError: without transformers.
     """
     if any(kind.__module__.partition(".")[0] == "vllm" for kind in type(model).__mro__):
         raise TypeError(_VLLM_REPLACEMENT)
     chosen = _pattern_config(pattern, config)
     from flexprefill_fa.integrations.hf_plan import check_model
-    from flexprefill_fa.integrations.transformers import NAME, enable_sparse_prefill
+    from flexprefill_fa.integrations.transformers import NAME, SparsePrefill, enable_sparse_prefill
 
     check_model(model)
-    before = _handles.get(model)
+    before = SparsePrefill.all_of(model)
     if chosen is not None:
-        _handles[model] = enable_sparse_prefill(model, chosen)
-    if before is not None:
-        before.disable()
-    if chosen is None:
-        _handles.pop(model, None)
-        if model.config._attn_implementation == NAME:  # by its own doing: sparse with default settings
-            _handles[model] = enable_sparse_prefill(model, lambda layer: None)
+        enable_sparse_prefill(model, chosen)
+    for handle in before:
+        handle.disable()
+    if chosen is None and model.config._attn_implementation == NAME:  # by its own doing: sparse with default settings
+        enable_sparse_prefill(model, lambda layer: None)
     return model
 
 
 def _pattern_config(pattern: object, config: Mapping[str, Any] | None) -> SelectorConfig | None:
     """The selector of a pattern and its settings, None for dense attention."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be one of {', '.join(_PATTERNS)}, got {type(pattern).__name__}")
     if pattern in _REPLACED:
-        raise ValueError(f"pattern {pattern!r} is not here: {_REPLACED[str(pattern)]}")
+        raise ValueError(f"pattern {pattern!r} is not here: {_REPLACED[pattern]}")
     if pattern not in _PATTERNS:
         raise ValueError(f"pattern must be one of {', '.join(_PATTERNS)}, got {pattern!r}")
     if config is not None and not isinstance(config, Mapping):
@@ -239,4 +236,4 @@ def _pattern_config(pattern: object, config: Mapping[str, Any] | None) -> Select
     unknown = [str(key) for key in given if key not in _KEYS]
     if unknown:
         raise ValueError(f"unknown key {', '.join(unknown)} in config, expected of {', '.join(_KEYS)}")
-    return _PATTERNS[str(pattern)][1](given)
+    return _PATTERNS[pattern][1](given)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -67,22 +67,28 @@ AttentionMaskInterface.register(NAME, flexprefill_mask)
 class SparsePrefill:
     """Sparse prefill switched on for a model; a context manager, or call `disable()`.
 
-    Several may be on for one model: the latest counts, and they may be switched off in any order.
+    Several may be on for one model: the latest counts, and they may be switched off in any order. The model is held
+    weakly: being sparse keeps no model alive.
     """
 
     _stacks: ClassVar[WeakKeyDictionary[PreTrainedModel, list[SparsePrefill]]] = WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel, layers: dict[int, nn.Module], plans: dict[int, LayerPlan]) -> None:
-        self._model = model
+        self._model = ref(model)
         self._layers = layers
         self._plans = plans
         below = self._stacks.get(model)
         implementation = below[0]._implementation if below else model.config._attn_implementation
         self._implementation: str = implementation or "eager"  # of the model without any
 
-    def _enable(self) -> None:
-        self._model.set_attn_implementation(NAME)
-        self._stacks.setdefault(self._model, []).append(self)
+    @classmethod
+    def all_of(cls, model: PreTrainedModel) -> list[SparsePrefill]:
+        """Those that are on for a model, the latest last."""
+        return list(cls._stacks.get(model, ()))
+
+    def _enable(self, model: PreTrainedModel) -> None:
+        model.set_attn_implementation(NAME)
+        self._stacks.setdefault(model, []).append(self)
         self._apply()
 
     def _apply(self) -> None:
@@ -91,17 +97,18 @@ class SparsePrefill:
 
     def disable(self) -> None:
         """Give the model back what it had without this; a second call does nothing."""
-        stack = self._stacks.get(self._model, [])
-        if self not in stack:
+        model = self._model()
+        stack = self._stacks.get(model, []) if model is not None else []
+        if model is None or self not in stack:
             return
         stack.remove(self)
         if stack:
             stack[-1]._apply()
             return
-        del self._stacks[self._model]
+        del self._stacks[model]
         for module in self._layers.values():
             delattr(module, PLAN_ATTRIBUTE)
-        self._model.set_attn_implementation(self._implementation)
+        model.set_attn_implementation(self._implementation)
 
     @property
     def statistics(self) -> dict[int, LayerStatistics]:
@@ -162,7 +169,7 @@ def enable_sparse_prefill(
     if mean_correction:
         _check_mean_correction(model, layers, plans)
     handle = SparsePrefill(model, layers, plans)
-    handle._enable()
+    handle._enable(model)
     return handle
 
 

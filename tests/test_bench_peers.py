@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,23 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import bench.attention
+from bench.check import no_better_than_zeros, reference, relative_error
 from bench.cli import app
-from bench.peer_tables import peer_tables
-from bench.peers import density_of_ratio, find_peers, importable, load
+from bench.inputs import make_inputs
+from bench.peer_rows import PeerBenchmark
+from bench.peer_tables import peer_line, peer_tables
+from bench.peers import density_of_ratio, find_peers, foreign_code, identity, load
+from bench.planning import make_plan
+from bench.spec import parse_selector
+from flexprefill_fa import FlexPrefillConfig, sparse_prefill_attention
 
 SMALL = ("--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--dtype", "float32", "--device", "cpu")
-FAST = ("--repeats", "2", "--seconds", "0.1", "--lengths", "512", "--backends", "CPU")
-SELECTORS = "flexprefill:min_budget=128+gamma=0.5,flashprefill:sink_blocks=1+window_blocks=1+last_full_blocks=0"
+FAST = ("--repeats", "2", "--seconds", "0.1", "--backends", "CPU")
+SELECTORS = (
+    "flexprefill:gamma=0.5+tau=0.05+min_budget=200+max_budget=400",
+    "flashprefill:sink_blocks=1+window_blocks=2+last_full_blocks=3+alpha=0.4",
+)
 
 DENSE = """
 import torch
@@ -29,24 +42,40 @@ def dense(q, k, v):
     return out.transpose(1, 2)
 """
 FLEX = """
+import torch
+
 from .common import dense
+
+print("dense_peer is imported")
 
 
 def flex_prefill_attention(q, k, v, gamma, tau=0, min_budget=None, max_budget=None, gqa_interleave=False,
                            softmax_scale=None, block_size=128, return_computational_ratio=False):
-    assert (gamma, tau, min_budget, max_budget, block_size) == (0.5, 0.1, 128, None, 128)
-    assert q.shape == (1, 512, 4, 32) and k.shape == v.shape == (1, 512, 2, 32) and q.is_contiguous()
+    print("dense_peer is called")
+    assert (gamma, tau, min_budget, max_budget, block_size) == (0.5, 0.05, 200, 400, 128)
+    assert q.shape[2:] == (4, 32) and k.shape[2:] == v.shape[2:] == (2, 32) and q.is_contiguous()
+    blocks = -(-q.shape[1] // 128)
+    ratio = (blocks + 1) / (2 * blocks)
     out = dense(q, k, v)
-    return (out, 0.625) if return_computational_ratio else out
+    return (out, ratio) if return_computational_ratio else out
 """
 FLASH = """
 from dense_peer.common import dense
 
 
 def flash_prefill(q, k, v, out, block_size, attention_sink, window_size, alpha, last_n_block_full, min_budget=256):
-    assert (block_size, attention_sink, window_size, alpha, last_n_block_full) == (128, 1, 1, 0.1, 0)
+    assert (block_size, attention_sink, window_size, alpha, last_n_block_full) == (128, 1, 2, 0.4, 3)
     out.copy_(dense(q, k, v))
 """
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """The peers' modules and what they change, gone after each test."""
+    yield
+    torch.set_default_dtype(torch.float32)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "dense_peer"]:
+        del sys.modules[name]
 
 
 def write(folder: Path, **files: str) -> None:
@@ -69,7 +98,9 @@ def package(tmp_path: Path) -> Path:
 
 
 def run(out: Path, *arguments: str) -> Result:
-    return CliRunner().invoke(app, ["peers", *SMALL, *FAST, "--selectors", SELECTORS, "--out", str(out), *arguments])
+    given = {"--lengths": "512", "--selectors": ",".join(SELECTORS)}
+    options = [text for option, value in given.items() if option not in arguments for text in (option, value)]
+    return CliRunner().invoke(app, ["peers", *SMALL, *FAST, *options, "--out", str(out), *arguments])
 
 
 def rows_of(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -92,33 +123,94 @@ def check_ours(ours: list[dict[str, Any]]) -> None:
     assert ours[2]["density"] < 1 and ours[2]["dense_error"] > 0.001  # really sparse
 
 
+@pytest.fixture(scope="module")
+def measured() -> tuple[PeerBenchmark, list[dict[str, Any]]]:
+    """512 tokens with this package's rows."""
+    plan = make_plan(
+        configs=[parse_selector(spec) for spec in SELECTORS],
+        densities=[],
+        backends="CPU",
+        shape=(4, 2, 32),
+        batch=1,
+        dtype="float32",
+        workload="sharpened",
+        layer=0,
+        device="cpu",
+        seed=0,
+        repeats=2,
+        seconds=0.1,
+        dense=True,
+    )
+    bench = PeerBenchmark(plan, 512, print)
+    return bench, list(bench.rows())
+
+
 def test_a_package_is_timed_and_checked_beside_ours(package: Path, tmp_path: Path) -> None:
     out = tmp_path / "results" / "peers.jsonl"
-    result = run(out, "--package", str(package))
+    result = run(out, "--package", str(package), "--lengths", "512,600")
     assert result.exit_code == 0, result.output
+    assert str(package) not in sys.path
     ours, peers = rows_of(out)
-    check_ours(ours)
-    assert [(row["function"], row["module"], row["selector"]) for row in peers] == [
-        ("flex_prefill_attention", "dense_peer.flex", "flexprefill"),
-        ("flash_prefill", "dense_peer.ops.flash", "flashprefill"),
+    assert [row["length"] for row in ours] == [512] * 4 + [600] * 4
+    check_ours(ours[:4])
+    check_ours(ours[4:])
+    assert [(row["length"], row["function"], row["module"], row["selector"]) for row in peers] == [
+        (length, *found)
+        for length in (512, 600)
+        for found in (
+            ("flex_prefill_attention", "dense_peer.flex", "flexprefill"),
+            ("flash_prefill", "dense_peer.ops.flash", "flashprefill"),
+        )
     ]
     for row in peers:
+        dense = ours[4 * (row["length"] == 600)]
         assert "error" not in row and row["dense_error"] < 1e-5 and row["total_ms"] > 0
         assert (row["implementation"], row["peer_version"], len(row["peer_digest"])) == ("dense_peer", "1.2", 12)
-        assert row["speedup_sdpa"] == pytest.approx(ours[0]["total_ms"] / row["total_ms"], rel=0.02)
+        assert row["speedup_sdpa"] == pytest.approx(dense["total_ms"] / row["total_ms"], rel=0.02)
         conditions = ("length", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "seed", "gpu", "commit")
-        assert all(row[name] == ours[0][name] for name in conditions)
+        assert all(row[name] == dense[name] for name in conditions)
+    assert peers[0]["settings"] == ours[2]["settings"] and peers[1]["settings"] == ours[3]["settings"]
     assert peers[0]["computational_ratio"] == 0.625 and peers[0]["density"] == 1
-    assert "density" not in peers[1] and peers[1]["settings"]["min_budget"] == 256
+    assert "density" not in peers[1] and peers[1]["peer_settings"]["min_budget"] == 256
     assert "flash_prefill: dense_peer.ops.flash (" in result.stderr.replace("\n", "")
-    assert not [name for name in sys.modules if name.startswith("dense_peer")]
-    assert str(package) not in sys.path
 
     table = peer_tables([*ours, *peers])
-    assert table in result.stdout
-    for part in ("4/2 heads", "512", "| flexprefill | dense_peer | 1.000 |", "| flashprefill | dense_peer | - |"):
-        assert part in table
-    assert "dense_peer 1.2, `dense_peer.ops.flash.flash_prefill`, digest" in table and "gamma 0.5" in table
+    assert table in result.stdout and "4/2 heads" in table
+    flex = "flexprefill, gamma 0.5, tau 0.05, min_budget 200, max_budget 400"
+    flash = "flashprefill, alpha 0.4, sink_blocks 1, window_blocks 2, last_full_blocks 3"
+    lines = [re.split(r" *\| *", line)[1:5] for line in table.splitlines() if line.startswith(("| 5", "| 6"))]
+    assert [line[:3] for line in lines] == [
+        [length, *place]
+        for length in ("512", "600")
+        for place in (
+            ["dense", "SDPA"],
+            ["dense", "FlexAttention CPU"],
+            [flex, "flexprefill_fa CPU"],
+            [flex, "dense_peer"],
+            [flash, "flexprefill_fa CPU"],
+            [flash, "dense_peer"],
+        )
+    ]
+    assert [line[3] for line in lines if line[2] == "dense_peer"] == ["1.000", "-"] * 2
+    assert "dense_peer 1.2, `dense_peer.ops.flash.flash_prefill`, digest" in table and "attention_sink 1" in table
+
+
+def test_dense_error_is_that_of_the_sampled_rows(
+    measured: tuple[PeerBenchmark, list[dict[str, Any]]], package: Path
+) -> None:
+    write(package / "dense_peer", flex=FLEX.replace("out = dense(q, k, v)", "out = dense(q, k, v); out[:, 1:] *= 1.25"))
+    bench, ours = measured
+    (flex, _) = bench.peer_rows(package, find_peers(package))
+    assert 0.2 < flex["dense_error"] < 0.25  # the first row is right
+    inputs, _ = make_inputs(bench.plan, 512)
+    exact = reference(inputs, None)
+    for row, config in zip(ours[2:], bench.plan.configs, strict=True):
+        out = sparse_prefill_attention(inputs.query, inputs.key, inputs.value, config, backend="CPU")
+        assert row["dense_error"] == pytest.approx(relative_error(out[:, :, exact.positions], exact.dense), abs=1e-5)
+
+
+def wrong(code: str) -> str:
+    return FLEX.replace("out = dense(q, k, v)", f"out = dense(q, k, v); {code}")
 
 
 BROKEN = {
@@ -126,90 +218,260 @@ BROKEN = {
     "no Python": (FLEX + "def (:\n", "SyntaxError: "),
     "an import that exits": ("raise SystemExit('no GPU')\n" + FLEX, "SystemExit: no GPU"),
     "a call that fails": (FLEX.replace("out = dense", "raise RuntimeError('no | kernel')\n    out ="), "RuntimeError"),
-    "another shape": (FLEX.replace("out = dense(q, k, v)", "out = q.transpose(1, 2)"), "ValueError: its output must"),
-    "NaN": (FLEX.replace("out = dense(q, k, v)", "out = q * float('nan')"), "ValueError: its output is not finite"),
-    "another signature": (FLEX.replace("gamma, tau=0", "gamma, tau0=0"), "TypeError: "),
+    "another shape": (wrong("out = q.transpose(1, 2)"), "ValueError: its output must"),
+    "NaN": (wrong("out = q * float('nan')"), "ValueError: its output is not finite"),
+    "another signature": (FLEX.replace("gamma, tau=0", "gamma, tau0=0"), "TypeError: its signature has no tau"),
+    "zeros": (wrong("out = 0 * q"), "of the sampled rows of head (0, "),
+    "zeros after the first row": (wrong("out[:, 1:] = 0"), "of the sampled rows of head (0, "),
+    "zeros in one head": (wrong("out[:, :, 2] = 0"), "100% of the sampled rows of head (0, 2) are no nearer"),
+    "noise": (wrong("out = torch.randn_like(q)"), "of the sampled rows of head (0, "),
+    "other heads": (wrong("out = out.flip(2)"), "of the sampled rows of head (0, "),
+    "interleaved heads": (wrong("out = out[:, :, [0, 2, 1, 3]]"), "of the sampled rows of head (0, "),
+    "too many blocks": (
+        wrong("ratio = 1.0"),
+        "ValueError: its ratio 1 means a density of 1.6, which must be in (0, 1]",
+    ),
+    "no ratio": (wrong("ratio = float('nan')"), "ValueError: its ratio nan means a density of nan"),
 }
 
 
 @pytest.mark.parametrize("what", list(BROKEN))
-def test_what_fails_is_a_row_with_the_error_and_the_rest_goes_on(what: str, package: Path, tmp_path: Path) -> None:
+def test_what_fails_is_a_row_with_the_error_and_the_rest_goes_on(
+    what: str, measured: tuple[PeerBenchmark, list[dict[str, Any]]], package: Path
+) -> None:
     text, message = BROKEN[what]
     write(package / "dense_peer", flex=text)
-    out = tmp_path / "peers.jsonl"
-    result = run(out, "--package", str(package))
-    assert result.exit_code == 2, result.output
-    ours, (broken, whole) = rows_of(out)
-    check_ours(ours)
-    assert broken["error"].startswith(message) and broken["module"] == "dense_peer.flex"
-    assert not [name for name in broken if name.endswith("_ms")]
+    bench, ours = measured
+    broken, whole = bench.peer_rows(package, find_peers(package))
+    assert message in broken["error"] and broken["module"] == "dense_peer.flex"
+    assert broken["settings"] == dataclasses.asdict(bench.plan.configs[0])
+    assert not [name for name in broken if name.endswith("_ms") or name.startswith("speedup")]
     assert "error" not in whole and whole["total_ms"] > 0
     shown = f"error: {broken['error']}".replace("|", "/")
-    assert f"| flexprefill | dense_peer | - | - | {shown} |" in peer_tables([*ours, broken, whole])
+    assert f" | dense_peer | - | - | {shown} |" in peer_tables([*ours, broken, whole])
+    assert "WRONG: " in peer_line(broken)
 
 
-def test_outputs_that_are_not_written_are_an_error(package: Path, tmp_path: Path) -> None:
+def test_a_head_that_keeps_what_ours_keeps_is_not_wrong_for_keeping_little(
+    measured: tuple[PeerBenchmark, list[dict[str, Any]]],
+) -> None:
+    bench = measured[0]
+    found = bench.references[bench.plan.configs[0]]
+    little = dataclasses.replace(found, dense=-found.expected)  # further from dense attention than zeros are
+    out = torch.zeros_like(bench.inputs.query)
+    out[:, :, found.positions] = found.expected.float()
+    assert no_better_than_zeros(out, little) is None
+    half = out.clone()
+    half[:, 3, found.positions[16:]] = 0
+    assert "50% of the sampled rows of head (0, 3) are no nearer" in str(no_better_than_zeros(half, little))
+    out[:, 3, found.positions[17:]] = 0
+    assert no_better_than_zeros(out, little) is None
+
+
+def test_the_exit_code_tells_whose_output_was_wrong(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(
-        package / "dense_peer", ops__flash=FLASH.replace("out.copy_", "out[:, 1:].copy_").replace("v))", "v)[:, 1:])")
+        package / "dense_peer",
+        ops__flash=FLASH.replace("out.copy_(dense(q, k, v))", "out[:, 1:].copy_(dense(q, k, v)[:, 1:])"),
     )
     out = tmp_path / "peers.jsonl"
     assert run(out, "--package", str(package)).exit_code == 2
-    assert rows_of(out)[1][1]["error"] == "ValueError: its output is not finite"
+    ours, (flex, flash) = rows_of(out)
+    check_ours(ours)
+    assert "error" not in flex and flash["error"] == "ValueError: its output is not finite"
+
+    def nan(query: Any, *_: Any, **__: Any) -> torch.Tensor:
+        return query * float("nan")
+
+    monkeypatch.setattr(bench.attention, "sparse_prefill_attention", nan)
+    assert run(out, "--package", str(package)).exit_code == 1
+
+
+def test_no_row_of_ours_comes_after_a_peer(package: Path, tmp_path: Path) -> None:
+    """A peer may leave anything changed, such as the default dtype that the next length's inputs are drawn in."""
+    write(package / "dense_peer", flex="import torch\n\ntorch.set_default_dtype(torch.float64)\n" + FLEX)
+    out = tmp_path / "peers.jsonl"
+    assert run(out, "--package", str(package), "--lengths", "512,600").exit_code == 0
+    assert torch.get_default_dtype() == torch.float64
+    paths = [json.loads(line)["path"] for line in out.read_text().splitlines()]
+    assert paths == ["dense", "dense", "sparse", "sparse"] * 2 + ["peer"] * 4
+
+
+def test_a_peers_folder_and_prints_reach_nothing_of_ours(
+    measured: tuple[PeerBenchmark, list[dict[str, Any]]], package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its import path holds its root alone, and only while it runs; stdout stays for JSON lines."""
+    text = "import sys\n" + FLEX.replace("blocks =", "print('path', sys.path[:2])\n    blocks =")
+    checkout = package.parent / "other"
+    write(checkout / "src" / "dense_peer", common=DENSE, flex=text, other=FLASH)
+    before = list(sys.path)
+    rows = measured[0].peer_rows(checkout, find_peers(checkout))
+    assert "error" not in next(rows)
+    assert sys.path == before  # between two rows
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "dense_peer is imported" in captured.err and "dense_peer is called" in captured.err
+    assert f"path {[str(checkout / 'src'), before[0]]}" in captured.err
+
+
+SIGNATURES = {
+    "flash, of the paper": ("flash", FLASH.replace(", min_budget=256", ""), {}),
+    "flash, a budget to give": ("flash", FLASH.replace("min_budget=256", "min_budget"), {"min_budget": 0}),
+    "flash, any": ("flash", FLASH.replace("min_budget=256", "**more").replace("assert", "assert not more and"), {}),
+    "flex, no ratio": (
+        "flex",
+        FLEX.replace(", return_computational_ratio=False", "").replace(
+            "(out, ratio) if return_computational_ratio else out", "out"
+        ),
+        {"max_budget": 400},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(SIGNATURES))
+def test_what_a_signature_lacks_is_not_passed(
+    what: str, measured: tuple[PeerBenchmark, list[dict[str, Any]]], package: Path
+) -> None:
+    module, text, settings = SIGNATURES[what]
+    write(package / "dense_peer", **{"flex" if module == "flex" else "ops__flash": text})
+    row = next(row for row in measured[0].peer_rows(package, find_peers(package)) if module in row["function"])
+    assert "error" not in row and "density" not in row
+    assert ("min_budget" in row["peer_settings"]) == (module == "flex" or bool(settings))
+    assert row["peer_settings"] | settings == row["peer_settings"]
 
 
 @pytest.mark.parametrize(
-    ("folder", "code", "message"),
+    ("options", "code", "message"),
     [
-        (None, 0, "no --package folder with another implementation: this package and dense attention are measured"),
-        ("nowhere", 2, "error: there is no folder "),
-        ("empty", 2, "defines flex_prefill_attention or flash_prefill: this package"),
+        ((), 0, "no --package folder with another implementation: this package and dense attention are measured"),
+        (("--package", "nowhere"), 2, "error: there is no folder "),
+        (("--package", "empty"), 2, "defines flex_prefill_attention or flash_prefill: this package"),
+        (
+            ("--package", "flash", "--selectors", SELECTORS[0]),
+            2,
+            "error: no module in flash defines flex_prefill_attention: this package and dense attention",
+        ),
+        (("--package", "flash"), 0, "no module in flash defines flex_prefill_attention: flexprefill is measured"),
+        (("--package", "flash", "--module", "dense_peer.ops"), 2, "error: no module in flash defines flex_prefill"),
+        (("--module", "dense_peer"), 2, "error: module needs package"),
     ],
 )
-def test_without_a_package_ours_is_measured_alone(folder: str | None, code: int, message: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_said(
+    options: tuple[str, ...], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty").mkdir()
+    write(tmp_path / "flash" / "dense_peer", common=DENSE, ops__flash=FLASH)
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "peers.jsonl"
-    options = ("--package", str(tmp_path / folder)) if folder else ()
     result = run(out, *options)
     assert result.exit_code == code, result.output
     assert message in result.stderr.replace("\n", "")
+    if options[:1] == ("--module",):
+        assert not out.exists()
+        return
     ours, peers = rows_of(out)
-    check_ours(ours)
-    assert peers == []
+    assert [row["selector"] for row in ours[2:]] == [config.partition(":")[0] for config in SELECTORS][: len(ours) - 2]
+    assert len(peers) == (options == ("--package", "flash"))
+
+
+BOOM = "raise AssertionError('imported')\ndef flash_prefill(q):\n    pass\n"
 
 
 def test_functions_are_found_by_name_without_importing(tmp_path: Path) -> None:
-    boom = "raise AssertionError('imported')\ndef flash_prefill(q):\n    pass\n"
-    write(tmp_path / "one", deep__er__b=boom, a=boom.replace("flash_prefill", "flash_prefill_decode"))
+    other = BOOM.replace("flash_prefill", "flash_prefill_decode") + f'"""\n{BOOM}"""\n'
+    write(tmp_path / "one", deep__er__b=BOOM, a=other)
     (only,) = find_peers(tmp_path / "one")
     assert (only.module, only.implementation, only.root) == ("one.deep.er.b", "one", tmp_path.resolve())
-    write(tmp_path / "one", z=boom, __hidden=boom)
-    write(tmp_path / "one" / ".git", y=boom)
+    write(tmp_path / "one", z=BOOM, __hidden=BOOM)
+    write(tmp_path / "one" / ".git", y=BOOM)
     (nearest,) = find_peers(tmp_path)
     assert nearest.module == "one.z" and [file.name for file in nearest.also] == ["b.py"]
     (tmp_path / "one" / "z.py").write_text("")
-    (tmp_path / "one" / "__init__.py").write_text(boom)
+    (tmp_path / "one" / "__init__.py").write_text(BOOM)
     assert find_peers(tmp_path / "one")[0].module == "one"
+
+
+def test_a_package_comes_before_loose_files_and_tests_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "kernels", ops__flash=BOOM, test_flash=BOOM, tests__copy=BOOM)
+    write(tmp_path / "tests", reference=BOOM)
+    (tmp_path / "tests" / "__init__.py").unlink()
+    for name in ("example.py", "test_flash.py", "flash_test.py"):
+        (tmp_path / name).write_text(BOOM)
+    (found,) = find_peers(tmp_path)
+    assert found.module == "kernels.ops.flash" and [file.name for file in found.also] == ["example.py"]
+    (asked,) = find_peers(tmp_path, ["reference", "nowhere"])
+    assert (asked.module, asked.root, asked.also) == ("reference", (tmp_path / "tests").resolve(), ())
+
+
+def test_only_files_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "one", a=BOOM)
+    (found,) = find_peers(tmp_path)
+    before = identity(found, tmp_path)
+    (tmp_path / "one" / "link.py").symlink_to(tmp_path / "nowhere.py")
+    (tmp_path / "one" / "folder.py").mkdir()
+    assert find_peers(tmp_path) == [found] and identity(found, tmp_path) == before
+
+
+def test_the_digest_is_that_of_names_and_contents(tmp_path: Path) -> None:
+    write(tmp_path / "one", a=BOOM, b="")
+    (found,) = find_peers(tmp_path)
+    digests = [identity(found, tmp_path)["peer_digest"]]
+    (tmp_path / "one" / "b.py").write_text("x = 1\n")
+    digests.append(identity(found, tmp_path)["peer_digest"])
+    (tmp_path / "one" / "b.py").rename(tmp_path / "one" / "c.py")
+    digests.append(identity(found, tmp_path)["peer_digest"])
+    assert len(set(digests)) == 3
+    (tmp_path / "one" / "c.py").write_text("")
+    (tmp_path / "one" / "c.py").rename(tmp_path / "one" / "b.py")
+    assert identity(found, tmp_path)["peer_digest"] == digests[0]
 
 
 def test_a_name_that_is_taken_is_not_mistaken_for_the_peer(tmp_path: Path) -> None:
     write(tmp_path / "bench", attention="def flash_prefill(q):\n    pass\n")
-    found = find_peers(tmp_path)
-    with importable(tmp_path, found), pytest.raises(ImportError, match=r"bench\.attention is .*not the attention\.py"):
-        load(found[0])
+    (found,) = find_peers(tmp_path)
+    with foreign_code(found), pytest.raises(ImportError, match=r"bench\.attention is .*not the attention\.py"):
+        load(found)
 
 
 def test_density_of_a_ratio() -> None:
-    assert density_of_ratio((512 + 1) / (2 * 512), 65536, 128) == pytest.approx(1)
+    assert density_of_ratio((512 + 1) / (2 * 512), 65536, 128) == 1
+    assert density_of_ratio(0.5 * (1 + 2**-22) * 513 / 512, 65536, 128) == 1  # of a mean in fp32
     assert density_of_ratio(5 / 16, 500, 128) == 0.5
+    for ratio in (0.0, -0.1, 0.51, 1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"its ratio .* means a density of .*, which must be in \(0, 1\]"):
+            density_of_ratio(ratio, 65536, 128)
 
 
-def test_a_later_row_takes_an_earlier_ones_place(package: Path, tmp_path: Path) -> None:
-    out = tmp_path / "peers.jsonl"
-    run(out)
-    dense = rows_of(out)[0]
+@pytest.fixture
+def lines(measured: tuple[PeerBenchmark, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Dense rows, one of this package and the same as a peer's."""
+    dense = measured[1][:3]
     peer = dense[2] | {"path": "peer", "backend": None, "kernel": None, "implementation": "p", "module": "p"}
-    peer |= {"function": "flash_prefill", "peer_version": None, "peer_digest": "0"}
-    failed = {name: value for name, value in peer.items() if not name.endswith("_ms")} | {"error": "no kernel"}
-    table = peer_tables([*dense, failed, peer])
+    return [*dense, peer | {"function": "flash_prefill", "peer_version": None, "peer_digest": "0"}]
+
+
+def test_a_later_row_takes_an_earlier_ones_place(lines: list[dict[str, Any]]) -> None:
+    failed = {name: value for name, value in lines[-1].items() if not name.endswith("_ms")} | {"error": "no kernel"}
+    table = peer_tables([*lines[:-1], failed, lines[-1]])
     assert table.count("| p |") == 1 and "no kernel" not in table
     assert peer_tables([]) == ""
+
+
+def test_each_setting_of_a_selector_has_its_lines(lines: list[dict[str, Any]]) -> None:
+    settings = lines[-1]["settings"]
+    more = [row | {"settings": settings | {"gamma": 0.9}} for row in lines[2:]]
+    usual = [row | {"settings": dataclasses.asdict(FlexPrefillConfig())} for row in lines[2:]]
+    table = peer_tables([*lines, *more, *usual])
+    found = [line.split(" | ")[1:3] for line in table.splitlines() if line.startswith("| 512 | flex")]
+    rest = "tau 0.05, min_budget 200, max_budget 400"
+    methods = [f"flexprefill, gamma 0.5, {rest}", f"flexprefill, gamma 0.9, {rest}", "flexprefill"]
+    assert found == [[method, who] for method in methods for who in ("flexprefill_fa CPU", "p")]
+    assert f"flexprefill, gamma 0.9, {rest}: " in peer_line(more[-1])
+
+
+def test_auto_is_shown_where_no_backend_was_named(lines: list[dict[str, Any]]) -> None:
+    auto = lines[2] | {"backend": "auto"}
+    assert "| flexprefill_fa auto |" in peer_tables([*lines[:2], auto, lines[-1]])
+    both = peer_tables([*lines, auto, auto | {"length": 600}])
+    assert both.count("| flexprefill_fa auto |") == 1 and "| flexprefill_fa CPU |" in both

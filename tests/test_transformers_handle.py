@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,18 @@ def test_handles_switched_off_in_any_order(llama: PreTrainedModel) -> None:
     assert first.statistics == {} and all((layer.density < 1).any() for layer in second.statistics.values())
     second.disable()
     assert state(llama) == before
+
+
+@pytest.mark.parametrize("handles", [1, 2])
+def test_a_sparse_model_can_go(handles: int) -> None:
+    model = tiny_model("llama")
+    gone = weakref.ref(model)
+    kept = [enable_sparse_prefill(model, SPARSE) for _ in range(handles)]
+    del model
+    gc.collect()
+    assert gone() is None
+    for handle in kept:
+        handle.disable()
 
 
 def test_gradients_are_refused(llama: PreTrainedModel) -> None:
