@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -67,12 +68,13 @@ class Builder:
 
     Args:
         tokenizer: the needle model's.
-        text: `[tokens]`, its source text; on the device where batches are built.
+        text: uint16 `[tokens]`, its source text.
+        device: where batches are built.
     """
 
-    def __init__(self, tokenizer: Tokenizer, text: Tensor):
+    def __init__(self, tokenizer: Tokenizer, text: np.ndarray, device: torch.device):
         self._tokenizer = tokenizer
-        self._text = text
+        self._text = torch.from_numpy(text.astype(np.int32)).to(device)
         self._layouts: dict[Form, Layout] = {}
         self._tensors: dict[Form, tuple[Tensor, Tensor]] = {}
 

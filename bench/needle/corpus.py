@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ def build_corpus(
             raise UsageError(f"the standard library of this Python has no source text for the {name} part")
     tokenizer = train_tokenizer(texts["train"], seed)
     save_tokenizer(tokenizer, folder, positions)
-    tokens = {name: _encode(tokenizer, found, advance) for name, found in texts.items()}
+    tokens = {name: encode(tokenizer, found, advance) for name, found in texts.items()}
     for name, values in tokens.items():
         np.save(folder / _PARTS[name], values)
     facts = {
@@ -91,6 +91,17 @@ def build_corpus(
     # Last, so that a corpus without it is one that was not finished.
     (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return load_corpus(folder)
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], advance: Callable[[], None] | None = None) -> np.ndarray:
+    """The tokens of texts one after the other, uint16; `advance` is called after every few texts."""
+    pieces = []
+    for first in range(0, len(texts), _FILES_AT_ONCE):
+        encoded = tokenizer.encode_batch(list(texts[first : first + _FILES_AT_ONCE]), add_special_tokens=False)
+        pieces += [np.array(encoding.ids, dtype=np.uint16) for encoding in encoded]
+        if advance is not None:
+            advance()
+    return np.concatenate(pieces)
 
 
 def load_corpus(folder: Path) -> Corpus:
@@ -123,16 +134,6 @@ def copy_tokenizer(corpus: Corpus, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         (folder / name).write_bytes((corpus.folder / name).read_bytes())
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str], advance: Callable[[], None] | None) -> np.ndarray:
-    pieces = []
-    for first in range(0, len(texts), _FILES_AT_ONCE):
-        encoded = tokenizer.encode_batch(texts[first : first + _FILES_AT_ONCE], add_special_tokens=False)
-        pieces += [np.array(encoding.ids, dtype=np.uint16) for encoding in encoded]
-        if advance is not None:
-            advance()
-    return np.concatenate(pieces)
 
 
 def _words() -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.needle.batches import Batch, Builder
 from bench.needle.formats import EVALUATED
 from bench.needle.network import Network
+from flexprefill_fa.rows import Row
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 _TOKENS_AT_ONCE = 131072
@@ -29,6 +30,16 @@ class Accuracy:
     exact: float
     parts: float
     samples: int
+
+    def row(self, task: str, length: int) -> Row:
+        """For a file of rows."""
+        return {
+            "task": task,
+            "length": length,
+            "samples": self.samples,
+            "exact": round(self.exact, 4),
+            "parts": round(self.parts, 4),
+        }
 
 
 @torch.no_grad()

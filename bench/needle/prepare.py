@@ -33,7 +33,7 @@ def prepare(
     started = time.monotonic()
     with one_line_errors():
         files = len(source_files())
-        with WorkProgress().task(f"{files} files", files) as advance:
+        with WorkProgress().task(f"{files} files") as advance:
             corpus = build_corpus(out / CORPUS, Shape().positions, seed, advance)
     tokens = corpus.facts["tokens"]
     typer.echo(

@@ -51,13 +51,15 @@ class Needles:
                 break
         else:
             raise ValueError(f"the held-out text of this Python holds {len(lines)} lines, {units} are needed")
+        # Before a line that is not indented, a statement's last newline is a token of its own, as in training.
+        free = [place for place, line in enumerate(lines[:units]) if line and not line[0].isspace()]
+        places = [free[int(depth * len(free))] if free else units for depth in depths]
         pieces, start = [], 0
-        for depth, statement in zip(depths, question.statements, strict=True):
-            place = int(depth * (units + 1))
-            pieces += [*lines[start:place], statement]
+        for place, statement in zip(places, question.statements, strict=True):
+            pieces += [*(f"{line}\n" for line in lines[start:place]), statement]
             start = place
-        context = "\n".join([*pieces, *lines[start:units]])
-        return Sample(f"{filler}{context}{question.prompt}", question.outputs)
+        pieces += [f"{line}\n" for line in lines[start:units]]
+        return Sample(f"{filler}{''.join(pieces)}{question.prompt}", question.outputs)
 
 
 RECIPES = {

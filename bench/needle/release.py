@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from bench.needle.corpus import Corpus, copy_tokenizer
 from bench.needle.network import HEAD_DIM, Network, Shape
 from flexprefill_fa.loading import UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _WEIGHTS = "model.safetensors"
 
@@ -23,6 +27,19 @@ def export(network: Network, corpus: Corpus, folder: Path) -> None:
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     weights = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in network.state_dict().items()}
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of such a folder.
+
+    Raises:
+        UsageError: where there is none.
+    """
+    from tokenizers import Tokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        raise UsageError(f"no needle model in {folder}: tokenizer.json is missing")
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def load_release(folder: Path, device: torch.device) -> Network:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.needle import checkpoint
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus
-from bench.needle.evaluation import Accuracy, measure
+from bench.needle.evaluation import measure
 from bench.needle.formats import EVALUATED
 from bench.needle.learning import Outcome, autocast, make_optimizer, take_step
 from bench.needle.network import Network
@@ -27,7 +26,7 @@ from flexprefill_fa.rows import Row, append, drop_unfinished, read
 _SAVE_SECONDS = 60.0  # between checkpoints
 _STEPS_PER_ROW = 20
 _FIRST_STEP_SECONDS = 45.0  # what a stage's first step may take, which compiles
-_CELL_SECONDS = 15.0  # what one accuracy may take
+_CELL_SECONDS = 25.0  # what one accuracy may take
 FINISHED = "model"
 """The stage of the rows about the finished model."""
 
@@ -81,7 +80,9 @@ class Run:
             OutOfTime: when the clock says so; what was done is kept.
             ArithmeticError: where the loss is no number any more; the checkpoint is from before.
         """
-        training, held_out = self._builder(self._corpus.train), self._builder(self._corpus.held_out)
+        training, held_out = (
+            Builder(self._corpus.tokenizer, text, self._device) for text in (self._corpus.train, self._corpus.held_out)
+        )
         end = 0
         try:
             with attention_kernel(self._device):
@@ -100,9 +101,6 @@ class Run:
             self._save()
             raise
         return [row for row in read(self.accuracies) if row["stage"] == FINISHED]
-
-    def _builder(self, text: Any) -> Builder:
-        return Builder(self._corpus.tokenizer, torch.from_numpy(text.astype("int32")).to(self._device))
 
     def _train(self, number: int, stage: Stage, end: int, builder: Builder) -> None:
         self._clock.require(_FIRST_STEP_SECONDS)
@@ -126,7 +124,7 @@ class Run:
     def _record(self, number: int, outcome: Outcome, pace: Pace) -> None:
         row = {
             "step": self.step,
-            "stage": f"stage {number}",
+            "stage": number,
             "tokens": self._settings.stages[number].length,
             "learning_rate": self._settings.learning_rate(self.step - 1),
             **outcome.row(),
@@ -152,7 +150,7 @@ class Run:
                     continue
                 self._clock.require(_CELL_SECONDS)
                 found = measure(network, builder, task, length, samples, self._settings.seed)
-                append(self.accuracies, _accuracy_row(self.step, stage, task, length, found))
+                append(self.accuracies, {"step": self.step, "stage": stage, **found.row(task, length)})
                 self._say(
                     f"{stage}: {task} at {length} tokens: {found.exact:.3f} exact, {found.parts:.4f} of the parts"
                 )
@@ -176,18 +174,6 @@ def attention_kernel(device: torch.device) -> Iterator[None]:
         return
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         yield
-
-
-def _accuracy_row(step: int, stage: str, task: str, length: int, found: Accuracy) -> Row:
-    return {
-        "step": step,
-        "stage": stage,
-        "task": task,
-        "length": length,
-        "samples": found.samples,
-        "exact": round(found.exact, 4),
-        "parts": round(found.parts, 4),
-    }
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -23,7 +23,7 @@ NAMES = 512
 
 _SPECIAL = ("<pad>", "<bos>")
 _COMMON_WORDS = 3000  # names are drawn from the most common words of the text
-_TIMES = 10_000  # each form among the texts: enough for its words to become single tokens
+_TIMES = 2_000  # each form among the texts: enough for its words to become single tokens
 
 
 def train_tokenizer(texts: Sequence[str], seed: int) -> Tokenizer:
