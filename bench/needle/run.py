@@ -15,12 +15,13 @@ from bench.needle import checkpoint
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus
 from bench.needle.evaluation import measure
-from bench.needle.formats import EVALUATED
+from bench.needle.formats import EVALUATED, MOST
 from bench.needle.learning import Outcome, autocast, make_optimizer, take_step
 from bench.needle.network import Network
 from bench.needle.pace import Clock, OutOfTime, Pace
 from bench.needle.release import export, load_release
 from bench.needle.settings import Settings, Stage
+from flexprefill_fa.loading import UsageError
 from flexprefill_fa.rows import Row, append, drop_unfinished, read
 
 _SAVE_SECONDS = 60.0  # between checkpoints
@@ -44,7 +45,7 @@ class Run:
         say: shows a line.
 
     Raises:
-        UsageError: for a checkpoint of another run.
+        UsageError: for a checkpoint of another run, or a tokenizer with which a stage's sequences are too short.
     """
 
     def __init__(
@@ -61,6 +62,10 @@ class Run:
         self._clock, self._compiled, self._say = clock, compiled, say
         self._checkpoint = folder / "checkpoint"
         self.curve, self.accuracies, self.model = folder / "curve.jsonl", folder / "accuracy.jsonl", folder / "model"
+        self._training, self._held_out = (
+            Builder(corpus.tokenizer, text, device) for text in (corpus.train, corpus.held_out)
+        )
+        self._check_stages()
         torch.manual_seed(settings.seed)
         self._network = Network(settings.shape).to(device)
         self._optimizer = make_optimizer(self._network, settings)
@@ -80,29 +85,37 @@ class Run:
             OutOfTime: when the clock says so; what was done is kept.
             ArithmeticError: where the loss is no number any more; the checkpoint is from before.
         """
-        training, held_out = (
-            Builder(self._corpus.tokenizer, text, self._device) for text in (self._corpus.train, self._corpus.held_out)
-        )
         end = 0
         try:
             with attention_kernel(self._device):
                 for number, stage in enumerate(self._settings.stages):
                     end += stage.steps
                     if self.step < end:
-                        self._train(number, stage, end, training)
+                        self._train(number, stage, end)
                     if self.step == end:
                         lengths = (stage.length, min(2 * stage.length, max(self._settings.lengths)))
                         with autocast(self._device), torch.compiler.set_stance("force_eager"):
-                            self._evaluate(self._network, held_out, f"stage {number}", lengths, self._settings.samples)
+                            self._evaluate(self._network, f"stage {number}", lengths, self._settings.samples)
                 export(self._network, self._corpus, self.model)
                 finished = load_release(self.model, self._device)
-                self._evaluate(finished, held_out, FINISHED, self._settings.lengths, self._settings.final_samples)
+                self._evaluate(finished, FINISHED, self._settings.lengths, self._settings.final_samples)
         except OutOfTime:
             self._save()
             raise
         return [row for row in read(self.accuracies) if row["stage"] == FINISHED]
 
-    def _train(self, number: int, stage: Stage, end: int, builder: Builder) -> None:
+    def _check_stages(self) -> None:
+        """Another tokenizer may take more tokens for the same words."""
+        for stage in self._settings.stages:
+            mixes = [mix for step in range(MOST) for mix in stage.mixes_at(step)]
+            least = max(map(self._training.least_length, mixes))
+            if least > min(stage.length, len(self._corpus.train)):
+                raise UsageError(
+                    f"with this corpus what sequences of {stage.length} tokens shall hold takes {least}: "
+                    "change their mixes in bench/needle/settings.py"
+                )
+
+    def _train(self, number: int, stage: Stage, end: int) -> None:
         self._clock.require(_FIRST_STEP_SECONDS)
         if self._compiled:
             torch.compiler.reset()  # what was compiled for another length is of no more use
@@ -112,7 +125,7 @@ class Run:
         pace = Pace(self._device, stage.rows * stage.length)
         while self.step < end:
             self._clock.require(2 * pace.longest)
-            outcome = take_step(self._network, self._optimizer, builder, self._settings, self.step)
+            outcome = take_step(self._network, self._optimizer, self._training, self._settings, self.step)
             pace.step()
             self.step += 1
             if self.step % _STEPS_PER_ROW == 0 or self.step == end:
@@ -130,7 +143,7 @@ class Run:
             **outcome.row(),
             "tokens_per_second": round(pace.tokens_per_second()),
         }
-        if not math.isfinite(row["loss"] + row["norm"]):
+        if not math.isfinite(row["loss"]):
             raise ArithmeticError(
                 f"the loss is {row['loss']} at step {self.step}; the checkpoint is of step {self._saved[0]}"
             )
@@ -141,15 +154,15 @@ class Run:
             )
         )
 
-    def _evaluate(self, network: Network, builder: Builder, stage: str, lengths: Sequence[int], samples: int) -> None:
+    def _evaluate(self, network: Network, stage: str, lengths: Sequence[int], samples: int) -> None:
         """Add the rows that are not there yet."""
         there = {(row["task"], row["length"]) for row in read(self.accuracies) if row["stage"] == stage}
         for length in dict.fromkeys(lengths):
             for task, mix in EVALUATED.items():
-                if (task, length) in there or builder.least_length(mix) > length:
+                if (task, length) in there or self._held_out.least_length(mix) > length:
                     continue
                 self._clock.require(_CELL_SECONDS)
-                found = measure(network, builder, task, length, samples, self._settings.seed)
+                found = measure(network, self._held_out, task, length, samples, self._settings.seed)
                 append(self.accuracies, {"step": self.step, "stage": stage, **found.row(task, length)})
                 self._say(
                     f"{stage}: {task} at {length} tokens: {found.exact:.3f} exact, {found.parts:.4f} of the parts"
@@ -162,6 +175,10 @@ class Run:
 
     def _save(self) -> None:
         if self._saved[0] != self.step:
+            if not all(parameter.isfinite().all() for parameter in self._network.parameters()):
+                raise ArithmeticError(
+                    f"weights are not finite at step {self.step}; the checkpoint is of step {self.saved_step}"
+                )
             checkpoint.save(self._checkpoint, self._network, self._optimizer, {**self._identity, "step": self.step})
         self._saved = (self.step, time.monotonic())
 

@@ -24,7 +24,7 @@ def train(
         float | None, typer.Option(min=1, help="Stop with a checkpoint before so many minutes are over.")
     ] = None,
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "full",
-    steps_scale: Annotated[float, typer.Option(min=0, help="Times as many steps in each stage.")] = 1.0,
+    steps_scale: Annotated[float, typer.Option(help="Times as many steps in each stage.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the first weights and of what is drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cuda, cuda:N or, for a try of 'tiny', cpu.")] = "cuda",
     compile: Annotated[
@@ -62,6 +62,8 @@ def train(
 def _settings(recipe: str, steps_scale: float, seed: int) -> Settings:
     if recipe not in RECIPES:
         raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    if not steps_scale > 0:
+        raise UsageError(f"steps-scale must be above 0, got {steps_scale}")
     return RECIPES[recipe].scaled(steps_scale, seed)
 
 
