@@ -63,6 +63,23 @@ class _Units:
     task: int
 
 
+@dataclass(frozen=True)
+class _Fixed:
+    """What all batches of a mix have in common.
+
+    Attributes:
+        total: tokens of all statements and questions.
+        sizes: `[units]`, tokens of each.
+        weights, columns, scored: as in `Batch`.
+    """
+
+    total: int
+    sizes: Tensor
+    weights: Tensor
+    columns: list[tuple[int, Tensor]]
+    scored: Tensor
+
+
 class Builder:
     """Builds sequences from the tokens of a text.
 
@@ -75,6 +92,8 @@ class Builder:
     def __init__(self, tokenizer: Tokenizer, text: np.ndarray, device: torch.device):
         self._tokenizer = tokenizer
         self._text = torch.from_numpy(text.astype(np.int32)).to(device)
+        # Moving a list to the GPU waits for all that it has to do, so what is always the same is moved once.
+        self._fixed: dict[Mix, _Fixed] = {}
         self._layouts: dict[Form, Layout] = {}
         self._tensors: dict[Form, tuple[Tensor, Tensor]] = {}
 
@@ -105,11 +124,16 @@ class Builder:
             for unit in units:
                 if unit.layout.answer < len(unit.layout.literals):
                     unit.times += 1
-        return self._place(units, length, generator, questions_last)
+        return self._place(units, self._fixed_of(mix, units), length, generator, questions_last)
 
     def least_length(self, mix: Mix) -> int:
         """The shortest sequence that holds a mix."""
-        return sum(_sizes(self._draw(1, mix, Generator(self._text.device)))) + 1
+        return self._fixed_of(mix, self._draw(1, mix, Generator(self._text.device))).total + 1
+
+    def _fixed_of(self, mix: Mix, units: list[_Units]) -> _Fixed:
+        if mix not in self._fixed:
+            self._fixed[mix] = _fix(units, self._text.device)
+        return self._fixed[mix]
 
     def _draw(self, rows: int, mix: Mix, generator: Generator) -> list[_Units]:
         device = self._text.device
@@ -177,13 +201,14 @@ class Builder:
         tokens = torch.where(holes >= 0, filled, literals)
         return _Units(self._layouts[form], tokens, times, TASKS.index(task))
 
-    def _place(self, units: list[_Units], length: int, generator: Generator, questions_last: bool) -> Batch:
+    def _place(
+        self, units: list[_Units], fixed: _Fixed, length: int, generator: Generator, questions_last: bool
+    ) -> Batch:
         device = self._text.device
         rows = units[0].tokens.shape[0]
-        sizes = _sizes(units)
-        source = length - sum(sizes)
+        source = length - fixed.total
         if source < 1:
-            raise ValueError(f"length must be at least {sum(sizes) + 1} tokens for this mix, got {length}")
+            raise ValueError(f"length must be at least {fixed.total + 1} tokens for this mix, got {length}")
         if source >= len(self._text):
             raise ValueError(f"the text must have more than {source} tokens, got {len(self._text)}")
         # The units in their order, each after its share of the source text.
@@ -191,46 +216,48 @@ class Builder:
         cuts = torch.randint(source + 1, order.shape, device=device, generator=generator).sort(1)[0]
         if questions_last:
             cuts[:, -1] = source
-        ordered = torch.tensor(sizes, device=device)[order]
+        ordered = fixed.sizes[order]
         starts = torch.empty_like(cuts).scatter_(1, order, cuts + ordered.cumsum(1) - ordered)
 
         tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
         is_source = torch.ones(rows, length, dtype=torch.bool, device=device)
-        places, weights, tasks, scored = [], [], [], []
+        places = []
         first = 0
         for unit in units:
-            layout = unit.layout
             count, size = unit.tokens.shape[1:]
             at = starts[:, first : first + count, None] + torch.arange(size, device=device)
             first += count
             tokens.scatter_(1, at.flatten(1), unit.tokens.flatten(1))
             is_source.scatter_(1, at.flatten(1), False)
-            due = range(layout.answer, size)
-            places.append(at[..., layout.answer :].flatten(1))
-            weights += [1.0 if layout.holes[place] >= 0 else _LITERAL_WEIGHT for place in due] * count
-            tasks += [unit.task] * len(due) * count
-            scored += [place < layout.end for place in due] * count
+            places.append(at[..., unit.layout.answer :].flatten(1))
         begin = torch.randint(len(self._text) - source, (rows, 1), device=device, generator=generator)
         text = self._text[begin + torch.arange(source, device=device)]
         # Source text runs on behind each unit where it stopped before it.
         reading = (is_source.cumsum(1) - 1).clamp(min=0)
         tokens = torch.where(is_source, text.long().gather(1, reading), tokens)
-        return Batch(
-            tokens=tokens,
-            places=torch.cat(places, 1),
-            weights=torch.tensor(weights, device=device),
-            columns=[
-                (task, torch.tensor([place for place, at in enumerate(tasks) if at == task], device=device))
-                for task in sorted(set(tasks))
-            ],
-            scored=torch.tensor(scored, device=device),
-            source=is_source,
-        )
+        return Batch(tokens, torch.cat(places, 1), fixed.weights, fixed.columns, fixed.scored, is_source)
 
 
-def _sizes(units: list[_Units]) -> list[int]:
-    """Tokens of each statement and question."""
-    return [len(unit.layout.literals) for unit in units for _ in range(unit.tokens.shape[1])]
+def _fix(units: list[_Units], device: torch.device) -> _Fixed:
+    weights, tasks, scored = [], [], []
+    for unit in units:
+        layout = unit.layout
+        due = range(layout.answer, len(layout.literals))
+        count = unit.tokens.shape[1]
+        weights += [1.0 if layout.holes[place] >= 0 else _LITERAL_WEIGHT for place in due] * count
+        scored += [place < layout.end for place in due] * count
+        tasks += [unit.task] * len(due) * count
+    sizes = [len(unit.layout.literals) for unit in units for _ in range(unit.tokens.shape[1])]
+    return _Fixed(
+        total=sum(sizes),
+        sizes=torch.tensor(sizes, device=device),
+        weights=torch.tensor(weights, device=device),
+        scored=torch.tensor(scored, device=device),
+        columns=[
+            (task, torch.tensor([place for place, at in enumerate(tasks) if at == task], device=device))
+            for task in sorted(set(tasks))
+        ],
+    )
 
 
 def _later(after: Tensor, share: Tensor) -> Tensor:
