@@ -26,6 +26,7 @@ from flexprefill_fa.rows import Row, append, drop_unfinished, read
 
 _SAVE_SECONDS = 60.0  # between checkpoints
 _STEPS_PER_ROW = 20
+_SAY_SECONDS = 10.0  # between lines about losses
 _FIRST_STEP_SECONDS = 45.0  # what a stage's first step may take, which compiles
 _CELL_SECONDS = 25.0  # what one accuracy may take
 FINISHED = "model"
@@ -72,6 +73,7 @@ class Run:
         self._identity = {"settings": settings.digest(), "corpus": corpus.digest}
         self.step = checkpoint.load(self._checkpoint, self._network, self._optimizer, self._identity)
         self._saved = (self.step, time.monotonic())
+        self._said = 0.0
         for path in (self.curve, self.accuracies):
             _keep_until(path, self.step)
 
@@ -148,11 +150,12 @@ class Run:
                 f"the loss is {row['loss']} at step {self.step}; the checkpoint is of step {self._saved[0]}"
             )
         append(self.curve, row)
-        self._say(
-            "  ".join(
+        if time.monotonic() - self._said > _SAY_SECONDS:
+            shown = (
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
             )
-        )
+            self._say("  ".join(shown))
+            self._said = time.monotonic()
 
     def _evaluate(self, network: Network, stage: str, lengths: Sequence[int], samples: int) -> None:
         """Add the rows that are not there yet."""

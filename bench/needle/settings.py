@@ -113,30 +113,38 @@ class Settings:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _dense(needles: int, asked: int, queries: int, lists: int, chains: int) -> Mix:
-    """Every statement is of use to some question or other."""
-    return Mix(needles, asked, queries, lists, lists, chains, chains)
+_FEW = Mix(needles=8, asked=4, queries=2, lists=3, lists_asked=2, chains=4, chains_asked=2)
+"""As little in a long text as evaluation hides there."""
 
 
-_FEW = _dense(8, 4, 2, 3, 4)
+def _many(needles: int, queries: int, lists: int, chains: int) -> Mix:
+    """Half of the needles asked for, and two thirds of the lists and chains: the rest is there to be mistaken."""
+    return Mix(needles, needles // 2, queries, lists, lists * 2 // 3, chains, chains * 2 // 3)
+
 
 FULL = Settings(
     shape=Shape(),
     stages=(
-        Stage(512, 258, 2500, (_dense(5, 3, 2, 0, 0), _dense(3, 2, 0, 2, 0), _dense(4, 2, 0, 0, 3)), 0.12),
-        Stage(1024, 128, 3500, (_dense(6, 3, 1, 2, 3),), 0.22),
-        Stage(4096, 32, 2000, (_dense(16, 8, 4, 5, 8),), 0.22),
-        Stage(16384, 16, 400, (*[_dense(48, 24, 10, 14, 24)] * 3, _FEW), 0.16),
-        Stage(32768, 8, 200, (*[_dense(80, 40, 16, 20, 40)] * 3, _FEW), 0.14),
-        Stage(65536, 4, 120, (*[_dense(120, 64, 24, 32, 56)] * 3, _FEW), 0.14),
+        Stage(
+            length=512,
+            rows=258,
+            steps=2500,
+            mixes=(Mix(needles=5, asked=3, queries=2), _many(3, 0, 2, 0), Mix(chains=5, chains_asked=3)),
+            share=0.12,
+        ),
+        Stage(length=1024, rows=128, steps=3500, mixes=(_many(8, 2, 3, 0), _many(4, 0, 0, 8)), share=0.22),
+        Stage(length=4096, rows=32, steps=2000, mixes=(_many(16, 4, 6, 14),), share=0.22),
+        Stage(length=16384, rows=16, steps=400, mixes=(*[_many(48, 10, 15, 30)] * 3, _FEW), share=0.16),
+        Stage(length=32768, rows=8, steps=200, mixes=(*[_many(80, 16, 21, 45)] * 3, _FEW), share=0.14),
+        Stage(length=65536, rows=4, steps=120, mixes=(*[_many(110, 24, 30, 60)] * 3, _FEW), share=0.14),
     ),
 )
 
 TINY = Settings(
     shape=Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=1),
     stages=(
-        Stage(256, 2, 2, (_dense(4, 1, 0, 0, 0), _dense(0, 0, 0, 0, 1)), 0.5),
-        Stage(640, 2, 2, (_dense(4, 1, 1, 1, 1),), 0.5),
+        Stage(256, 2, 2, (Mix(needles=4, asked=1), Mix(chains=1, chains_asked=1)), 0.5),
+        Stage(640, 2, 2, (Mix(4, 1, 1, 1, 1, 1, 1),), 0.5),
     ),
     warm_up=1,
     samples=2,
