@@ -127,9 +127,10 @@ FULL = Settings(
     stages=(
         Stage(
             length=512,
-            rows=258,
+            rows=256,
             steps=2500,
-            mixes=(Mix(needles=5, asked=3, queries=2), _many(3, 0, 2, 0), Mix(chains=5, chains_asked=3)),
+            # Chains twice: each step along them is learnt on its own, and their questions have the fewest of those.
+            mixes=(Mix(needles=5, asked=3, queries=2), _many(3, 0, 2, 0), *[Mix(chains=5, chains_asked=3)] * 2),
             share=0.12,
         ),
         Stage(length=1024, rows=128, steps=3500, mixes=(_many(8, 2, 3, 0), _many(4, 0, 0, 8)), share=0.22),
