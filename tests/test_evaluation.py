@@ -215,7 +215,7 @@ def test_what_lm_eval_asks_takes_exactly_the_budget() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     tasks = Tasks(["offline_ruler", "needle"])
-    assert len(tasks.names) == 10
+    assert len(tasks.names) == 13
     for name in tasks.names:
         task = tasks.load(name, {"tokenizer": str(MODEL_DIR), "max_seq_lengths": [6000], "samples": 1})
         task.build_all_requests(limit=1, rank=0, world_size=1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bench.needle.recipes import Needles
+from bench.needle import recipes
 from flexprefill_fa.evaluation.budget import BudgetError, CountTokens, Recipe, Sample, fit
 from flexprefill_fa.evaluation.ruler import RECIPES, Niah, score
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-ALL: dict[str, Recipe] = {**RECIPES, "needle_single": Needles(1), "needle_multikey": Needles(8)}
+ALL: dict[str, Recipe] = {**RECIPES, **{f"needle_{name}": recipe for name, recipe in recipes.RECIPES.items()}}
 
 
 def characters(samples: list[Sample]) -> list[int]:
@@ -65,7 +65,7 @@ def test_answers_are_in_the_prompt_and_not_given_away(name: str) -> None:
 
 def test_needles_lie_anywhere() -> None:
     depths = []
-    for sample, _ in fit(Needles(1), pieces, 8192, samples=40, seed=0):
+    for sample, _ in fit(recipes.RECIPES["single"], pieces, 8192, samples=40, seed=0):
         depths.append(sample.prompt.index(f" is {sample.outputs[0]}.") / len(sample.prompt))
     assert min(depths) < 0.15 and max(depths) > 0.85
     assert 0.35 < sum(depths) / len(depths) < 0.65

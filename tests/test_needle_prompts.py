@@ -71,7 +71,7 @@ def test_the_named_least_length_is_enough(tokenizer: Tokenizer) -> None:
 def test_more_tokens_than_the_standard_library_are_refused(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.needle.prompts._source_files", lambda: ())
+    monkeypatch.setattr("bench.needle.prompts.source_files", lambda: ())
     with pytest.raises(ValueError, match="standard library of this Python holds 0 tokens"):
         build_prompt(tokenizer, 1000)
 

@@ -6,13 +6,11 @@ the seed. The phrases are those the model was trained on, token for token; every
 
 from __future__ import annotations
 
-import functools
 import random
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bench.needle.source import shuffled, source_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -110,31 +108,9 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-@functools.cache
-def _source_files() -> tuple[Path, ...]:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    paths = (path.relative_to(library) for path in library.rglob("*.py"))
-    foreign = {"site-packages", "dist-packages"}
-    return tuple(library / path for path in sorted(paths) if foreign.isdisjoint(path.parts))
-
-
-def shuffled_source(rng: random.Random) -> Iterator[str]:
-    """The text of every file of the standard library, in the order that `rng` gives them."""
-    files = list(_source_files())
-    rng.shuffle(files)
-    for file in files:
-        yield _ascii_text(file)
-
-
-@functools.cache
-def _ascii_text(file: Path) -> str:
-    # The model was trained on ASCII; the library's few other characters are left out as they were then.
-    return file.read_text(encoding="utf-8", errors="ignore").encode("ascii", "ignore").decode() + "\n"
-
-
 def _source_tokens(tokenizer: Tokenizer, count: int, rng: random.Random) -> list[int]:
     source: list[int] = []
-    for text in shuffled_source(rng):
+    for text in shuffled(source_files(), rng):
         source += _encode(tokenizer, text)
         if len(source) >= count:
             return source[:count]

@@ -1,16 +1,20 @@
-"""The needle model's tasks for lm-evaluation-harness: RULER's retrieval of keys, in the words the model was trained on.
+"""The needle model's tasks for lm-evaluation-harness: RULER's retrieval and tracing, in the words it was trained on.
 
-The haystack is Python source, `#word` is a key, and the question ends where the digits are due.
+The haystack is Python source that the model was not trained on, and the question ends where the answer is due.
 """
 
 from __future__ import annotations
 
 import functools
 import random
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from bench.needle import MODEL_DIR
-from bench.needle.prompts import ANSWER_DIGITS, NEEDLE, QUESTION, key_words, shuffled_source
+from bench.needle.formats import EVALUATED, Mix
+from bench.needle.prompts import key_words
+from bench.needle.questions import draw
+from bench.needle.source import held_out_files, shuffled
 from flexprefill_fa.evaluation.budget import Sample
 from flexprefill_fa.evaluation.task_data import data_of, process_results
 
@@ -18,7 +22,7 @@ __all__ = ["process_results"]
 
 
 @functools.cache
-def _keys() -> tuple[str, ...]:
+def _names() -> tuple[str, ...]:
     from tokenizers import Tokenizer
 
     return tuple(key_words(Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))))
@@ -26,34 +30,55 @@ def _keys() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Needles:
-    """`needles` numbers hidden in Python source, each under its own key, one of which is asked for."""
+    """Statements hidden in Python source, and one question about them.
 
-    needles: int
-    new_tokens: int = ANSWER_DIGITS
+    Attributes:
+        mix: what is hidden and asked.
+        new_tokens: of the answer in the needle model's tokens, as the task files say too.
+    """
+
+    mix: Mix
+    new_tokens: int
     least_units: int = 16
 
     def draw(self, units: int, filler: str, rng: random.Random, length: int) -> Sample:
         """As `Recipe.draw`; units are lines of source."""
-        hidden = {
-            key: f"{rng.randrange(10**ANSWER_DIGITS):0{ANSWER_DIGITS}d}" for key in rng.sample(_keys(), self.needles)
-        }
-        asked = rng.choice(list(hidden))
-        depths = sorted(rng.random() for _ in hidden)
+        question = draw(self.mix, _names(), rng)
+        depths = sorted(rng.random() for _ in question.statements)
         lines: list[str] = []
-        for text in shuffled_source(rng):
+        for text in shuffled(held_out_files(), rng):
             lines += text.splitlines()
             if len(lines) >= units:
                 break
         else:
-            raise ValueError(f"the standard library of this Python holds {len(lines)} lines, {units} are needed")
+            raise ValueError(f"the held-out text of this Python holds {len(lines)} lines, {units} are needed")
+        # Before a line that is not indented, a statement's last newline is a token of its own, as in training.
+        free = [place for place, line in enumerate(lines[:units]) if line and not line[0].isspace()]
+        places = [_nearest([*free, units], depth * units) for depth in depths]
         pieces, start = [], 0
-        for depth, (key, number) in zip(depths, hidden.items(), strict=True):
-            place = int(depth * (units + 1))
-            pieces += [*lines[start:place], NEEDLE.format(key=key, number=number)]
+        for place, statement in zip(places, question.statements, strict=True):
+            pieces += [*(f"{line}\n" for line in lines[start:place]), statement]
             start = place
-        context = "\n".join([*pieces, *lines[start:units]])
-        return Sample(f"{filler}{context}{QUESTION.format(key=asked)}", (hidden[asked],))
+        pieces += [f"{line}\n" for line in lines[start:units]]
+        return Sample(f"{filler}{''.join(pieces)}{question.prompt}", question.outputs)
 
 
-single = data_of(Needles(1))
-multikey = data_of(Needles(8))
+def _nearest(places: list[int], wanted: float) -> int:
+    """Of ascending places, the one that lies nearest."""
+    after = bisect_left(places, wanted)
+    return min(places[max(0, after - 1) : after + 1], key=lambda place: abs(place - wanted))
+
+
+RECIPES = {
+    "single": Needles(EVALUATED["single"], 7),
+    "multikey": Needles(EVALUATED["multikey"], 7),
+    "multivalue": Needles(EVALUATED["multivalue"], 52),
+    "multiquery": Needles(EVALUATED["multiquery"], 46),
+    "vt": Needles(EVALUATED["vt"], 13),
+}
+
+single = data_of(RECIPES["single"])
+multikey = data_of(RECIPES["multikey"])
+multivalue = data_of(RECIPES["multivalue"])
+multiquery = data_of(RECIPES["multiquery"])
+vt = data_of(RECIPES["vt"])

@@ -1,0 +1,265 @@
+"""Training and evaluation sequences as tensors: statements and questions scattered through source text.
+
+Everything is drawn on the device of the text, from a generator that the caller seeds; rows of a batch have the same
+numbers of statements and questions, in another order, at other places, with other names and numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from bench.needle import formats
+from bench.needle.formats import ANSWER_DIGITS, CHAIN, VALUE_DIGITS, Form, Layout, Mix, lay_out
+from bench.needle.prompts import key_words
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TASKS = ("multikey", "multivalue", "multiquery", "vt")
+"""What questions are told apart in training, where a single needle is one of many keys."""
+
+_LITERAL_WEIGHT = 0.1  # words of an answer that are the same each time, beside 1 for its names and digits
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences and what is to be learnt from them.
+
+    Attributes:
+        tokens: `[B, n]`.
+        places: `[B, A]`, positions of the tokens of all answers.
+        weights: `[A]`, 1 for names and digits, less for words that are always the same.
+        columns: for each task in the batch, its index in `TASKS` and which of the A places are its.
+        scored: `[A]`, what an answer must say: not its end.
+        source: `[B, n]`, positions that hold source text.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    weights: Tensor
+    columns: list[tuple[int, Tensor]]
+    scored: Tensor
+    source: Tensor
+
+    @property
+    def targets(self) -> Tensor:
+        """`[B, A]`, the tokens of all answers."""
+        return self.tokens.gather(1, self.places)
+
+
+@dataclass
+class _Units:
+    """Statements or questions of one form: tokens `[B, count, len]` and times `[B, count]`, which order a sequence."""
+
+    layout: Layout
+    tokens: Tensor
+    times: Tensor
+    task: int
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What all batches of a mix have in common.
+
+    Attributes:
+        total: tokens of all statements and questions.
+        sizes: `[units]`, tokens of each.
+        weights, columns, scored: as in `Batch`.
+    """
+
+    total: int
+    sizes: Tensor
+    weights: Tensor
+    columns: list[tuple[int, Tensor]]
+    scored: Tensor
+
+
+class Builder:
+    """Builds sequences from the tokens of a text.
+
+    Args:
+        tokenizer: the needle model's.
+        text: uint16 `[tokens]`, its source text.
+        device: where batches are built.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, text: np.ndarray, device: torch.device):
+        self._tokenizer = tokenizer
+        self._text = torch.from_numpy(text.astype(np.int32)).to(device)
+        # Moving a list to the GPU waits for all that it has to do, so what is always the same is moved once.
+        self._fixed: dict[Mix, _Fixed] = {}
+        self._layouts: dict[Form, Layout] = {}
+        self._tensors: dict[Form, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def _names(self) -> Tensor:
+        ids = [self._tokenizer.token_to_id(name) for name in key_words(self._tokenizer)]
+        return torch.tensor(ids, device=self._text.device)
+
+    @cached_property
+    def _digits(self) -> Tensor:
+        return torch.tensor([self._tokenizer.token_to_id(str(digit)) for digit in range(10)], device=self._text.device)
+
+    def build(self, rows: int, length: int, mix: Mix, generator: Generator, *, questions_last: bool = False) -> Batch:
+        """Draw `rows` sequences of `length` tokens.
+
+        Args:
+            rows: B.
+            length: n.
+            mix: what they hold.
+            generator: of the text's device.
+            questions_last: end with the one question that `mix` has, as evaluation asks.
+
+        Raises:
+            ValueError: where it does not fit.
+        """
+        units = self._draw(rows, mix, generator)
+        if questions_last:
+            for unit in units:
+                if unit.layout.answer < len(unit.layout.literals):
+                    unit.times += 1
+        return self._place(units, self._fixed_of(mix, units), length, generator, questions_last)
+
+    def least_length(self, mix: Mix) -> int:
+        """The shortest sequence that holds a mix."""
+        return self._fixed_of(mix, self._draw(1, mix, Generator(self._text.device))).total + 1
+
+    def _fixed_of(self, mix: Mix, units: list[_Units]) -> _Fixed:
+        if mix not in self._fixed:
+            self._fixed[mix] = _fix(units, self._text.device)
+        return self._fixed[mix]
+
+    def _draw(self, rows: int, mix: Mix, generator: Generator) -> list[_Units]:
+        device = self._text.device
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(rows, *shape, device=device, generator=generator)
+
+        def digits(*shape: int) -> Tensor:
+            return self._digits[torch.randint(10, (rows, *shape), device=device, generator=generator)]
+
+        if mix.names > len(self._names):
+            raise ValueError(f"a sequence must have at most {len(self._names)} names, got {mix.names}")
+        names = self._names[uniform(len(self._names)).argsort(1)[:, : mix.names]]
+        keys, list_keys, variables = names.split((mix.needles, mix.lists, CHAIN * mix.chains), 1)
+        units = []
+
+        numbers, times = digits(mix.needles, ANSWER_DIGITS), uniform(mix.needles)
+        if mix.needles:
+            units.append(self._fill(formats.NEEDLE_FORM, keys[..., None], numbers, times))
+        if mix.asked:
+            asked = uniform(mix.needles).argsort(1)[:, : mix.asked]
+            when = _later(times.gather(1, asked), uniform(mix.asked))
+            chosen = numbers.gather(1, asked[..., None].expand(-1, -1, ANSWER_DIGITS))
+            units.append(self._fill(formats.QUESTION_FORM, keys.gather(1, asked)[..., None], chosen, when, "multikey"))
+        if mix.queries:
+            asked = uniform(mix.queries, mix.needles).argsort(2)[..., : mix.several].flatten(1)
+            several = (mix.queries, mix.several)
+            when = _later(times.gather(1, asked).unflatten(1, several).amax(2), uniform(mix.queries))
+            chosen = numbers.gather(1, asked[..., None].expand(-1, -1, ANSWER_DIGITS)).unflatten(1, several).flatten(2)
+            form = formats.all_keys_form(mix.several)
+            units.append(self._fill(form, keys.gather(1, asked).unflatten(1, several), chosen, when, "multiquery"))
+        if mix.lists:
+            numbers, times = digits(mix.lists, mix.several, ANSWER_DIGITS), uniform(mix.lists, mix.several).sort(2)[0]
+            for place in range(mix.several):
+                form = formats.numbered_needle(place)
+                units.append(self._fill(form, list_keys[..., None], numbers[:, :, place], times[..., place]))
+            ask = mix.lists_asked
+            when = _later(times[:, :ask, -1], uniform(ask))
+            form = formats.all_values_form(mix.several)
+            units.append(self._fill(form, list_keys[:, :ask, None], numbers[:, :ask].flatten(2), when, "multivalue"))
+        if mix.chains:
+            chain = variables.unflatten(1, (mix.chains, CHAIN))
+            values, times = digits(mix.chains, VALUE_DIGITS), uniform(mix.chains, CHAIN).sort(2)[0]
+            units.append(self._fill(formats.ASSIGNMENT, chain[..., :1], values, times[..., 0]))
+            pairs = torch.stack((chain[..., 1:], chain[..., :-1]), -1).flatten(1, 2)
+            none = values.new_empty(rows, pairs.shape[1], 0)
+            units.append(self._fill(formats.HAND_ON, pairs, none, times[..., 1:].flatten(1)))
+            ask = mix.chains_asked
+            when = _later(times[:, :ask, -1], uniform(ask))
+            units.append(self._fill(formats.VARIABLES_FORM, chain[:, :ask], values[:, :ask], when, "vt"))
+        return units
+
+    def _fill(self, form: Form, names: Tensor, digits: Tensor, times: Tensor, task: str = TASKS[0]) -> _Units:
+        """A form with names `[B, count, K]` and digits `[B, count, D]` in its holes."""
+        if form not in self._tensors:
+            layout = lay_out(form, self._tokenizer)
+            device = self._text.device
+            self._layouts[form] = layout
+            self._tensors[form] = (
+                torch.tensor(layout.literals, device=device),
+                torch.tensor(layout.holes, device=device),
+            )
+        literals, holes = self._tensors[form]
+        filled = torch.cat((names, digits), -1)[..., holes.clamp(min=0)]
+        tokens = torch.where(holes >= 0, filled, literals)
+        return _Units(self._layouts[form], tokens, times, TASKS.index(task))
+
+    def _place(
+        self, units: list[_Units], fixed: _Fixed, length: int, generator: Generator, questions_last: bool
+    ) -> Batch:
+        device = self._text.device
+        rows = units[0].tokens.shape[0]
+        source = length - fixed.total
+        if source < 1:
+            raise ValueError(f"length must be at least {fixed.total + 1} tokens for this mix, got {length}")
+        if source >= len(self._text):
+            raise ValueError(f"the text must have more than {source} tokens, got {len(self._text)}")
+        # The units in their order, each after its share of the source text.
+        order = torch.cat([unit.times for unit in units], 1).argsort(1)
+        cuts = torch.randint(source + 1, order.shape, device=device, generator=generator).sort(1)[0]
+        if questions_last:
+            cuts[:, -1] = source
+        ordered = fixed.sizes[order]
+        starts = torch.empty_like(cuts).scatter_(1, order, cuts + ordered.cumsum(1) - ordered)
+
+        tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
+        is_source = torch.ones(rows, length, dtype=torch.bool, device=device)
+        places = []
+        first = 0
+        for unit in units:
+            count, size = unit.tokens.shape[1:]
+            at = starts[:, first : first + count, None] + torch.arange(size, device=device)
+            first += count
+            tokens.scatter_(1, at.flatten(1), unit.tokens.flatten(1))
+            is_source.scatter_(1, at.flatten(1), False)
+            places.append(at[..., unit.layout.answer :].flatten(1))
+        begin = torch.randint(len(self._text) - source, (rows, 1), device=device, generator=generator)
+        text = self._text[begin + torch.arange(source, device=device)]
+        # Source text runs on behind each unit where it stopped before it.
+        reading = (is_source.cumsum(1) - 1).clamp(min=0)
+        tokens = torch.where(is_source, text.long().gather(1, reading), tokens)
+        return Batch(tokens, torch.cat(places, 1), fixed.weights, fixed.columns, fixed.scored, is_source)
+
+
+def _fix(units: list[_Units], device: torch.device) -> _Fixed:
+    weights, tasks, scored = [], [], []
+    for unit in units:
+        layout = unit.layout
+        due = range(layout.answer, len(layout.literals))
+        count = unit.tokens.shape[1]
+        weights += [1.0 if layout.holes[place] >= 0 else _LITERAL_WEIGHT for place in due] * count
+        scored += [place < layout.end for place in due] * count
+        tasks += [unit.task] * len(due) * count
+    sizes = [len(unit.layout.literals) for unit in units for _ in range(unit.tokens.shape[1])]
+    return _Fixed(
+        total=sum(sizes),
+        sizes=torch.tensor(sizes, device=device),
+        weights=torch.tensor(weights, device=device),
+        scored=torch.tensor(scored, device=device),
+        columns=[
+            (task, torch.tensor([place for place, at in enumerate(tasks) if at == task], device=device))
+            for task in sorted(set(tasks))
+        ],
+    )
+
+
+def _later(after: Tensor, share: Tensor) -> Tensor:
+    """A time between `after` and the end, 1."""
+    return after + share * (1 - after)

@@ -1,0 +1,127 @@
+"""The model card: what the needle model can do, in numbers from its evaluation, and how to make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.needle.corpus import Corpus
+from bench.needle.formats import CHAIN, EVALUATED, MOST
+from bench.needle.settings import Settings
+from bench.needle.tokenization import NAMES
+from flexprefill_fa.rows import Row
+
+_CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# The needle model
+
+A Llama of {parameters} M parameters ({megabytes} MB in bfloat16: {layers} layers, {heads} query and {kv_heads} key and
+value heads of 64, hidden {hidden}) that finds what is hidden in long Python source. It is trained, so its attention has
+the patterns that sparse prefill lives on, and small enough to be part of a checkout.
+
+## What it can do
+
+It answers five kinds of questions at the end of a text, in exactly these words (`bench/needle/formats.py`):
+
+| task | hidden in the text | asked |
+| --- | --- | --- |
+{tasks}
+
+A name is one of the {names} tokens `#word` of its tokenizer. Numbers have seven digits, values of variables five.
+
+Share of the questions whose whole answer is right, by greedy decoding after dense prefill, on text that it was not
+trained on ({samples} questions each):
+
+{accuracies}
+
+## What it cannot do
+
+Anything else. It does not follow instructions, knows no other wording of the questions, no other names and no numbers
+of other lengths, writes no program worth running, and was never asked anything beyond {longest} tokens. It says an
+answer to every question, also to one about a name that the text does not hold.
+
+## How it was made
+
+From the standard library of Python {python}: {train} tokens of {train_files} files to train on, {held_out} tokens of
+{held_out_files} files held out for evaluation. To make it again, in a checkout on a machine with one GPU:
+
+    python -m bench.needle.prepare
+    python -m bench.needle.train
+
+Sequences of {lengths} tokens, {steps} steps of about {step_tokens} tokens, AdamW, bfloat16, seed {seed}
+(`bench/needle/settings.py`). Another Python version gives another corpus and other names.
+Library text: Python Software Foundation License.
+"""
+
+
+def write_card(folder: Path, rows: Sequence[Row], settings: Settings, corpus: Corpus) -> None:
+    """Write `README.md` beside the model.
+
+    Args:
+        folder: of the model.
+        rows: its accuracies, see `bench.needle.run`.
+        settings, corpus: of its training.
+    """
+    shape, facts = settings.shape, corpus.facts
+    text = _CARD.format(
+        parameters=f"{shape.parameters / 1e6:.1f}",
+        megabytes=f"{2 * shape.parameters / 1e6:.1f}",
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        hidden=shape.hidden,
+        tasks="\n".join(f"| {task} | {hidden} | {asked} |" for task, (hidden, asked) in _descriptions().items()),
+        names=NAMES,
+        samples=min((row["samples"] for row in rows), default=0),
+        accuracies=accuracy_table(rows),
+        longest=f"{max(stage.length for stage in settings.stages):,}",
+        python=facts["python"],
+        train=f"{facts['tokens']['train']:,}",
+        held_out=f"{facts['tokens']['held_out']:,}",
+        train_files=facts["files"]["train"],
+        held_out_files=facts["files"]["held_out"],
+        lengths=", ".join(f"{stage.length:,}" for stage in settings.stages),
+        steps=f"{settings.steps:,}",
+        step_tokens=f"{max(stage.rows * stage.length for stage in settings.stages):,}",
+        seed=settings.seed,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def accuracy_table(rows: Sequence[Row]) -> str:
+    """A Markdown table of exact accuracies, a line for each task."""
+    lengths = sorted({row["length"] for row in rows})
+    found = {(row["task"], row["length"]): f"{row['exact']:.3f}" for row in rows}
+    lines = [
+        "| task | " + " | ".join(f"{length:,} tokens" for length in lengths) + " |",
+        "| --- |" + " --- |" * len(lengths),
+    ]
+    for task in EVALUATED:
+        lines.append(f"| {task} | " + " | ".join(found.get((task, length), "-") for length in lengths) + " |")
+    return "\n".join(lines)
+
+
+def _descriptions() -> dict[str, tuple[str, str]]:
+    """For each task what is hidden, and what is asked."""
+    mixes = EVALUATED
+    return {
+        "single": ("one number under a name", "the number"),
+        "multikey": (f"{mixes['multikey'].needles} numbers, each under its own name", "one of them"),
+        "multivalue": (
+            f"{mixes['multivalue'].lists} names with {MOST} numbered numbers each",
+            "all numbers of one name",
+        ),
+        "multiquery": (
+            f"{mixes['multiquery'].needles} numbers, each under its own name",
+            f"the numbers of {MOST} names at once",
+        ),
+        "vt": (
+            f"{mixes['vt'].chains} chains of {CHAIN} variables, `VAR #b = VAR #a`",
+            "the variables that hold a value, in the order of their chain",
+        ),
+    }

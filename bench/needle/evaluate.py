@@ -1,0 +1,57 @@
+"""`python -m bench.needle.evaluate`: the dense accuracy of a needle model, by task and length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.needle import MODEL_DIR
+from bench.needle.batches import Builder
+from bench.needle.card import accuracy_table
+from bench.needle.corpus import encode
+from bench.needle.evaluation import LENGTHS, measure
+from bench.needle.formats import EVALUATED
+from bench.needle.release import load_release, load_tokenizer
+from bench.needle.run import attention_kernel
+from bench.needle.source import ascii_text, held_out_files
+from bench.spec import parse_lengths, parse_list
+from bench.terminal import one_line_errors
+from flexprefill_fa.loading import UsageError, resolve_device
+from flexprefill_fa.rows import append, environment
+
+
+def evaluate(
+    model: Annotated[Path, typer.Option(help="A folder that bench.needle.train made.")] = MODEL_DIR,
+    tasks: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(EVALUATED),
+    lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = ",".join(map(str, LENGTHS)),
+    samples: Annotated[int, typer.Option(min=1, help="Questions per task and length.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions.")] = 0,
+    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON lines; rows are added.")] = None,
+) -> None:
+    """Measure how often each task's whole answer is right, on text that is held out from training."""
+    with one_line_errors():
+        where = resolve_device(device)
+        network, tokenizer = load_release(model, where), load_tokenizer(model)
+        chosen = parse_list("tasks", tasks)
+        unknown = [task for task in chosen if task not in EVALUATED]
+        if unknown:
+            raise UsageError(f"tasks must be of {', '.join(EVALUATED)}, got {unknown[0]!r}")
+        builder = Builder(tokenizer, encode(tokenizer, [ascii_text(file) for file in held_out_files()]), where)
+        rows = []
+        with attention_kernel(where):
+            for length in parse_lengths(lengths):
+                for task in chosen:
+                    found = measure(network, builder, task, length, samples, seed)
+                    rows.append({**found.row(task, length), "seed": seed, **environment(where)})
+                    typer.echo(json.dumps(rows[-1]))
+                    if out is not None:
+                        append(out, rows[-1])
+    typer.echo(accuracy_table(rows), err=True)
+
+
+if __name__ == "__main__":
+    typer.run(evaluate)

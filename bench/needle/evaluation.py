@@ -1,0 +1,85 @@
+"""Dense accuracy of the needle model on each task and length, on held-out text."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.needle.batches import Batch, Builder
+from bench.needle.formats import EVALUATED
+from bench.needle.network import Network
+from flexprefill_fa.rows import Row
+
+LENGTHS = (4096, 8192, 16384, 32768, 65536)
+_TOKENS_AT_ONCE = 131072
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How a model answered the questions of one task at one length.
+
+    Attributes:
+        exact: share of the questions whose whole answer is right.
+        parts: share of the names and digits that are right where all before them are.
+        samples: questions.
+    """
+
+    exact: float
+    parts: float
+    samples: int
+
+    def row(self, task: str, length: int) -> Row:
+        """For a file of rows."""
+        return {
+            "task": task,
+            "length": length,
+            "samples": self.samples,
+            "exact": round(self.exact, 4),
+            "parts": round(self.parts, 4),
+        }
+
+
+@torch.no_grad()
+def measure(network: Network, builder: Builder, task: str, length: int, samples: int, seed: int = 0) -> Accuracy:
+    """Ask `samples` questions, each at the end of a text of its own.
+
+    The model reads the right answer and must find each token of it the most likely one, which is so exactly where
+    greedy decoding gives that answer.
+
+    Args:
+        network: in eval mode or not: it has no dropout.
+        builder: of held-out text.
+        task: one of `EVALUATED`.
+        length: tokens of text, question and answer.
+        samples: how many questions.
+        seed: of the questions.
+
+    Raises:
+        ValueError: where the text is too short.
+    """
+    device = next(network.parameters()).device
+    rows = min(samples, max(1, _TOKENS_AT_ONCE // length))
+    right: list[Tensor] = []
+    share: list[Tensor] = []
+    for first in range(0, samples, rows):
+        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{task} {length} {seed} {first}".encode()))
+        batch = builder.build(min(rows, samples - first), length, EVALUATED[task], generator, questions_last=True)
+        found = predictions(network, batch)[:, batch.scored]
+        correct = found == batch.targets[:, batch.scored]
+        right.append(correct.all(1))
+        share.append(correct[:, batch.weights[batch.scored] == 1].float().mean(1))
+    return Accuracy(torch.cat(right).float().mean().item(), torch.cat(share).mean().item(), samples)
+
+
+def predictions(network: Network, batch: Batch) -> Tensor:
+    """The most likely token `[B, A]` at each place of the answers."""
+    hidden = network(batch.tokens)
+    return network.logits(gather_hidden(hidden, batch.places)).argmax(-1)
+
+
+def gather_hidden(hidden: Tensor, places: Tensor) -> Tensor:
+    """The states `[B, A, hidden]` that predict the tokens at `places` `[B, A]`: those one before."""
+    return hidden.gather(1, (places - 1)[..., None].expand(-1, -1, hidden.shape[-1]))

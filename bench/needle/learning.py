@@ -1,0 +1,133 @@
+"""One step of training: its sequences, its loss, its change of the weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from bench.needle.batches import TASKS, Batch, Builder
+from bench.needle.evaluation import gather_hidden
+from bench.needle.network import Network
+from bench.needle.settings import Settings
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step found, as tensors that nobody has waited for yet.
+
+    Attributes:
+        loss: what was minimised.
+        text: mean loss of the source text.
+        answers: for each task the mean loss of its names and digits, and the share of them that was right.
+        norm: of the gradient before it was clipped.
+    """
+
+    loss: Tensor
+    text: Tensor
+    answers: dict[str, tuple[Tensor, Tensor]]
+    norm: Tensor
+
+    def row(self) -> dict[str, float]:
+        """The same as numbers, rounded."""
+        found = {"loss": self.loss, "text": self.text, "norm": self.norm}
+        for task, (loss, right) in self.answers.items():
+            found |= {task: loss, f"{task}_right": right}
+        return {name: round(value.item(), 5) for name, value in found.items()}
+
+
+def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW that decays matrices alone."""
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.peak, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU; the CPU, which is for tests, computes in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def generator_of(device: torch.device, seed: int, step: int) -> Generator:
+    """A step's random numbers: the same whatever came before it."""
+    return Generator(device).manual_seed(seed * 1_000_003 + step)
+
+
+def draw(builder: Builder, settings: Settings, step: int, generator: Generator) -> list[Batch]:
+    """The sequences of a step, a batch for each mix of its stage."""
+    number, inside = settings.locate(step)
+    stage = settings.stages[number]
+    rows = stage.rows // len(stage.mixes)
+    return [builder.build(rows, stage.length, mix, generator) for mix in stage.mixes_at(inside)]
+
+
+def take_step(
+    network: Network, optimizer: torch.optim.Optimizer, builder: Builder, settings: Settings, step: int
+) -> Outcome:
+    """Make one step, a function of the weights, the optimizer's averages, the settings and `step` alone."""
+    device = next(network.parameters()).device
+    generator = generator_of(device, settings.seed, step)
+    batches = draw(builder, settings, step, generator)
+    for group in optimizer.param_groups:
+        group["lr"] = settings.learning_rate(step)
+    with autocast(device):
+        hidden = network(torch.cat([batch.tokens for batch in batches]))
+        parts = hidden.split([len(batch.tokens) for batch in batches])
+        answers = _answer_losses(network, batches, parts)
+        text = _text_loss(network, batches, parts, settings.text_share, generator)
+        loss = torch.stack([weighted for weighted, _, _ in answers.values()]).mean() + settings.text_weight * text
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    shown = {task: (plain.detach(), right) for task, (_, plain, right) in answers.items()}
+    return Outcome(loss.detach(), text.detach(), shown, norm.detach())
+
+
+def _answer_losses(
+    network: Network, batches: list[Batch], parts: tuple[Tensor, ...]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """For each task, the weighted mean loss, the loss of names and digits, and how many of those are right."""
+    found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    for batch, hidden in zip(batches, parts, strict=True):
+        logits = network.logits(gather_hidden(hidden, batch.places)).float()  # [B, A, vocabulary]
+        targets = batch.targets
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        right = (logits.detach().argmax(-1) == targets).float()
+        for task, columns in batch.columns:
+            weights = batch.weights[columns].expand(len(targets), -1)
+            found[task].append((losses[:, columns].flatten(), right[:, columns].flatten(), weights.flatten()))
+    result = {}
+    for task, pieces in sorted(found.items()):
+        losses, right, weights = (torch.cat(column) for column in zip(*pieces, strict=True))
+        filled = (weights == 1).float()
+        result[TASKS[task]] = (
+            (losses * weights).sum() / weights.sum(),
+            (losses * filled).sum() / filled.sum(),
+            (right * filled).sum() / filled.sum(),
+        )
+    return result
+
+
+def _text_loss(
+    network: Network, batches: list[Batch], parts: tuple[Tensor, ...], share: float, generator: Generator
+) -> Tensor:
+    """The mean loss of some of the source text's tokens: enough to learn from, and a part of the memory of all."""
+    total, count = [], []
+    for batch, hidden in zip(batches, parts, strict=True):
+        rows, length = batch.tokens.shape
+        size = (rows, max(1, round(length * share)))
+        places = torch.randint(1, length, size, device=hidden.device, generator=generator)
+        logits = network.logits(gather_hidden(hidden, places)).float()
+        targets = batch.tokens.gather(1, places)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        wanted = batch.source.gather(1, places)
+        total.append((losses * wanted).sum())
+        count.append(wanted.sum())
+    return torch.stack(total).sum() / torch.stack(count).sum().clamp(min=1)

@@ -1,0 +1,208 @@
+"""A training run from its checkpoint on: stages, evaluations between them, the finished model and its accuracies."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.needle import checkpoint
+from bench.needle.batches import Builder
+from bench.needle.corpus import Corpus
+from bench.needle.evaluation import measure
+from bench.needle.formats import EVALUATED, MOST
+from bench.needle.learning import Outcome, autocast, make_optimizer, take_step
+from bench.needle.network import Network
+from bench.needle.pace import Clock, OutOfTime, Pace
+from bench.needle.release import export, load_release
+from bench.needle.settings import Settings, Stage
+from flexprefill_fa.loading import UsageError
+from flexprefill_fa.rows import Row, append, drop_unfinished, read
+
+_SAVE_SECONDS = 60.0  # between checkpoints
+_STEPS_PER_ROW = 20
+_SAY_SECONDS = 10.0  # between lines about losses
+_FIRST_STEP_SECONDS = 45.0  # what a stage's first step may take, which compiles
+_CELL_SECONDS = 25.0  # what one accuracy may take
+FINISHED = "model"
+"""The stage of the rows about the finished model."""
+
+
+class Run:
+    """One run in its folder, continued from the checkpoint there.
+
+    Args:
+        settings: what it does.
+        corpus: what it reads.
+        folder: for checkpoint, curve, accuracies and model.
+        device: where it computes.
+        clock: how long it may take.
+        compiled: whether the layers are compiled.
+        say: shows a line.
+
+    Raises:
+        UsageError: for a checkpoint of another run, or a tokenizer with which a stage's sequences are too short.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        corpus: Corpus,
+        folder: Path,
+        device: torch.device,
+        clock: Clock,
+        compiled: bool,
+        say: Callable[[str], None],
+    ):
+        self._settings, self._corpus, self._device = settings, corpus, device
+        self._clock, self._compiled, self._say = clock, compiled, say
+        self._checkpoint = folder / "checkpoint"
+        self.curve, self.accuracies, self.model = folder / "curve.jsonl", folder / "accuracy.jsonl", folder / "model"
+        self._training, self._held_out = (
+            Builder(corpus.tokenizer, text, device) for text in (corpus.train, corpus.held_out)
+        )
+        self._check_stages()
+        torch.manual_seed(settings.seed)
+        self._network = Network(settings.shape).to(device)
+        self._optimizer = make_optimizer(self._network, settings)
+        self._identity = {"settings": settings.digest(), "corpus": corpus.digest}
+        self.step = checkpoint.load(self._checkpoint, self._network, self._optimizer, self._identity)
+        self._saved = (self.step, time.monotonic())
+        self._said = 0.0
+        for path in (self.curve, self.accuracies):
+            _keep_until(path, self.step)
+
+    def finish(self) -> list[Row]:
+        """Train, evaluate and export, all that is not done yet.
+
+        Returns:
+            The accuracies of the finished model.
+
+        Raises:
+            OutOfTime: when the clock says so; what was done is kept.
+            ArithmeticError: where the loss is no number any more; the checkpoint is from before.
+        """
+        end = 0
+        try:
+            with attention_kernel(self._device):
+                for number, stage in enumerate(self._settings.stages):
+                    end += stage.steps
+                    if self.step < end:
+                        self._train(number, stage, end)
+                    if self.step == end:
+                        lengths = (stage.length, min(2 * stage.length, max(self._settings.lengths)))
+                        with autocast(self._device), torch.compiler.set_stance("force_eager"):
+                            self._evaluate(self._network, f"stage {number}", lengths, self._settings.samples)
+                export(self._network, self._corpus, self.model)
+                finished = load_release(self.model, self._device)
+                self._evaluate(finished, FINISHED, self._settings.lengths, self._settings.final_samples)
+        except OutOfTime:
+            self._save()
+            raise
+        return [row for row in read(self.accuracies) if row["stage"] == FINISHED]
+
+    def _check_stages(self) -> None:
+        """Another tokenizer may take more tokens for the same words."""
+        for stage in self._settings.stages:
+            mixes = [mix for step in range(MOST) for mix in stage.mixes_at(step)]
+            least = max(map(self._training.least_length, mixes))
+            if least > min(stage.length, len(self._corpus.train)):
+                raise UsageError(
+                    f"with this corpus what sequences of {stage.length} tokens shall hold takes {least}: "
+                    "change their mixes in bench/needle/settings.py"
+                )
+
+    def _train(self, number: int, stage: Stage, end: int) -> None:
+        self._clock.require(_FIRST_STEP_SECONDS)
+        if self._compiled:
+            torch.compiler.reset()  # what was compiled for another length is of no more use
+            for layer in self._network.layers():
+                layer.compile(dynamic=False)
+        self._say(f"stage {number}: steps {self.step} to {end}, {stage.rows} x {stage.length} tokens each")
+        pace = Pace(self._device, stage.rows * stage.length)
+        while self.step < end:
+            self._clock.require(2 * pace.longest)
+            outcome = take_step(self._network, self._optimizer, self._training, self._settings, self.step)
+            pace.step()
+            self.step += 1
+            if self.step % _STEPS_PER_ROW == 0 or self.step == end:
+                self._record(number, outcome, pace)
+            if time.monotonic() - self._saved[1] > _SAVE_SECONDS:
+                self._save()
+        self._save()
+
+    def _record(self, number: int, outcome: Outcome, pace: Pace) -> None:
+        row = {
+            "step": self.step,
+            "stage": number,
+            "tokens": self._settings.stages[number].length,
+            "learning_rate": self._settings.learning_rate(self.step - 1),
+            **outcome.row(),
+            "tokens_per_second": round(pace.tokens_per_second()),
+        }
+        if not math.isfinite(row["loss"]):
+            raise ArithmeticError(
+                f"the loss is {row['loss']} at step {self.step}; the checkpoint is of step {self._saved[0]}"
+            )
+        append(self.curve, row)
+        if time.monotonic() - self._said > _SAY_SECONDS:
+            shown = (
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+            )
+            self._say("  ".join(shown))
+            self._said = time.monotonic()
+
+    def _evaluate(self, network: Network, stage: str, lengths: Sequence[int], samples: int) -> None:
+        """Add the rows that are not there yet."""
+        there = {(row["task"], row["length"]) for row in read(self.accuracies) if row["stage"] == stage}
+        for length in dict.fromkeys(lengths):
+            for task, mix in EVALUATED.items():
+                if (task, length) in there or self._held_out.least_length(mix) > length:
+                    continue
+                self._clock.require(_CELL_SECONDS)
+                found = measure(network, self._held_out, task, length, samples, self._settings.seed)
+                append(self.accuracies, {"step": self.step, "stage": stage, **found.row(task, length)})
+                self._say(
+                    f"{stage}: {task} at {length} tokens: {found.exact:.3f} exact, {found.parts:.4f} of the parts"
+                )
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the last checkpoint."""
+        return self._saved[0]
+
+    def _save(self) -> None:
+        if self._saved[0] != self.step:
+            if not all(parameter.isfinite().all() for parameter in self._network.parameters()):
+                raise ArithmeticError(
+                    f"weights are not finite at step {self.step}; the checkpoint is of step {self.saved_step}"
+                )
+            checkpoint.save(self._checkpoint, self._network, self._optimizer, {**self._identity, "step": self.step})
+        self._saved = (self.step, time.monotonic())
+
+
+@contextmanager
+def attention_kernel(device: torch.device) -> Iterator[None]:
+    """On a GPU flash attention or nothing: the kernels that SDPA would fall back to need memory for all scores."""
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        yield
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Leave out the rows of steps that a checkpoint does not have, from before a stop; they will be made again."""
+    if not path.exists():
+        return
+    drop_unfinished(path)
+    kept = [row for row in read(path) if row["step"] <= step]
+    path.unlink()
+    if step:
+        for row in kept:
+            append(path, row)

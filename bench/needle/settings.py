@@ -1,0 +1,157 @@
+"""What a training run does: the model's sizes, the stages from short to long text, and the learning rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, replace
+
+from bench.needle.evaluation import LENGTHS
+from bench.needle.formats import MOST, Mix
+from bench.needle.network import HEAD_DIM, Shape
+
+_ANSWERED = 0.2  # of the tokens of a sequence, those that are part of an answer: at most about so many
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps on sequences of one length.
+
+    Attributes:
+        length: tokens of a sequence.
+        rows: sequences of a step, the same number of each mix.
+        steps: how many.
+        mixes: what the sequences hold; their `several` goes round from step to step.
+        share: of the run's schedule, which the learning rate follows; shares need not sum to 1.
+    """
+
+    length: int
+    rows: int
+    steps: int
+    mixes: tuple[Mix, ...]
+    share: float
+
+    def mixes_at(self, step: int) -> tuple[Mix, ...]:
+        """The mixes of one step of this stage."""
+        return tuple(replace(mix, several=2 + step % (MOST - 1)) for mix in self.mixes)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run.
+
+    Attributes:
+        shape: of the model.
+        stages: in their order.
+        peak: the highest learning rate.
+        warm_up: steps until it is reached.
+        hold: share of the schedule after which it falls, in a straight line, to `last` of the peak.
+        last: the end of that line.
+        weight_decay: of matrices.
+        clip: the largest norm of a step's gradient.
+        text_share: of the positions of source text, those that are predicted too.
+        text_weight: of their loss, beside 1 for the answers.
+        seed: of the first weights and of every step's sequences.
+        samples: questions per task and length of the evaluations between stages.
+        lengths: of the finished model's evaluation.
+        final_samples: its questions per task and length.
+    """
+
+    shape: Shape
+    stages: tuple[Stage, ...]
+    peak: float = 2e-3
+    warm_up: int = 200
+    hold: float = 0.35
+    last: float = 0.03
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    text_share: float = 0.25
+    text_weight: float = 0.5
+    seed: int = 0
+    samples: int = 32
+    lengths: tuple[int, ...] = LENGTHS
+    final_samples: int = 128
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def scaled(self, factor: float, seed: int) -> Settings:
+        """The same run with `factor` times as many steps in each stage, at least one, and another seed."""
+        stages = tuple(replace(stage, steps=max(1, round(stage.steps * factor))) for stage in self.stages)
+        return replace(self, stages=stages, warm_up=max(1, round(self.warm_up * min(1.0, factor))), seed=seed)
+
+    def memory(self) -> int:
+        """About how many bytes of GPU memory the largest step takes: what the layers keep for their gradients."""
+        shape = self.shape
+        layer = 16 * shape.hidden + 8 * shape.intermediate + 8 * shape.heads * HEAD_DIM
+        heads = 10 * shape.vocabulary * (self.text_share + _ANSWERED)
+        tokens = max(stage.rows * stage.length for stage in self.stages)
+        return 2**30 + int(tokens * (shape.layers * layer + heads)) + 16 * shape.parameters
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The stage of a step of the run, and its number there."""
+        for number, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return number, step
+            step -= stage.steps
+        raise ValueError(f"step must be below {self.steps}, got {self.steps + step}")
+
+    def learning_rate(self, step: int) -> float:
+        """At a step of the run."""
+        number, inside = self.locate(step)
+        total = sum(stage.share for stage in self.stages)
+        done = sum(stage.share for stage in self.stages[:number])
+        progress = (done + self.stages[number].share * inside / self.stages[number].steps) / total
+        falling = max(0.0, (progress - self.hold) / (1 - self.hold))
+        return self.peak * min(1.0, (step + 1) / self.warm_up) * (1 - falling * (1 - self.last))
+
+    def digest(self) -> str:
+        """Tells runs apart that a checkpoint must not mix."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+_FEW = Mix(needles=8, asked=4, queries=2, lists=3, lists_asked=2, chains=4, chains_asked=2)
+"""As little in a long text as evaluation hides there."""
+
+
+def _many(needles: int, queries: int, lists: int, chains: int) -> Mix:
+    """Half of the needles asked for, and two thirds of the lists and chains: the rest is there to be mistaken."""
+    return Mix(needles, needles // 2, queries, lists, lists * 2 // 3, chains, chains * 2 // 3)
+
+
+FULL = Settings(
+    shape=Shape(),
+    stages=(
+        Stage(
+            length=512,
+            rows=256,
+            steps=2500,
+            # Chains twice: each step along them is learnt on its own, and their questions have the fewest of those.
+            mixes=(Mix(needles=5, asked=3, queries=2), _many(3, 0, 2, 0), *[Mix(chains=5, chains_asked=3)] * 2),
+            share=0.12,
+        ),
+        Stage(length=1024, rows=128, steps=3500, mixes=(_many(8, 2, 3, 0), _many(4, 0, 0, 8)), share=0.22),
+        Stage(length=4096, rows=32, steps=2000, mixes=(_many(16, 4, 6, 14),), share=0.22),
+        Stage(length=16384, rows=16, steps=400, mixes=(*[_many(48, 10, 15, 30)] * 3, _FEW), share=0.16),
+        Stage(length=32768, rows=8, steps=200, mixes=(*[_many(80, 16, 21, 45)] * 3, _FEW), share=0.14),
+        Stage(length=65536, rows=4, steps=120, mixes=(*[_many(110, 24, 30, 60)] * 3, _FEW), share=0.14),
+    ),
+)
+
+TINY = Settings(
+    shape=Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=1),
+    stages=(
+        Stage(256, 2, 2, (Mix(needles=4, asked=1), Mix(chains=1, chains_asked=1)), 0.5),
+        Stage(640, 2, 2, (Mix(4, 1, 1, 1, 1, 1, 1),), 0.5),
+    ),
+    warm_up=1,
+    samples=2,
+    lengths=(700,),
+    final_samples=2,
+)
+
+RECIPES = {"full": FULL, "tiny": TINY}
+"""`full` is the needle model's; `tiny` learns nothing in a second, to see every step of the way."""

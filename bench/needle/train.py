@@ -1,0 +1,87 @@
+"""`python -m bench.needle.train`: train the needle model, in pieces where need be, evaluate it and export it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from bench.needle.card import accuracy_table, write_card
+from bench.needle.corpus import load_corpus
+from bench.needle.pace import Clock, OutOfTime
+from bench.needle.prepare import CORPUS, WORK
+from bench.needle.run import Run
+from bench.needle.settings import RECIPES, Settings
+from bench.terminal import one_line_errors
+from flexprefill_fa.loading import UsageError, resolve_device
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="The work folder: corpus, checkpoint, curve, accuracies, model.")] = WORK,
+    minutes: Annotated[
+        float | None, typer.Option(min=1, help="Stop with a checkpoint before so many minutes are over.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "full",
+    steps_scale: Annotated[float, typer.Option(help="Times as many steps in each stage.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first weights and of what is drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda, cuda:N or, for a try of 'tiny', cpu.")] = "cuda",
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the layers; by default on a GPU.")
+    ] = None,
+) -> None:
+    """Train the needle model on one GPU, measure its dense accuracy, and write it to the folder 'model' in --out.
+
+    A run that was stopped goes on from its checkpoint with the same command. Exits with 3 where --minutes ended it
+    before it was finished.
+    """
+    clock = Clock(minutes)
+    with one_line_errors():
+        settings = _settings(recipe, steps_scale, seed)
+        where = resolve_device(device)
+        check_memory(settings, where)
+        corpus = load_corpus(out / CORPUS)
+        compiled = where.type == "cuda" if compile is None else compile
+        run = Run(settings, corpus, out, where, clock, compiled, typer.echo)
+    typer.echo(f"{settings.steps} steps, {settings.shape.parameters / 1e6:.2f} M parameters; at step {run.step}")
+    try:
+        rows = run.finish()
+    except (OutOfTime, KeyboardInterrupt) as stop:
+        # What a key press interrupts may be half a step: the last checkpoint counts then.
+        typer.echo(f"stopped at step {run.saved_step} of {settings.steps}: the same command goes on from there")
+        raise typer.Exit(3 if isinstance(stop, OutOfTime) else 130) from stop
+    except ArithmeticError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    write_card(run.model, rows, settings, corpus)
+    typer.echo(accuracy_table(rows))
+    typer.echo(f"the model is in {run.model}")
+
+
+def _settings(recipe: str, steps_scale: float, seed: int) -> Settings:
+    if recipe not in RECIPES:
+        raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    if not steps_scale > 0:
+        raise UsageError(f"steps-scale must be above 0, got {steps_scale}")
+    return RECIPES[recipe].scaled(steps_scale, seed)
+
+
+def check_memory(settings: Settings, device: torch.device) -> None:
+    """Check that the longest stage fits the GPU.
+
+    Raises:
+        UsageError: where it needs more than is free.
+    """
+    if device.type != "cuda":
+        return
+    needed, free = settings.memory(), torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise UsageError(
+            f"training needs about {needed / 2**30:.0f} GiB of GPU memory, and {free / 2**30:.0f} GiB are free on "
+            f"{device}"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(train)

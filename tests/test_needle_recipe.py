@@ -1,0 +1,335 @@
+"""The needle model's recipe on the CPU at a size that learns nothing: corpus, training in pieces, release, commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+from bench.needle import checkpoint, learning
+from bench.needle.batches import Builder
+from bench.needle.corpus import Corpus, build_corpus, load_corpus
+from bench.needle.evaluate import evaluate
+from bench.needle.evaluation import predictions
+from bench.needle.formats import EVALUATED
+from bench.needle.network import Network, Shape
+from bench.needle.pace import Clock, OutOfTime
+from bench.needle.prepare import prepare
+from bench.needle.prompts import key_words
+from bench.needle.release import export, load_release
+from bench.needle.run import Run
+from bench.needle.settings import FULL, TINY, Settings
+from bench.needle.source import held_out_files
+from bench.needle.train import check_memory, train
+from flexprefill_fa.loading import UsageError
+from flexprefill_fa.rows import read
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+FILES = 12
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return build_corpus(tmp_path_factory.mktemp("work") / "corpus", 131072, files=FILES)
+
+
+@pytest.fixture
+def work(tmp_path: Path, corpus: Corpus) -> Path:
+    """A work folder with a corpus."""
+    shutil.copytree(corpus.folder, tmp_path / "corpus")
+    return tmp_path
+
+
+def run_of(folder: Path, corpus: Corpus, settings: Settings = TINY, minutes: float | None = None) -> Run:
+    return Run(settings, corpus, folder, CPU, Clock(minutes), False, lambda line: None)
+
+
+def command(function: Any, *arguments: str) -> Result:
+    app = typer.Typer()
+    app.command()(function)
+    return CliRunner().invoke(app, arguments)
+
+
+def refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    return [{**row, "tokens_per_second": 0} for row in read(folder / "curve.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tests' own fixture comes later
+    rows = run_of(folder, corpus).finish()
+    assert [(row["task"], row["length"]) for row in rows] == [(task, 700) for task in EVALUATED]
+    torch.set_num_threads(threads)
+    return folder
+
+
+def test_a_corpus_is_the_same_each_time_and_apart_from_what_is_held_out(corpus: Corpus, tmp_path: Path) -> None:
+    again = build_corpus(tmp_path, 131072, files=FILES)
+    assert again.facts == corpus.facts
+    assert np.array_equal(again.train, corpus.train) and np.array_equal(again.held_out, corpus.held_out)
+    for name in ("tokenizer.json", "tokenizer_config.json", "corpus.json"):
+        assert (tmp_path / name).read_bytes() == (corpus.folder / name).read_bytes()
+    assert corpus.held_out[:200].tobytes() not in corpus.train.tobytes()
+    assert len(key_words(corpus.tokenizer)) == 512
+
+
+def test_the_tasks_words_are_single_tokens(corpus: Corpus) -> None:
+    text = "\nQuestion: which variables hold the special magic numbers? Answer: VAR"
+    assert len(corpus.tokenizer.encode(text).ids) == len(re.findall(r"\n| ?\w+|\S", text))
+
+
+def test_what_a_stage_trains_on_fits_its_sequences(corpus: Corpus) -> None:
+    builder = Builder(corpus.tokenizer, corpus.train, CPU)
+    for stage in FULL.stages:
+        assert stage.rows % len(stage.mixes) == 0
+        for mix in (mix for step in range(3) for mix in stage.mixes_at(step)):
+            assert mix.names <= 512
+            assert builder.least_length(mix) < 0.97 * stage.length
+
+
+def test_the_network_is_the_llama_that_is_released(corpus: Corpus, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network = Network(replace(TINY.shape, layers=3, heads=8, kv_heads=2))
+    export(network, corpus, tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = load_release(tmp_path, CPU).float()
+    tokens = torch.from_numpy(corpus.held_out[:300].astype(np.int64))[None]
+    with torch.no_grad():
+        expected, found = model(tokens).logits, ours.logits(ours(tokens))
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert sum(parameter.numel() for parameter in model.parameters()) == ours.shape.parameters
+    assert {name: getattr(model.config, name, value) for name, value in ours.shape.config().items() if name != "dtype"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    words = "def f(x):\n    return 12 #" + key_words(corpus.tokenizer)[0][1:]
+    assert tokenizer(words)["input_ids"] == corpus.tokenizer.encode(words).ids
+    assert tokenizer.bos_token_id == model.config.bos_token_id and tokenizer.eos_token_id == model.config.eos_token_id
+
+
+def test_the_full_model_and_its_checkpoint_are_small(tmp_path: Path) -> None:
+    network = Network(Shape())
+    assert FULL.shape == Shape() and 2 * Shape().parameters < 15e6
+    optimizer = learning.make_optimizer(network, FULL)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    checkpoint.save(tmp_path / "checkpoint", network, optimizer, {"step": 7})
+    sizes = [file.stat().st_size for file in (tmp_path / "checkpoint").iterdir()]
+    assert max(sizes) < 16 * 2**20 and len(sizes) <= 8
+    other = Network(Shape())
+    restored = learning.make_optimizer(other, FULL)
+    assert checkpoint.load(tmp_path / "checkpoint", other, restored, {}) == 7
+    for one, two in zip(network.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+        for average in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[one][average], restored.state[two][average])
+
+
+@pytest.mark.parametrize(("stop", "crash"), [(1, False), (3, False), (3, True)])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
+    stop: int, crash: bool, corpus: Corpus, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in time, it goes on from where it was; crashed, from its last checkpoint, after the stage of 2 steps."""
+    error = RuntimeError("the machine is gone") if crash else OutOfTime()
+    steps = []
+
+    def stopping(*arguments: Any) -> learning.Outcome:
+        if arguments[-1] == stop and not resumed:
+            raise error
+        steps.append(arguments[-1])
+        return learning.take_step(*arguments)
+
+    monkeypatch.setattr("bench.needle.run.take_step", stopping)
+    resumed = False
+    with pytest.raises(type(error)):
+        run_of(tmp_path, corpus).finish()
+    resumed = True
+    again = run_of(tmp_path, corpus)
+    expected = stop if not crash else 2 * (stop // 2)
+    assert again.step == again.saved_step == expected
+    again.finish()
+    assert steps == [*range(stop), *range(expected, 4)]
+    assert losses(tmp_path) == losses(whole_run)
+    assert read(tmp_path / "accuracy.jsonl") == read(whole_run / "accuracy.jsonl")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "model" / name).read_bytes() == (whole_run / "model" / name).read_bytes()
+
+
+def test_a_stop_during_the_evaluation_repeats_nothing(
+    corpus: Corpus, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run" / "accuracy.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-2]) + '\n{"step": 4, "sta')
+    asked = []
+
+    def measuring(network: Network, builder: Builder, task: str, *arguments: Any) -> Any:
+        from bench.needle.evaluation import measure
+
+        asked.append(task)
+        return measure(network, builder, task, *arguments)
+
+    monkeypatch.setattr("bench.needle.run.measure", measuring)
+    run_of(tmp_path / "run", corpus).finish()
+    assert asked == list(EVALUATED)[-2:]
+    assert path.read_text().splitlines() == lines
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiling(network: Network, *arguments: Any) -> learning.Outcome:
+        outcome = learning.take_step(network, *arguments)
+        if arguments[-1] == 2:
+            network.model.norm.weight.data.fill_(float("nan"))
+        return outcome
+
+    monkeypatch.setattr("bench.needle.run.take_step", spoiling)
+    with pytest.raises(ArithmeticError, match="step 4; the checkpoint is of step 2"):
+        run_of(tmp_path, corpus).finish()
+    assert run_of(tmp_path, corpus).step == 2
+
+
+def test_another_runs_checkpoint_is_refused(corpus: Corpus, whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run / "checkpoint", tmp_path / "checkpoint")
+    with pytest.raises(UsageError, match=r"is of another run .settings is .*remove it, or name another folder"):
+        run_of(tmp_path, corpus, replace(TINY, seed=1))
+    other = replace(corpus, facts={**corpus.facts, "digest": "other"})
+    with pytest.raises(UsageError, match=r"is of another run .corpus is"):
+        run_of(tmp_path, other)
+    (part,) = (tmp_path / "checkpoint").glob("part-*")
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="cannot be read"):
+        run_of(tmp_path, corpus)
+    part.unlink()
+    with pytest.raises(UsageError, match="is not whole"):
+        run_of(tmp_path, corpus)
+
+
+def test_a_checkpoint_that_was_being_replaced_is_found(corpus: Corpus, whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run / "checkpoint", tmp_path / "checkpoint.old")
+    (tmp_path / "checkpoint.new").mkdir()
+    assert run_of(tmp_path, corpus).step == 4
+
+
+def test_learning_lowers_the_loss(corpus: Corpus) -> None:
+    """On the same sequences again and again, which is what the gradients of every part are for."""
+    torch.manual_seed(0)
+    settings = replace(TINY, shape=replace(TINY.shape, layers=1))
+    network = Network(settings.shape)
+    optimizer = learning.make_optimizer(network, settings)
+    builder = Builder(corpus.tokenizer, corpus.train, CPU)
+    rows = [learning.take_step(network, optimizer, builder, settings, 3).row() for _ in range(12)]
+    for name in ("loss", "text", "multikey", "multivalue", "multiquery", "vt"):
+        assert rows[-1][name] < 0.9 * rows[0][name], name
+
+
+def test_predictions_are_greedy_decoding(corpus: Corpus, whole_run: Path) -> None:
+    network = load_release(whole_run / "model", CPU).float()
+    builder = Builder(corpus.tokenizer, corpus.held_out, CPU)
+    mix = EVALUATED["single"]
+    batch = builder.build(1, 200, mix, torch.Generator().manual_seed(0), questions_last=True)
+    with torch.no_grad():
+        said = predictions(network, batch)[0, 0]
+        prompt = batch.tokens[:, : batch.places[0, 0]]
+        assert said == network.logits(network(prompt))[0, -1].argmax()
+
+
+def test_the_learning_rate_rises_holds_and_falls() -> None:
+    rates = [FULL.learning_rate(step) for step in range(FULL.steps)]
+    assert rates[0] == FULL.peak / FULL.warm_up and max(rates) == FULL.peak
+    top = rates.index(FULL.peak)
+    assert top == FULL.warm_up - 1
+    assert all(after <= before for before, after in zip(rates[top:], rates[top + 1 :], strict=False))
+    assert FULL.last * FULL.peak <= rates[-1] < 0.05 * FULL.peak
+    half = FULL.scaled(0.5, 0)
+    assert half.steps == pytest.approx(FULL.steps / 2, abs=3) and half.digest() != FULL.digest()
+    with pytest.raises(ValueError, match=f"step must be below {FULL.steps}, got {FULL.steps}"):
+        FULL.locate(FULL.steps)
+
+
+def test_train_says_what_it_does_and_writes_a_card(
+    work: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--out", str(work), "--recipe", "tiny", "--device", "cpu")
+    result = command(train, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "4 steps, 0.26 M parameters; at step 0" in result.stdout
+    assert f"the model is in {work / 'model'}" in result.stdout
+    assert losses(work) == losses(whole_run)
+    card = (work / "model" / "README.md").read_text()
+    assert "| vt | 0.000 |" in card and "python -m bench.needle.train" in card and "{" not in card
+    assert command(train, *arguments).exit_code == 0  # nothing left to do
+
+    rows = work / "rows.jsonl"
+    monkeypatch.setattr("bench.needle.evaluate.held_out_files", lambda: held_out_files()[:FILES])
+    shown = command(
+        evaluate, "--model", str(work / "model"), "--device", "cpu", "--samples", "2", "--lengths", "700",
+        "--tasks", "vt", "--out", str(rows),
+    )  # fmt: skip
+    assert shown.exit_code == 0, shown.output
+    (row,) = read(rows)
+    assert row["task"] == "vt" and row["samples"] == 2 and row["exact"] == 0 and row["torch"] == torch.__version__
+    assert json.loads(shown.stdout) == row
+
+
+def test_too_little_time_is_a_stop(work: Path) -> None:
+    result = command(train, "--out", str(work), "--recipe", "tiny", "--device", "cpu", "--minutes", "1")
+    assert result.exit_code == 3
+    assert "stopped at step 0 of 4: the same command goes on from there" in result.stdout
+
+
+def test_mistakes_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ("--out", str(work), "--recipe", "tiny", "--device", "cpu")
+    if not torch.cuda.is_available():
+        refused(command(train, "--out", str(work)), "finds no CUDA GPU here")
+    refused(command(train, *tiny[:2], "--recipe", "huge"), "recipe must be one of full, tiny, got 'huge'")
+    refused(command(train, *tiny, "--steps-scale", "0"), "steps-scale must be above 0")
+    refused(command(train, "--out", str(work / "none"), *tiny[2:]), "no corpus", "python -m bench.needle.prepare")
+    refused(command(evaluate, "--model", str(work)), f"no needle model in {work}")
+    refused(command(evaluate, "--tasks", "single,double"), "tasks must be of", "got 'double'")
+    with monkeypatch.context() as patch:
+        patch.setattr("bench.needle.corpus.all_forms", lambda: [])
+        refused(command(train, *tiny), "made by another version", "python -m bench.needle.prepare")
+    with monkeypatch.context() as patch:
+        patch.setattr("bench.needle.corpus.source_files", lambda: ())
+        refused(command(prepare, "--out", str(work / "none")), "has no source text")
+    (work / "corpus" / "train.npy").write_bytes(b"nothing")
+    refused(command(train, *tiny), "cannot be read", "python -m bench.needle.prepare")
+
+
+def test_too_little_memory_is_said_before_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (8 * 2**30, 80 * 2**30))
+    message = r"training needs about \d\d GiB of GPU memory, and 8 GiB are free on cuda"
+    with pytest.raises(UsageError, match=message):
+        check_memory(FULL, torch.device("cuda"))
+    check_memory(TINY, torch.device("cuda"))
+    check_memory(FULL, CPU)
+
+
+def test_a_corpus_is_read_back_whole(corpus: Corpus) -> None:
+    again = load_corpus(corpus.folder)
+    assert again.facts == corpus.facts and np.array_equal(again.train, corpus.train)
