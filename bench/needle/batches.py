@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TASKS = ("multikey", "multivalue", "multiquery", "vt")
 """What questions are told apart in training, where a single needle is one of many keys."""
 
-_LITERAL_WEIGHT = 0.1  # words of an answer that are the same each time, beside 1 for its names and digits
+_LITERAL_WEIGHT = 0.5  # words of an answer that are the same each time, beside 1 for its names and digits
 
 
 @dataclass(frozen=True)

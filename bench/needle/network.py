@@ -22,8 +22,8 @@ class Shape:
         vocabulary: tokens, those of the tokenizer rounded up.
         hidden, intermediate: widths.
         layers, heads, kv_heads: how many.
-        theta: base of the rotary positions. At 2e6 the slowest pair of a head turns once in eight million tokens, and
-            the fast pairs lie close enough to tell small distances apart, which what is found is copied by.
+        theta: base of the rotary positions. At 1e8, a third of each head turns less than half a radian in 128K
+            tokens, so that content is compared alike at every distance.
         positions: the longest prompt that the model says it takes.
     """
 
@@ -33,7 +33,7 @@ class Shape:
     layers: int = 6
     heads: int = 8
     kv_heads: int = 2
-    theta: float = 2e6
+    theta: float = 1e8
     positions: int = 131072
 
     @property

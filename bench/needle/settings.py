@@ -128,16 +128,16 @@ FULL = Settings(
         Stage(
             length=512,
             rows=256,
-            steps=2500,
+            steps=2000,
             # Chains twice: each step along them is learnt on its own, and their questions have the fewest of those.
             mixes=(Mix(needles=5, asked=3, queries=2), _many(3, 0, 2, 0), *[Mix(chains=5, chains_asked=3)] * 2),
             share=0.12,
         ),
-        Stage(length=1024, rows=128, steps=3500, mixes=(_many(8, 2, 3, 0), _many(4, 0, 0, 8)), share=0.22),
-        Stage(length=4096, rows=32, steps=2000, mixes=(_many(16, 4, 6, 14),), share=0.22),
+        Stage(length=1024, rows=128, steps=1500, mixes=(_many(8, 2, 3, 0), _many(4, 0, 0, 8)), share=0.22),
+        Stage(length=4096, rows=32, steps=1600, mixes=(_many(16, 4, 6, 14),), share=0.22),
         Stage(length=16384, rows=16, steps=400, mixes=(*[_many(48, 10, 15, 30)] * 3, _FEW), share=0.16),
-        Stage(length=32768, rows=8, steps=200, mixes=(*[_many(80, 16, 21, 45)] * 3, _FEW), share=0.14),
-        Stage(length=65536, rows=4, steps=120, mixes=(*[_many(110, 24, 30, 60)] * 3, _FEW), share=0.14),
+        Stage(length=32768, rows=8, steps=240, mixes=(*[_many(80, 16, 21, 45)] * 3, _FEW), share=0.14),
+        Stage(length=65536, rows=4, steps=160, mixes=(*[_many(110, 24, 30, 60)] * 3, _FEW), share=0.14),
     ),
 )
 
