@@ -46,9 +46,9 @@ def prefill_bytes(config: Any, length: int, chunk: int | None, dtype: torch.dtyp
     weights = config.num_hidden_layers * layer // ranks + tables
     cache = 2 * config.num_hidden_layers * kv_heads * dim * length // ranks
     at_once = length if chunk is None else min(chunk, length)
-    feed_forward = 4 * inner // ranks
+    feed_forward = 3 * inner // ranks
     attention = (4 * heads + 4 * kv_heads) * dim // ranks
-    activations = at_once * (4 * hidden + max(feed_forward, attention)) + 4 * cache // config.num_hidden_layers
+    activations = at_once * (5 * hidden + max(feed_forward, attention)) + 2 * cache // config.num_hidden_layers
     blocks = -(-length // 128) * -(-at_once // 128)
     lists = 6 * 4 * (heads // ranks) * blocks  # a selection, its stand-in, and block scores
     return (weights + cache + activations) * dtype.itemsize + lists

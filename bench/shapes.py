@@ -71,6 +71,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Hugging Face configs, without what the length of a prompt does not depend on; "tiny" is of no published model."""
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 
 def model_config(name: str, layers: int | None = None) -> PretrainedConfig:
     """The transformers config of a shape, or of a folder with a config.json.
@@ -95,11 +97,18 @@ def model_config(name: str, layers: int | None = None) -> PretrainedConfig:
             raise UsageError(f"cannot read the config in {name}: {first_line(error)}") from error
     else:
         raise UsageError(f"config must be one of {', '.join(SHAPES)} or a folder with a config.json, got {name!r}")
+    if config.is_encoder_decoder:
+        raise UsageError(f"the config {name} is of an encoder-decoder, expected a decoder")
+    experts = [field for field in _EXPERTS if getattr(config, field, None)]
+    if experts:
+        raise UsageError(f"the config {name} is of a mixture of experts ({experts[0]}), expected a dense decoder")
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     missing = [field for field in needed if not isinstance(getattr(config, field, None), int)]
     if missing:
         raise UsageError(f"the config {name} is not of a dense decoder: it has no {', '.join(missing)}")
     if layers is not None:
+        if layers > config.num_hidden_layers:
+            raise UsageError(f"layers must be at most the {config.num_hidden_layers} of {name}, got {layers}")
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):  # transformers checks that there is one for each layer
             config.layer_types = config.layer_types[:layers]

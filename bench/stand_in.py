@@ -121,7 +121,7 @@ class StandIn:
         return *partial, *full, lists[4].clone()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _blocks(
     q_len: int, kv_len: int, heads: int, density: float, block_size: int, device: torch.device, seed: int
 ) -> BlockSelection:

@@ -28,7 +28,15 @@ from bench.stand_in import StandIn
 from bench.timing import summarise
 from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa.backends import resolve_backend
-from flexprefill_fa.integrations.transformers import NAME, compile_prefill, enable_sparse_prefill
+from flexprefill_fa.integrations.hf_mask import MIN_QUERY_TOKENS
+from flexprefill_fa.integrations.hf_plan import WHOLE_PROMPT
+from flexprefill_fa.integrations.transformers import (
+    NAME,
+    compile_prefill,
+    describe_sparse_prefill,
+    enable_sparse_prefill,
+)
+from flexprefill_fa.loading import UsageError
 from flexprefill_fa.region import compile_limits
 from flexprefill_fa.rows import Row, environment, package_version
 
@@ -102,6 +110,24 @@ class TtftPlan:
                 yield compiled, length, attention
 
 
+def check_chunk(plan: TtftPlan) -> None:
+    """Check that every chunk of every prompt runs sparse.
+
+    Raises:
+        UsageError: for chunks that a selector keeps whole, or a last one that is too short.
+    """
+    if plan.chunk is None:
+        return
+    least = max((attention.config.dense_tokens for attention in plan.attentions if attention.config), default=0)
+    if plan.chunk <= least:
+        raise UsageError(f"chunk must be above {least} tokens, of which a selector keeps every block, got {plan.chunk}")
+    for length in plan.lengths:
+        if plan.chunk < length and 0 < length % plan.chunk < MIN_QUERY_TOKENS:
+            raise UsageError(
+                f"the last chunk must hold at least {MIN_QUERY_TOKENS} tokens, got {length % plan.chunk} of {length}"
+            )
+
+
 def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iterator[Row]:
     """The rows, uncompiled ones first; one with `error` where something ran out of memory or did not run sparse.
 
@@ -116,15 +142,31 @@ def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iter
         if attention.keeps_all(length):
             note(f"{length} tokens: {attention.config.name} keeps every block, so this is left out")
     note(f"{plan.shape}: {model.num_parameters() / 1e9:.2f} G parameters in {time.perf_counter() - started:.1f} s")
+    _check_layers(model)
     bench = _ModelBenchmark(plan, model, ranks)
     for compiled, length, attention in plan.passes():
         try:
             yield bench.row(attention, length, compiled)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if ranks.world_size > 1:  # the others wait inside a pass for this one, until torchrun ends them
+                raise UsageError(f"rank {ranks.rank}: out of memory at {length} tokens") from error
             yield {**bench.conditions(attention, length, compiled), "error": "out of memory"}
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    """Dense kernels here know whole prompts alone.
+
+    Raises:
+        UsageError: for layers that add something to attention: a window, capped scores, sinks.
+    """
+    for layer in describe_sparse_prefill(model):
+        if layer.runs != "sparse" or layer.why != WHOLE_PROMPT:
+            raise UsageError(
+                f"every layer must attend to the whole prompt and nothing else, layer {layer.layer}: {layer.why}"
+            )
 
 
 class _ModelBenchmark:
@@ -209,7 +251,7 @@ class _ModelBenchmark:
         }
         expected = count * plan.config.num_hidden_layers * -(-length // (row["chunk"] or length))
         if stand_in.calls != expected:
-            row["error"] = f"{stand_in.calls} of {expected} layers ran sparse"
+            row["error"] = f"{stand_in.calls} of {expected} calls of attention ran sparse"
         return row
 
     def _pass(self, tokens: Tensor) -> float:

@@ -79,7 +79,7 @@ def ttft(
     with one_line_errors():
         require_transformers()
         # They need transformers at import, which the other commands do without.
-        from bench.ttft import Attention, TtftPlan, ttft_rows
+        from bench.ttft import Attention, TtftPlan, check_chunk, ttft_rows
         from bench.ttft_ranks import Ranks
 
         shape = model_config(config, layers)
@@ -109,6 +109,7 @@ def ttft(
             dtype=precision,
             seed=seed,
         )
+        check_chunk(plan)
         with Ranks.start(where.type) as ranks:
             for length in plan.lengths:
                 needed = prefill_bytes(shape, length, chunk, precision, ranks.world_size)

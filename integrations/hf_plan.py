@@ -19,6 +19,7 @@ from flexprefill_fa.validation import MAX_HEAD_DIM
 from .hf_ranks import check_ranks
 
 PLAN_ATTRIBUTE = "_sparse_prefill_plan"
+WHOLE_PROMPT = "it attends to the whole prompt"
 
 
 @dataclass
@@ -242,5 +243,5 @@ def describe(model: PreTrainedModel, index: int, module: nn.Module, plan: LayerP
         return LayerDescription(index, "dense", "; ".join(["as asked", *extras]))
     if plan.mean_correction:
         extras.append("dropped blocks count by their means")
-    why = "; ".join(["it attends to the whole prompt", *extras])
+    why = "; ".join([WHOLE_PROMPT, *extras])
     return LayerDescription(index, "sparse", why, plan.config, plan.min_prompt_tokens)
