@@ -13,7 +13,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,9 +175,9 @@ class _ModelBenchmark:
         self.model = model
         self.ranks = ranks
         self.cuda = ranks.device.type == "cuda"
-        self._ran: list[tuple[Attention, bool]] = []
+        self._ran: set[tuple[Attention, bool]] = set()
         self._compiled_dense: dict[str, Any] = {}
-        self._stand_ins: dict[int, StandIn] = {}
+        self._stand_ins: dict[Attention, StandIn] = {}
         self._same: Row = {
             "kind": "ttft",
             "device": ranks.device.type,
@@ -230,7 +230,7 @@ class _ModelBenchmark:
                     warm = self._pass(tokens)  # the first one may have compiled, or drawn blocks
                 row |= {"warm_up": True, "first_s": round(first, 3)}
                 count = self.ranks.of_first(max(1, min(plan.repeats, int(plan.seconds / warm))))
-            self._ran.append((attention, compiled))
+            self._ran.add((attention, compiled))
             laps.forget()
             if stand_in is not None:
                 stand_in.forget()
@@ -275,30 +275,27 @@ class _ModelBenchmark:
     def _stand_in(self, attention: Attention) -> StandIn | None:
         if attention.config is None:
             return None
-        place = self.plan.attentions.index(attention)
-        if place not in self._stand_ins:
-            self._stand_ins[place] = StandIn(attention.config, attention.density, self.plan.seed, self.ranks.device)
-        return self._stand_ins[place]
+        if attention not in self._stand_ins:
+            made = StandIn(attention.config, attention.density, self.plan.seed, self.ranks.device)
+            self._stand_ins[attention] = made
+        return self._stand_ins[attention]
 
     @contextmanager
     def _installed(self, attention: Attention, stand_in: StandIn | None, compiled: bool) -> Iterator[None]:
         if attention.kernel is None:
-            with enable_sparse_prefill(self.model, stand_in), self._compiling(compiled):
+            with (
+                enable_sparse_prefill(self.model, stand_in),
+                compile_prefill(self.model) if compiled else nullcontext(),
+            ):
                 yield
             return
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(implementation(attention.kernel))
         try:
-            if compiled:
-                with self._dense_compiled(attention.kernel):
-                    yield
-            else:
+            with self._dense_compiled(attention.kernel) if compiled else nullcontext():
                 yield
         finally:
             self.model.set_attn_implementation(before or "sdpa")
-
-    def _compiling(self, compiled: bool) -> AbstractContextManager[Any]:
-        return compile_prefill(self.model) if compiled else nullcontext()
 
     @contextmanager
     def _dense_compiled(self, kernel: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ from bench.paths import RESULTS
 from bench.planning import backends_of
 from bench.shapes import SHAPES, head_dim, model_config
 from bench.spec import parse_lengths, parse_list, parse_selector
-from bench.terminal import one_line_errors
+from bench.terminal import one_line_errors, plain
 from bench.ttft_tables import ttft_line, ttft_tables
 from flexprefill_fa.loading import (
     UsageError,
@@ -69,11 +69,11 @@ def ttft(
     run sparse did not, and with 2 if something could not run.
     """
     rank = int(os.environ.get("RANK", "0"))
-    console = open_console(stderr=True)
+    tell = plain(open_console(stderr=True))
 
     def note(line: str) -> None:
         if rank == 0:
-            console.print(line, markup=False, soft_wrap=True)
+            tell(line)
 
     rows: list[Row] = []
     with one_line_errors():
@@ -153,7 +153,8 @@ def _kernels(dense: str | None, chunk: int | None, device: torch.device, dtype: 
         if dense:
             raise UsageError("dense attention of a chunk needs a mask of its queries and all keys: leave out dense")
         return []
-    there = [*DENSE_KERNELS[device.type][: 1 if device.type == "cpu" else 3], *backends_of(device, dtype, dim)[1:]]
+    sdpa = [kernel for kernel in DENSE_KERNELS[device.type] if kernel.startswith("sdpa")]
+    there = [*sdpa, *backends_of(device, dtype, dim)[1:]]
     if dense is None:
         return there
     wanted = parse_list("dense", dense) if dense else []

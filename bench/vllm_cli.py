@@ -12,7 +12,7 @@ import typer
 
 from bench.paths import RESULTS
 from bench.spec import parse_lengths
-from bench.terminal import one_line_errors
+from bench.terminal import one_line_errors, plain
 from bench.vllm import LoadPlan, load_rows
 from bench.vllm_engine import EngineError
 from bench.vllm_tables import vllm_tables
@@ -49,7 +49,7 @@ def vllm(
         if only != "gather" and importlib.util.find_spec("vllm") is None:
             raise UsageError("vLLM is not installed: pip install 'flexprefill-fa[vllm]'")
     try:
-        for row in load_rows(plan, lambda line: console.print(line, markup=False, soft_wrap=True)):
+        for row in load_rows(plan, plain(console)):
             rows.append(row)
             append(out, row)
             if as_json:
