@@ -102,8 +102,8 @@ def test_the_tasks_words_are_single_tokens(corpus: Corpus) -> None:
 def test_what_a_stage_trains_on_fits_its_sequences(corpus: Corpus) -> None:
     builder = Builder(corpus.tokenizer, corpus.train, CPU)
     for stage in FULL.stages:
-        assert stage.rows % len(stage.mixes) == 0
-        for mix in (mix for step in range(3) for mix in stage.mixes_at(step)):
+        assert stage.rows % len(stage.mixes_at(0)) == 0
+        for mix in (mix for step in range(3) for mix, _ in stage.mixes_at(step)):
             assert mix.names <= 512
             assert builder.least_length(mix) < 0.97 * stage.length
 

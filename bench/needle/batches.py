@@ -114,7 +114,7 @@ class Builder:
             length: n.
             mix: what they hold.
             generator: of the text's device.
-            questions_last: end with the one question that `mix` has, as evaluation asks.
+            questions_last: ask behind all statements, and end with a question, as evaluation does.
 
         Raises:
             ValueError: where it does not fit.

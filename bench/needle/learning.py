@@ -63,8 +63,9 @@ def draw(builder: Builder, settings: Settings, step: int, generator: Generator) 
     """The sequences of a step, a batch for each mix of its stage."""
     number, inside = settings.locate(step)
     stage = settings.stages[number]
-    rows = stage.rows // len(stage.mixes)
-    return [builder.build(rows, stage.length, mix, generator) for mix in stage.mixes_at(inside)]
+    mixes = stage.mixes_at(inside)
+    rows = stage.rows // len(mixes)
+    return [builder.build(rows, stage.length, mix, generator, questions_last=last) for mix, last in mixes]
 
 
 def take_step(
@@ -93,25 +94,29 @@ def take_step(
 def _answer_losses(
     network: Network, batches: list[Batch], parts: tuple[Tensor, ...]
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """For each task, the weighted mean loss, the loss of names and digits, and how many of those are right."""
-    found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    """For each task, the weighted mean loss, the loss of names and digits, and how many of those are right.
+
+    Means of the batches' means: a text that hides little and asks little counts as much as one full of questions.
+    """
+    found: dict[int, list[Tensor]] = defaultdict(list)
     for batch, hidden in zip(batches, parts, strict=True):
         logits = network.logits(gather_hidden(hidden, batch.places)).float()  # [B, A, vocabulary]
         targets = batch.targets
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         right = (logits.detach().argmax(-1) == targets).float()
         for task, columns in batch.columns:
-            weights = batch.weights[columns].expand(len(targets), -1)
-            found[task].append((losses[:, columns].flatten(), right[:, columns].flatten(), weights.flatten()))
+            weights = batch.weights[columns]
+            filled = (weights == 1).float()
+            means = (
+                (losses[:, columns] * weights).mean(0).sum() / weights.sum(),
+                (losses[:, columns] * filled).mean(0).sum() / filled.sum(),
+                (right[:, columns] * filled).mean(0).sum() / filled.sum(),
+            )
+            found[task].append(torch.stack(means))
     result = {}
     for task, pieces in sorted(found.items()):
-        losses, right, weights = (torch.cat(column) for column in zip(*pieces, strict=True))
-        filled = (weights == 1).float()
-        result[TASKS[task]] = (
-            (losses * weights).sum() / weights.sum(),
-            (losses * filled).sum() / filled.sum(),
-            (right * filled).sum() / filled.sum(),
-        )
+        weighted, plain, right = torch.stack(pieces).mean(0).unbind()
+        result[TASKS[task]] = (weighted, plain, right)
     return result
 
 

@@ -109,7 +109,7 @@ class Run:
     def _check_stages(self) -> None:
         """Another tokenizer may take more tokens for the same words."""
         for stage in self._settings.stages:
-            mixes = [mix for step in range(MOST) for mix in stage.mixes_at(step)]
+            mixes = [mix for step in range(MOST) for mix, _ in stage.mixes_at(step)]
             least = max(map(self._training.least_length, mixes))
             if least > min(stage.length, len(self._corpus.train)):
                 raise UsageError(

@@ -22,19 +22,22 @@ class Stage:
         length: tokens of a sequence.
         rows: sequences of a step, the same number of each mix.
         steps: how many.
-        mixes: what the sequences hold; their `several` goes round from step to step.
         share: of the run's schedule, which the learning rate follows; shares need not sum to 1.
+        mixes: what the sequences hold; their `several` goes round from step to step.
+        closing: more mixes, of sequences that end with their questions, as evaluation asks.
     """
 
     length: int
     rows: int
     steps: int
-    mixes: tuple[Mix, ...]
     share: float
+    mixes: tuple[Mix, ...]
+    closing: tuple[Mix, ...] = ()
 
-    def mixes_at(self, step: int) -> tuple[Mix, ...]:
-        """The mixes of one step of this stage."""
-        return tuple(replace(mix, several=2 + step % (MOST - 1)) for mix in self.mixes)
+    def mixes_at(self, step: int) -> list[tuple[Mix, bool]]:
+        """The mixes of one step of this stage, and whether their questions come last."""
+        mixes = [(mix, False) for mix in self.mixes] + [(mix, True) for mix in self.closing]
+        return [(replace(mix, several=2 + step % (MOST - 1)), last) for mix, last in mixes]
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,9 @@ class Settings:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-_FEW = Mix(needles=8, asked=4, queries=2, lists=3, lists_asked=2, chains=4, chains_asked=2)
-"""As little in a long text as evaluation hides there."""
+def _all(needles: int, asked: int, queries: int, lists: int, chains: int) -> Mix:
+    """Every list and chain is asked about."""
+    return Mix(needles, asked, queries, lists, lists, chains, chains)
 
 
 def _many(needles: int, queries: int, lists: int, chains: int) -> Mix:
@@ -122,30 +126,49 @@ def _many(needles: int, queries: int, lists: int, chains: int) -> Mix:
     return Mix(needles, needles // 2, queries, lists, lists * 2 // 3, chains, chains * 2 // 3)
 
 
+_FEW = Mix(needles=8, asked=4, queries=2, lists=3, lists_asked=2, chains=4, chains_asked=2)
+"""As little in a long text as evaluation hides there."""
+
+_ONE_CHAIN = Mix(chains=4, chains_asked=1)
+
 FULL = Settings(
     shape=Shape(),
     stages=(
         Stage(
             length=512,
             rows=256,
-            steps=2000,
-            # Chains twice: each step along them is learnt on its own, and their questions have the fewest of those.
-            mixes=(Mix(needles=5, asked=3, queries=2), _many(3, 0, 2, 0), *[Mix(chains=5, chains_asked=3)] * 2),
-            share=0.12,
+            steps=2200,
+            share=0.16,
+            mixes=(_all(5, 3, 2, 0, 0), _all(3, 2, 0, 2, 0), _all(4, 2, 0, 0, 3)),
+            closing=(_ONE_CHAIN,),
         ),
-        Stage(length=1024, rows=128, steps=1500, mixes=(_many(8, 2, 3, 0), _many(4, 0, 0, 8)), share=0.22),
-        Stage(length=4096, rows=32, steps=1600, mixes=(_many(16, 4, 6, 14),), share=0.22),
-        Stage(length=16384, rows=16, steps=400, mixes=(*[_many(48, 10, 15, 30)] * 3, _FEW), share=0.16),
-        Stage(length=32768, rows=8, steps=240, mixes=(*[_many(80, 16, 21, 45)] * 3, _FEW), share=0.14),
-        Stage(length=65536, rows=4, steps=160, mixes=(*[_many(110, 24, 30, 60)] * 3, _FEW), share=0.14),
+        Stage(
+            length=1024,
+            rows=128,
+            steps=1200,
+            share=0.18,
+            mixes=(_all(6, 3, 1, 2, 3), _all(6, 3, 1, 2, 3), _many(4, 0, 0, 8)),
+            closing=(_ONE_CHAIN,),
+        ),
+        Stage(
+            length=4096,
+            rows=32,
+            steps=1000,
+            share=0.2,
+            mixes=(_all(16, 8, 4, 5, 8), *[_many(16, 4, 6, 14)] * 2),
+            closing=(_FEW,),
+        ),
+        Stage(length=16384, rows=16, steps=280, share=0.16, mixes=(_many(48, 10, 15, 30),) * 3, closing=(_FEW,)),
+        Stage(length=32768, rows=8, steps=180, share=0.15, mixes=(_many(80, 16, 21, 45),) * 3, closing=(_FEW,)),
+        Stage(length=65536, rows=4, steps=140, share=0.15, mixes=(_many(110, 24, 30, 60),) * 3, closing=(_FEW,)),
     ),
 )
 
 TINY = Settings(
     shape=Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=1),
     stages=(
-        Stage(256, 2, 2, (Mix(needles=4, asked=1), Mix(chains=1, chains_asked=1)), 0.5),
-        Stage(640, 2, 2, (Mix(4, 1, 1, 1, 1, 1, 1),), 0.5),
+        Stage(256, 2, 2, 0.5, (Mix(needles=4, asked=1), Mix(chains=1, chains_asked=1))),
+        Stage(640, 2, 2, 0.5, (Mix(4, 1, 1, 1, 1, 1, 1),), (Mix(needles=4, asked=2, chains=1, chains_asked=1),)),
     ),
     warm_up=1,
     samples=2,
