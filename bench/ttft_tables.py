@@ -23,10 +23,12 @@ def ttft_tables(rows: Iterable[Row], accuracy: Iterable[Row]) -> str:
         accuracy: of `flexprefill eval`, for the densities that selectors come to in a trained model.
     """
     groups: dict[str, list[Row]] = {}
-    for row in latest((row for row in rows if row["kind"] == "ttft"), _measured):
+    last = latest((row for row in rows if row["kind"] == "ttft"), _measured)
+    for row in last:
         groups.setdefault(_key(row, _GROUP), []).append(row)
     true = _true_densities(accuracy)
-    return "\n\n".join(_table(group, true) for group in groups.values())
+    alone = {_measured(row): row for row in last if row["ranks"] == 1}
+    return "\n\n".join(_table(group, true, alone) for group in groups.values())
 
 
 def ttft_line(row: Row) -> str:
@@ -56,22 +58,26 @@ def _true_densities(rows: Iterable[Row]) -> dict[str, list[float]]:
     return found
 
 
-def _table(rows: Sequence[Row], true: dict[str, list[float]]) -> str:
+def _table(rows: Sequence[Row], true: dict[str, list[float]], alone: dict[str, Row]) -> str:
     flash = any(row["kernel"] == "sdpa_flash" for row in rows)
+    shared = rows[0]["ranks"] > 1
     header = ["tokens", "prefill", "density", "needle model's density", "first token, ms", "x SDPA"]
-    header += [*(["x SDPA flash"] if flash else []), "x best dense", "compiled, ms", "x best dense, compiled"]
+    header += [*(["x SDPA flash"] if flash else []), "x best dense", *(["x one rank"] if shared else [])]
+    header += ["compiled, ms", "x best dense, compiled"]
     header += ["attention", "of it selection", "peak GiB"]
     lines = []
     for length, chunk in sorted({(row["length"], row["chunk"]) for row in rows}, key=lambda key: (key[0], key[1] or 0)):
         here = [row for row in rows if (row["length"], row["chunk"]) == (length, chunk)]
         dense = [row for row in rows if row["length"] == length and row["selector"] is None and "error" not in row]
         for name in dict.fromkeys(_key(row, _WHAT) for row in here):
-            lines.append(_line([row for row in here if _key(row, _WHAT) == name], dense, flash, true))
+            lines.append(_line([row for row in here if _key(row, _WHAT) == name], dense, flash, true, alone))
     return f"{_caption(rows)}\n\n{markdown_table(header, lines)}"
 
 
-def _line(rows: Sequence[Row], dense: Sequence[Row], flash: bool, true: dict[str, list[float]]) -> list[str]:
-    """One attention at one length; speed-ups are over dense rows of the same mode."""
+def _line(
+    rows: Sequence[Row], dense: Sequence[Row], flash: bool, true: dict[str, list[float]], alone: dict[str, Row]
+) -> list[str]:
+    """One attention at one length; speed-ups are over dense rows of the same mode, and over itself on one rank."""
     row = rows[0]
     eager = next((row for row in rows if not row["compiled"]), {})
     compiled = next((row for row in rows if row["compiled"]), {})
@@ -81,7 +87,11 @@ def _line(rows: Sequence[Row], dense: Sequence[Row], flash: bool, true: dict[str
     plain = [row for row in dense if not row["compiled"]]
     yardsticks = ["sdpa", *(["sdpa_flash"] if flash else [])]
     cells += [_ms(eager), *(_speed_up(eager, [row for row in plain if row["kernel"] == name]) for name in yardsticks)]
-    cells += [_speed_up(eager, plain), _ms(compiled), _speed_up(compiled, [row for row in dense if row["compiled"]])]
+    cells.append(_speed_up(eager, plain))
+    if row["ranks"] > 1:
+        before = alone.get(_measured({**eager, "ranks": 1}))
+        cells.append(_speed_up(eager, [before] if before and "error" not in before else []))
+    cells += [_ms(compiled), _speed_up(compiled, [row for row in dense if row["compiled"]])]
     cells += [_share(eager, "attention_ms"), _share(eager, "select_ms")]
     return [*cells, number(eager.get("peak_gib", compiled.get("peak_gib")), ".1f")]
 
@@ -128,6 +138,7 @@ def _caption(rows: Sequence[Row]) -> str:
     densities = sorted({row["synthetic_density"] for row in rows if row["synthetic_density"] is not None})
     stand_in = " and ".join(f"{density:.0%}" for density in densities)
     shared = "" if row["ranks"] == 1 else f", shared by {row['ranks']} ranks (tensor parallel)"
+    over_one = "" if row["ranks"] == 1 else ", and over the same uncompiled on one rank"
     replaced = (
         f" Random weights have no attention pattern: each selector runs in full, and attention is then over seeded "
         f"random blocks of {stand_in} density, or what every row keeps where that is more, unless it says 'its own "
@@ -140,8 +151,8 @@ def _caption(rows: Sequence[Row]) -> str:
         f"{row['head_dim']}, {row['dtype']}{shared}; `generate` of one token.{replaced} What a selector keeps in the "
         "small needle model, which is trained, is another number: the times hold at the stated density. Speed-ups over "
         "uncompiled SDPA (PyTorch's choice of kernel, and its flash kernel) and over the fastest dense kernel in the "
-        "table, uncompiled over uncompiled, compiled over compiled. Shares are of the uncompiled time, gaps between "
-        "launches included; the peak is what PyTorch allocated, weights included. "
+        f"table, uncompiled over uncompiled, compiled over compiled{over_one}. Shares are of the uncompiled time, gaps "
+        "between launches included; the peak is what PyTorch allocated, weights included. "
         f"{row['gpu']}, {versions}, transformers {distinct(rows, 'transformers')}, commit {distinct(rows, 'commit')}, "
         f"{distinct(rows, 'date')}; medians of up to {max(row.get('repeats', 1) for row in rows)} passes by wall clock."
     )
