@@ -158,6 +158,17 @@ def test_an_evaluation_ends_with_its_one_question(builder: Builder, needle_token
         assert "Question: " in mentioned
 
 
+def test_several_questions_come_behind_all_statements(builder: Builder, needle_tokenizer: Tokenizer) -> None:
+    batch = builder.build(3, 1800, EVERYTHING, torch.Generator().manual_seed(4), questions_last=True)
+    for tokens in batch.tokens:
+        text = needle_tokenizer.decode(tokens.tolist())
+        assert wrong_answers(text) == []
+        before, *questions = text.split("\nQuestion: ")
+        assert len(questions) == 3 + 2 + 2 + 2 and questions[-1].endswith(".\n")
+        assert not any(re.search(r"\nVAR |\nThe special magic", question) for question in questions)
+        assert len(re.findall("\nThe special magic number", before)) == 6 + 3 * 3
+
+
 @pytest.mark.parametrize("task", EVALUATED)
 def test_the_text_recipe_says_it_in_the_same_tokens(builder: Builder, needle_tokenizer: Tokenizer, task: str) -> None:
     recipe = recipes.RECIPES[task]
@@ -212,4 +223,6 @@ def test_a_tenth_of_the_files_is_held_out() -> None:
     assert set(held) < set(files)
     assert 0.05 < len(held) / len(files) < 0.15
     assert [file for file in files if is_held_out(file)] == list(held)
+    folders = {part for file in files for part in file.relative_to(files[0].parent).parts}
+    assert "json" in folders and folders.isdisjoint({"test", "idlelib", "site-packages"})
     assert ANSWER_DIGITS == 7

@@ -20,7 +20,7 @@ from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus, build_corpus, load_corpus
 from bench.needle.evaluate import evaluate
 from bench.needle.evaluation import predictions
-from bench.needle.formats import EVALUATED
+from bench.needle.formats import EVALUATED, Mix
 from bench.needle.network import Network, Shape
 from bench.needle.pace import Clock, OutOfTime
 from bench.needle.prepare import prepare
@@ -256,6 +256,33 @@ def test_predictions_are_greedy_decoding(corpus: Corpus, whole_run: Path) -> Non
         said = predictions(network, batch)[0, 0]
         prompt = batch.tokens[:, : batch.places[0, 0]]
         assert said == network.logits(network(prompt))[0, -1].argmax()
+
+
+def test_a_steps_sequences_are_those_of_its_stage(corpus: Corpus) -> None:
+    builder = Builder(corpus.tokenizer, corpus.train, CPU)
+    number, _ = TINY.locate(2)
+    open_end, closed = learning.draw(builder, TINY, 2, learning.generator_of(CPU, 0, 2))
+    assert TINY.stages[number].closing and closed.tokens.shape == open_end.tokens.shape == (1, 640)
+    last = closed.places.max()
+    assert last == 639, "a question at the very end"
+    assert {task for task, _ in closed.columns} == {0, 3}
+    assert {task for task, _ in open_end.columns} == {0, 1, 2, 3}
+
+
+def test_a_mix_with_few_questions_counts_as_much_as_one_with_many(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two mixes with losses of one value each, whatever the network: their mean, not that of all questions."""
+    builder = Builder(corpus.tokenizer, corpus.train, CPU)
+    few, many = (
+        builder.build(1, 640, Mix(needles=8, asked=asked), torch.Generator().manual_seed(asked)) for asked in (1, 7)
+    )
+    network = Network(TINY.shape)
+    parts = tuple(torch.zeros(1, 640, TINY.shape.hidden) for _ in range(2))
+    values = iter((torch.full((few.targets.numel(),), 1.0), torch.full((many.targets.numel(),), 3.0)))
+    monkeypatch.setattr(learning.F, "cross_entropy", lambda *_, **__: next(values))
+    weighted, plain, _ = learning._answer_losses(network, [few, many], parts)["multikey"]
+    assert weighted.item() == plain.item() == 2.0
 
 
 def test_the_learning_rate_rises_holds_and_falls() -> None:

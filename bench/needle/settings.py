@@ -130,6 +130,7 @@ _FEW = Mix(needles=8, asked=4, queries=2, lists=3, lists_asked=2, chains=4, chai
 """As little in a long text as evaluation hides there."""
 
 _ONE_CHAIN = Mix(chains=4, chains_asked=1)
+"""Just what evaluation asks about chains: a model that met them only among other things did badly on them alone."""
 
 FULL = Settings(
     shape=Shape(),
@@ -155,12 +156,12 @@ FULL = Settings(
             rows=32,
             steps=1000,
             share=0.2,
-            mixes=(_all(16, 8, 4, 5, 8), *[_many(16, 4, 6, 14)] * 2),
-            closing=(_FEW,),
+            mixes=(_all(16, 8, 4, 5, 8), _many(16, 4, 6, 14)),
+            closing=(_FEW, _ONE_CHAIN),
         ),
-        Stage(length=16384, rows=16, steps=280, share=0.16, mixes=(_many(48, 10, 15, 30),) * 3, closing=(_FEW,)),
-        Stage(length=32768, rows=8, steps=180, share=0.15, mixes=(_many(80, 16, 21, 45),) * 3, closing=(_FEW,)),
-        Stage(length=65536, rows=4, steps=140, share=0.15, mixes=(_many(110, 24, 30, 60),) * 3, closing=(_FEW,)),
+        Stage(16384, rows=16, steps=280, share=0.16, mixes=(_many(48, 10, 15, 30),) * 2, closing=(_FEW, _ONE_CHAIN)),
+        Stage(32768, rows=8, steps=180, share=0.15, mixes=(_many(80, 16, 21, 45),) * 2, closing=(_FEW, _ONE_CHAIN)),
+        Stage(65536, rows=4, steps=140, share=0.15, mixes=(_many(110, 24, 30, 60),) * 2, closing=(_FEW, _ONE_CHAIN)),
     ),
 )
 

@@ -1,6 +1,6 @@
 """The text of the needle tasks: the standard library of the running interpreter, one part of it for training.
 
-So whatever is made of it is a function of the Python version.
+So whatever is made of it is a function of the Python version, and nearly the same wherever that came from.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ from pathlib import Path
 
 _HELD_OUT = 26  # of 256: about a tenth of the files
 
+_LEFT_OUT = {
+    *("site-packages", "dist-packages"),
+    # What some installations have and others lack.
+    *("test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip"),
+}
+_BUILD = ("config-", "_sysconfigdata")  # how names begin that tell about one build of Python
+
 
 @functools.cache
 def source_files() -> tuple[Path, ...]:
     """The library's files, in the order of their paths."""
     library = _library()
     paths = (path.relative_to(library) for path in library.rglob("*.py"))
-    foreign = {"site-packages", "dist-packages"}
-    return tuple(library / path for path in sorted(paths) if foreign.isdisjoint(path.parts))
+    return tuple(
+        library / path
+        for path in sorted(paths)
+        if _LEFT_OUT.isdisjoint(path.parts) and not path.parts[0].startswith(_BUILD)
+    )
 
 
 def is_held_out(file: Path) -> bool:
