@@ -34,10 +34,9 @@ class TaskTable:
     lengths: tuple[int | None, ...]
     lines: tuple[Line, ...]
 
-    @property
-    def dense(self) -> Line | None:
-        """The line of dense attention, if it was measured."""
-        return self.lines[0] if self.lines[0].name == DENSE else None
+    def row(self, name: str, length: int | None) -> Row | None:
+        """The row of a line at a length, if it was measured."""
+        return next((line.by_length.get(length) for line in self.lines if line.name == name), None)
 
     def rows(self) -> list[Row]:
         """Every row."""
@@ -81,21 +80,18 @@ def accuracy_tables(rows: Iterable[Row]) -> str:
 def _markdown(table: TaskTable) -> str:
     longest = table.lengths[-1]
     ends = list(dict.fromkeys((table.lengths[0], longest)))
-    header = ["selector", *(_tokens(length) for length in table.lengths), f"recall at {_tokens(longest)}"]
-    header += [f"prefill at {_tokens(length)}" for length in ends]
+    header = ["selector", *(tokens_of(length) for length in table.lengths), f"recall at {tokens_of(longest)}"]
+    header += [f"prefill at {tokens_of(length)}" for length in ends]
     body = []
     for line in table.lines:
-        cells = [_accuracy(line.by_length.get(length), _dense(table, length)) for length in table.lengths]
-        times = [_time(line.by_length.get(length), _dense(table, length)) for length in ends]
+        cells = [_accuracy(line.by_length.get(length), table.row(DENSE, length)) for length in table.lengths]
+        times = [_time(line.by_length.get(length), table.row(DENSE, length)) for length in ends]
         body.append([line.name, *cells, _recall(line.by_length.get(longest)), *times])
     return f"{_caption(table)}\n\n{markdown_table(header, body)}"
 
 
-def _dense(table: TaskTable, length: int | None) -> Row | None:
-    return table.dense.by_length.get(length) if table.dense else None
-
-
-def _tokens(length: int | None) -> str:
+def tokens_of(length: int | None) -> str:
+    """A length as a heading."""
     return "the task's own prompts" if length is None else f"{length:,}"
 
 
@@ -127,6 +123,11 @@ def _time(row: Row | None, dense: Row | None) -> str:
     return f"{time:.1f} ({before / time:.1f}x)" if before else f"{time:.1f}"
 
 
+def model_of(row: Row) -> str:
+    """A model's name and the beginning of its hash."""
+    return f"{row['model']} (SHA-256 {row['model_sha256'][:10]})"
+
+
 def _caption(table: TaskTable) -> str:
     rows = table.rows()
     row = rows[0]
@@ -135,7 +136,7 @@ def _caption(table: TaskTable) -> str:
     dates = ", ".join(dict.fromkeys(row["timing"]["date"] for row in rows))
     return (
         f"**{row['task']}** ({row['metric']}), {row['samples']} samples a cell, seed {row['seed']}, "
-        f"model {row['model']} (SHA-256 {row['model_sha256'][:10]}). "
+        f"model {model_of(row)}. "
         f"Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
         f"Recall as the mean over heads (the worst head). {row['gpu']}, {row['dtype']}, {versions}, "
         f"transformers {distinct(rows, 'transformers')}, lm-eval {distinct(rows, 'lm_eval')}, commit "

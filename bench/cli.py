@@ -19,7 +19,7 @@ from bench.paths import RESULTS
 from bench.peers_cli import peers
 from bench.planning import check_memory, head_shape, make_plan
 from bench.quality_cli import quality
-from bench.render import README, render_readme
+from bench.render import DOCUMENTS, render_text
 from bench.report import calibration_table, one_line, result_table
 from bench.spec import parse_lengths, parse_list, parse_numbers, parse_selector
 from bench.synthetic import block_count
@@ -186,16 +186,17 @@ def fit(
 @app.command()
 def render(
     check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; exit with 1 where README.md differs.")
+        bool, typer.Option("--check", help="Change nothing; exit with 1 where a document differs.")
     ] = False,
 ) -> None:
-    """Write the README's tables and the plots from the rows in bench/results/."""
+    """Write the documents' tables and the plots from the rows in bench/results/."""
     with one_line_errors():
-        before = README.read_text(encoding="utf-8")
-        after = render_readme(before, RESULTS)
+        after = {document: render_text(document.read_text(encoding="utf-8"), RESULTS) for document in DOCUMENTS}
     if check:
-        if before != after:
-            typer.echo(f"error: {README.name} is not what the rows say: run 'python -m bench render'", err=True)
+        stale = [document.name for document, text in after.items() if document.read_text(encoding="utf-8") != text]
+        if stale:
+            what = f"{', '.join(stale)} is not what the rows say: run 'python -m bench render'"
+            typer.echo(f"error: {what}", err=True)
             raise typer.Exit(1)
         return
     from bench.plots import (  # takes a second to import, and --check needs none
@@ -204,7 +205,8 @@ def render(
         draw_quality,
     )
 
-    README.write_text(after, encoding="utf-8")
+    for document, text in after.items():
+        document.write_text(text, encoding="utf-8")
     draw_attention(RESULTS)
     draw_quality(RESULTS)
     draw_accuracy(RESULTS)

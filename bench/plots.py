@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ matplotlib.use("Agg")  # no window
 
 import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
+_ACROSS = 3  # axes in a row of accuracies
 _DENSITY_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 
@@ -108,11 +110,15 @@ def draw_accuracy(results: Path) -> Path | None:
     tables = task_tables(read(results / "quality.jsonl"))
     if not tables:
         return None
-    figure, grid = plt.subplots(1, len(tables), figsize=(5.5 * len(tables), 4.2), layout="constrained", squeeze=False)
+    across = min(len(tables), _ACROSS)
+    down = math.ceil(len(tables) / across)
+    figure, grid = plt.subplots(down, across, figsize=(5.5 * across, 4.2 * down), layout="constrained", squeeze=False)
+    for spare in grid.flat[len(tables) :]:
+        spare.set_axis_off()
     found = [row for table in tables for row in sparse_rows(table)]
     colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(row["selector"] for row in found))}
     markers = dict(zip(sorted({row["length"] or 0 for row in found}), itertools.cycle("os^Dv*"), strict=False))
-    for table, axes in zip(tables, grid[0], strict=True):
+    for table, axes in zip(tables, grid.flat, strict=False):
         here = sparse_rows(table)
         for row in here:
             style = {"marker": markers[row["length"] or 0], "color": colours[row["selector"]]}
@@ -123,7 +129,7 @@ def draw_accuracy(results: Path) -> Path | None:
         axes.set_xlim(0.9 * min((row["density"] for row in here), default=0.1), 1.1)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    last = grid[0, -1]
+    last = grid[0, 0]
     for name, colour in colours.items():
         last.plot([], [], "o", color=colour, label=name)
     for length, marker in markers.items():

@@ -1,4 +1,4 @@
-"""The generated parts of README.md: what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`."""
+"""The generated parts of documents: what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.accuracy_summary import accuracy_summaries
 from bench.accuracy_tables import accuracy_tables, task_tables
 from bench.paths import ROOT
 from bench.peer_tables import peer_tables
@@ -16,7 +17,7 @@ from bench.ttft_tables import ttft_tables
 from bench.vllm_tables import vllm_tables
 from flexprefill_fa.rows import read
 
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "accuracy.md")
 PLOT = "attention.png"
 QUALITY_PLOT = "quality.png"
 ACCURACY_PLOT = "accuracy.png"
@@ -55,6 +56,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "density": lambda results: density_tables(read(results / "attention.jsonl")),
     "plot": _plot,
     "accuracy": lambda results: accuracy_tables(read(results / "quality.jsonl")),
+    "accuracy-summary": lambda results: accuracy_summaries(read(results / "quality.jsonl")),
     "accuracy-plot": _accuracy_plot,
     "quality": lambda results: selector_tables(read(results / "quality.jsonl")),
     "quality-plot": _quality_plot,
@@ -67,7 +69,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 """Markdown by the name of its markers, from the folder of result rows; empty where there are no rows for it."""
 
 
-def render_readme(text: str, results: Path) -> str:
+def render_text(text: str, results: Path) -> str:
     """`text` with every block between markers rewritten.
 
     Raises:

@@ -19,7 +19,7 @@ from bench.needle.capture import capture, capture_layers
 from bench.quality import SWEEP, measure
 from bench.quality_points import Family, Point, at_density, families, labels, quality_groups
 from bench.quality_tables import correction_tables, selector_tables
-from bench.render import render_readme
+from bench.render import render_text
 from bench.spec import parse_selector
 from bench.workloads import Inputs
 from flexprefill_fa import FlexPrefillConfig, get_selector, select_blocks
@@ -377,14 +377,14 @@ def test_mean_correction_table() -> None:
 def test_render_round_trip_and_plot(tmp_path: Path) -> None:
     names = ("quality-plot", "quality", "mean-correction")
     markers = "\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in names)
-    assert render_readme(markers, tmp_path) == markers
+    assert render_text(markers, tmp_path) == markers
     for row in ROWS:
         append(tmp_path / "quality.jsonl", row)
-    once = render_readme(markers, tmp_path)
+    once = render_text(markers, tmp_path)
     assert "quality.png)" in once and "| with / without |" in once and "| recall at 10% |" in once
-    assert render_readme(once, tmp_path) == once
+    assert render_text(once, tmp_path) == once
     append(tmp_path / "quality.jsonl", ROWS[0] | {"recall": 0.5})
-    assert render_readme(once, tmp_path) != once
+    assert render_text(once, tmp_path) != once
     pytest.importorskip("matplotlib")
     from bench.plots import draw_quality
 

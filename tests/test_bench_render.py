@@ -1,4 +1,4 @@
-"""The README's tables: rendered from rows, whole where rows are missing, and the same as what is committed."""
+"""The documents' tables: rendered from rows, whole where rows are missing, and the same as what is committed."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from bench.cli import app
 from bench.paths import RESULTS
-from bench.render import BLOCKS, README, render_readme
+from bench.render import BLOCKS, DOCUMENTS, render_text
 from bench.tables import attention_tables, demo_table
 from flexprefill_fa.cli import app as flexprefill
 from flexprefill_fa.demo import Answer, DemoResult
@@ -149,7 +149,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_round_trip(results: Path) -> None:
     text = f"before\n\n{MARKERS}\nafter\n"
-    once = render_readme(text, results)
+    once = render_text(text, results)
     assert once.startswith("before\n") and once.endswith("after\n")
     assert "| dense SDPA | 0123456 right | 30.00 | - | - | 1.00x |" in once
     assert "| sparse | 6 wrong | 20.00 | 27.0 | 0.316 | 1.50x |" in once
@@ -157,9 +157,9 @@ def test_round_trip(results: Path) -> None:
     assert "| 65,536 | 0.060 | FLASH | 4.1 | 571 | 93% |" in once
     assert "Layer 2 of the needle model" in once and "wall clock" in once and "1.67x" in once
     assert "](" in once and "attention.png)" in once
-    assert render_readme(once, results) == once
+    assert render_text(once, results) == once
     append(results / "attention.jsonl", sparse("TRITON", 6.0))
-    assert render_readme(once, results) != once
+    assert render_text(once, results) != once
 
 
 def test_demo_prints_a_row_that_renders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +177,9 @@ def test_demo_prints_a_row_that_renders(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_without_rows_nothing_stands_between_the_markers(tmp_path: Path) -> None:
-    assert render_readme(MARKERS, tmp_path) == MARKERS
+    assert render_text(MARKERS, tmp_path) == MARKERS
     filled = MARKERS.replace("<!-- /bench:density -->", "old table\n<!-- /bench:density -->")
-    assert render_readme(filled, tmp_path) == MARKERS
+    assert render_text(filled, tmp_path) == MARKERS
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_without_rows_nothing_stands_between_the_markers(tmp_path: Path) -> None
 )
 def test_broken_markers(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        render_readme(text, tmp_path)
+        render_text(text, tmp_path)
 
 
 def test_broken_rows_are_named(tmp_path: Path) -> None:
@@ -210,24 +210,27 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["render", *arguments])
 
 
-def test_readme_is_what_the_rows_say() -> None:
+def test_documents_are_what_the_rows_say() -> None:
     result = run("--check")
     assert result.exit_code == 0, result.output
-    assert {f"<!-- bench:{name} -->" in README.read_text() for name in BLOCKS} == {True}
+    text = "".join(document.read_text() for document in DOCUMENTS)
+    assert [name for name in BLOCKS if text.count(f"<!-- bench:{name} -->") != 1] == []
     assert RESULTS.is_dir()
 
 
 def test_render_writes_what_check_wants(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    readme = results / "README.md"
+    readme, other = results / "README.md", results / "other.md"
     readme.write_text(MARKERS)
-    monkeypatch.setattr("bench.cli.README", readme)
+    other.write_text("nothing to render\n")
+    monkeypatch.setattr("bench.cli.DOCUMENTS", (other, readme))
     monkeypatch.setattr("bench.cli.RESULTS", results)
     stale = run("--check")
-    assert stale.exit_code == 1 and "README.md is not what the rows say" in stale.stderr
+    assert stale.exit_code == 1 and "error: README.md is not what the rows say" in stale.stderr
     assert readme.read_text() == MARKERS
     assert run().exit_code == 0
     assert run("--check").exit_code == 0
+    assert readme.read_text() != MARKERS and other.read_text() == "nothing to render\n"
     assert (results / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 

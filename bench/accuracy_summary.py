@@ -1,0 +1,59 @@
+"""All tasks of a model in one table: how well each selector does on average, and where it does worst."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from bench.accuracy_tables import MARGIN, TaskTable, is_below, model_of, task_tables, tokens_of
+from bench.tables import distinct, markdown_table
+from flexprefill_fa.loading import DENSE
+from flexprefill_fa.rows import Row
+
+
+def accuracy_summaries(rows: Iterable[Row]) -> str:
+    """One table for each model, GPU and dtype that rows are of."""
+    groups: dict[tuple[str, ...], list[TaskTable]] = {}
+    for table in task_tables(rows):
+        row = table.rows()[0]
+        groups.setdefault((row["model_sha256"], row["gpu"], row["dtype"]), []).append(table)
+    return "\n\n".join(_markdown(tables) for tables in groups.values())
+
+
+def _markdown(tables: Sequence[TaskTable]) -> str:
+    lengths = sorted({length for table in tables for length in table.lengths}, key=lambda length: length or 0)
+    names = dict.fromkeys(line.name for table in tables for line in table.lines)
+    body = [[name, *(_cell(tables, name, length) for length in lengths)] for name in names]
+    return f"{_caption(tables)}\n\n{markdown_table(['selector', *map(tokens_of, lengths)], body)}"
+
+
+def _cell(tables: Sequence[TaskTable], name: str, length: int | None) -> str:
+    rows = [row for table in tables if (row := table.row(name, length)) is not None]
+    if not rows:
+        return "-"
+    worst = min(rows, key=lambda row: row["accuracy"])
+    mean = f"{statistics.fmean(row['accuracy'] for row in rows):.2f}"
+    below = [table for table in tables if _is_below(table, name, length)]
+    text = f"**{mean}**" if below else mean
+    if worst["accuracy"] < 1:
+        text += f", {worst['task'].removeprefix('needle_')} {worst['accuracy']:.2f}"
+    if name != DENSE:
+        text += f" ({statistics.fmean(row['density'] for row in rows):.2f})"
+    asked = sum(table.row(DENSE, length) is not None for table in tables)
+    return text if len(rows) >= asked else f"{text}, {len(rows)} of {asked} tasks"
+
+
+def _is_below(table: TaskTable, name: str, length: int | None) -> bool:
+    row, dense = table.row(name, length), table.row(DENSE, length)
+    return row is not None and dense is not None and is_below(row, dense)
+
+
+def _caption(tables: Sequence[TaskTable]) -> str:
+    rows = [row for table in tables for row in table.rows()]
+    names = ", ".join(table.task for table in tables)
+    samples = " or ".join(str(count) for count in sorted({row["samples"] for row in rows}))
+    return (
+        f"**{model_of(rows[0])}**, mean accuracy on {names}, {samples} samples a task and length; then the worst task, "
+        f"and in brackets the mean density. Bold: more than {MARGIN} below dense on a task. {rows[0]['gpu']}, "
+        f"{rows[0]['dtype']}, commit {distinct(rows, 'commit')}."
+    )
