@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DistributedConfig, LlamaConfig, PreTrainedModel
 
 from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa import FlexPrefillConfig
@@ -44,18 +44,20 @@ def prefills(model: PreTrainedModel) -> dict[str, Any]:
     found: dict[str, Any] = {"dense": model(ids, attention_mask=mask).logits[mask.bool()]}
     with enable_sparse_prefill(model, EVERYTHING):
         found["everything"] = model(ids, attention_mask=mask).logits[mask.bool()]
-    with enable_sparse_prefill(model, SPARSE, statistics="density") as handle:
+    with enable_sparse_prefill(model, SPARSE):
         found["runs"] = [layer.runs for layer in describe_sparse_prefill(model)]
         calls: list[SparseCall] = []
         with observe_sparse_prefill(model, calls.append):
             found["sparse"] = model(ids, attention_mask=mask).logits[mask.bool()]
         found["shapes"] = [(type(call.query).__name__, [*call.query.shape], [*call.key.shape]) for call in calls]
-        found["kept"] = torch.stack([layer.kept_blocks for layer in handle.statistics.values()])
+        found["kept"] = [call.selection.to_dense() for call in calls]
         for chunk in (None, 256):
             options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-            with collect_statistics(model) as statistics:
+            calls.clear()
+            with collect_statistics(model) as statistics, observe_sparse_prefill(model, calls.append):
                 out = model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **options)  # type: ignore[operator]
             found[f"tokens, chunks of {chunk}"] = out[:, LENGTH:].tolist()
+            found[f"kept, chunks of {chunk}"] = [call.selection.to_dense() for call in calls]
             found[f"density, chunks of {chunk}"] = statistics.latest().density
     return found
 
@@ -76,16 +78,29 @@ def logits_of_random_weights(ranks: Ranks) -> Tensor:
         return model(torch.arange(50)[None]).logits
 
 
+def shared(folder: Path) -> Any:
+    """A model of which this rank has its share."""
+    plan = DistributedConfig(tp_plan="auto")
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan)
+
+
 def on_a_rank(folder: str) -> dict[str, Any]:
     """Everything that is compared with one process, in one start of the ranks: they take long to import."""
     with Ranks.start("cpu") as ranks:
-        found = prefills(AutoModelForCausalLM.from_pretrained(Path(folder) / "2 kv heads", tp_plan="auto"))
+        found = prefills(shared(Path(folder) / "2 kv heads"))
         found["sinks"] = sinks_of_a_rank(ranks.rank, ranks.world_size)
         found["random weights"] = logits_of_random_weights(ranks)
         with pytest.raises(ValueError) as error:
-            enable_sparse_prefill(AutoModelForCausalLM.from_pretrained(Path(folder) / "1 kv head", tp_plan="auto"))
+            enable_sparse_prefill(shared(Path(folder) / "1 kv head"))
         ranks.barrier()
     return found | {"error": str(error.value), "ranks": (ranks.rank, ranks.world_size)}
+
+
+def check_selections(kept: list[Tensor], expected: list[Tensor], heads: slice) -> None:
+    """A rank's selections `[B, heads, nq, nk]`, one for each layer, are those that one process makes."""
+    assert len(kept) == len(expected) == 2  # of two chunks the first is short, so dense
+    for ours, whole in zip(kept, expected, strict=True):
+        assert torch.equal(ours, whole[:, heads])
 
 
 def test_two_ranks_do_what_one_process_does(tmp_path: Path) -> None:
@@ -102,9 +117,10 @@ def test_two_ranks_do_what_one_process_does(tmp_path: Path) -> None:
         assert found["shapes"] == [("Tensor", [2, 2, LENGTH, 32], [2, 1, LENGTH, 32])] * 2
         torch.testing.assert_close(found["everything"], alone["dense"], **CLOSE)
         torch.testing.assert_close(found["sparse"], alone["sparse"], **CLOSE)
-        assert torch.equal(found["kept"], alone["kept"][:, :, heads])
+        check_selections(found["kept"], alone["kept"], heads)
         for chunk in (None, 256):
             assert found[f"tokens, chunks of {chunk}"] == alone[f"tokens, chunks of {chunk}"]
+            check_selections(found[f"kept, chunks of {chunk}"], alone[f"kept, chunks of {chunk}"], heads)
             density = found[f"density, chunks of {chunk}"]
             assert torch.equal(density, alone[f"density, chunks of {chunk}"][:, :, heads])
             assert (density.mean((1, 2)) < 0.9).all(), "dense"
