@@ -82,10 +82,11 @@ def check_config(config: Any) -> None:
     Raises:
         ValueError: for a number of ranks that does not divide the heads.
     """
-    distributed = getattr(config, "distributed_config", None)
+    distributed: Any = getattr(config, "distributed_config", None)
     ranks = getattr(distributed, "tp_size", None) or 1
-    own_plan = not isinstance(getattr(distributed, "tp_plan", None), dict)
-    if ranks == 1 or not own_plan or distributed.enable_expert_parallel or getattr(config, "is_heterogeneous", False):
+    if ranks == 1 or isinstance(distributed.tp_plan, dict) or distributed.enable_expert_parallel:
+        return
+    if getattr(config, "is_heterogeneous", False):
         return
     found = ((_OF_ATTENTION.search(name), style) for name, style in (config.base_model_tp_plan or {}).items())
     if any(match and style == _SHARED_OUT and _QUERIES.search(match[1]) for match, style in found):
