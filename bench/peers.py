@@ -53,6 +53,8 @@ SELECTORS = {"flex_prefill_attention": "flexprefill", "flash_prefill": "flashpre
 def find_peers(folder: Path, modules: Sequence[str] = ()) -> list[Peer]:
     """The published functions that modules under a folder define, each once; nothing is imported.
 
+    Those inside an `if` or a `try` count, those of classes and other functions do not.
+
     Of several modules that define one name, those in a package come before loose files and the outermost before deeper
     ones, the first by name among equals. The folder may be a package itself, hold packages, or be a checkout that does.
 
@@ -90,10 +92,20 @@ def _defined_names(file: Path) -> list[str]:
     if not any(name in text for name in SELECTORS):
         return []
     try:
-        defined = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+        defined = list(_function_names(ast.parse(text)))
     except (SyntaxError, ValueError):  # the latter for null bytes
         defined = re.findall(r"^def (\w+)", text, re.MULTILINE)
     return [name for name in SELECTORS if name in defined]
+
+
+def _function_names(node: ast.AST) -> Iterator[str]:
+    """The functions that a module defines, under a condition or beside a guarded import too."""
+    for field in ("body", "handlers", "orelse", "finalbody"):
+        for child in getattr(node, field, ()):
+            if isinstance(child, ast.FunctionDef):
+                yield child.name
+            elif isinstance(child, (ast.If, ast.Try, ast.ExceptHandler)):
+                yield from _function_names(child)
 
 
 def _peer(function: str, file: Path, folder: Path) -> Peer:
@@ -171,6 +183,7 @@ class Call:
 
     Raises:
         TypeError: naming the settings that the function does not take.
+        ValueError: for a variant that it does not select.
     """
 
     def __init__(self, peer: Peer, function: Callable[..., Any], inputs: Inputs, config: Any) -> None:
@@ -221,6 +234,8 @@ class Call:
 
 
 def _flexprefill_settings(config: Any) -> dict[str, Any]:
+    if config.variant != "published":  # the function has no name for it
+        raise ValueError(f"it selects the variant 'published', got settings of the variant {config.variant!r}")
     names = ("gamma", "tau", "min_budget", "max_budget", "block_size")
     return {name: getattr(config, name) for name in names}
 

@@ -7,6 +7,7 @@ is selected is `FlexPrefillConfig(variant="published")`. New code is better off 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.block_mask import needs_position
 from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, StreamingLLMConfig, VerticalSlashConfig
 from flexprefill_fa.selection import BlockSelection
+from flexprefill_fa.validation import check_scale
 
 __all__ = ["flex_prefill_attention", "patch_model"]
 
@@ -61,11 +63,8 @@ def flex_prefill_attention(
     Raises:
         ValueError, TypeError: for arguments that do not fit, or inputs that require grad.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor [B, L, H, D], got {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have shape [B, L, H, D], got {list(tensor.shape)}")
+    _check_shapes(q, k, v)
+    check_scale(softmax_scale, "softmax_scale")
     for name, flag in (
         ("gqa_interleave", gqa_interleave),
         ("return_computational_ratio", return_computational_ratio),
@@ -77,8 +76,6 @@ def flex_prefill_attention(
     kv_heads = key.shape[1]
     heads: Tensor | None = None
     if gqa_interleave:
-        if kv_heads == 0 or query.shape[1] % kv_heads:
-            raise ValueError(f"query heads must be a multiple of key heads, got {query.shape[1]} and {kv_heads}")
         # Query heads come as g * Hkv + h for kv head h; the attention wants h * groups + g. By an index tensor: a
         # transposed view of the heads does not compile on the CPU.
         heads = torch.arange(query.shape[1], device=query.device)
@@ -104,8 +101,39 @@ def flex_prefill_attention(
     return (out, _computational_ratio(found[1])) if return_computational_ratio else out
 
 
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Before they are transposed, so that an error shows what the caller passed."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor [B, L, H, D], got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape [B, L, H, D], got {list(tensor.shape)}")
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape [B, L, H, D], got {list(k.shape)} and {list(v.shape)}")
+    problem = None
+    if q.shape[0] != k.shape[0]:
+        problem = "one batch size"
+    elif q.shape[3] != k.shape[3]:
+        problem = "one head dim"
+    elif q.shape[2] % k.shape[2]:
+        problem = "query heads that are a multiple of the key heads"
+    elif q.shape[1] > k.shape[1]:
+        problem = "no more queries than keys"
+    if problem is not None:
+        raise ValueError(f"q and k must have {problem}, got [B, L, H, D] = {list(q.shape)} and {list(k.shape)}")
+
+
+_PUBLISHED = FlexPrefillConfig()
+
+
 def _flexprefill(
-    gamma: float, tau: float, min_budget: int | None, max_budget: int | None, block_size: int
+    gamma: float = _PUBLISHED.gamma,
+    tau: float = _PUBLISHED.tau,
+    min_budget: int | None = _PUBLISHED.min_budget,
+    max_budget: int | None = _PUBLISHED.max_budget,
+    block_size: int = _PUBLISHED.block_size,
 ) -> FlexPrefillConfig:
     least = block_size if min_budget is None else min_budget
     return FlexPrefillConfig(gamma, tau, least, max_budget, block_size, "published")
@@ -116,49 +144,34 @@ def _computational_ratio(selection: BlockSelection) -> float:
     return selection.kept_blocks().double().mean().item() / (grid.q_blocks * grid.kv_blocks)
 
 
-def _patched_flexprefill(given: Mapping[str, Any]) -> FlexPrefillConfig:
-    published = FlexPrefillConfig()
-    return _flexprefill(
-        given.get("flex_prefill_gamma", published.gamma),
-        given.get("flex_prefill_tau", published.tau),
-        given.get("flex_prefill_min_budget", published.min_budget),
-        given.get("flex_prefill_max_budget", published.max_budget),
-        given.get("block_size", published.block_size),
-    )
-
-
-def _renamed(kind: Callable[..., SelectorConfig], names: Mapping[str, str]) -> Callable[..., SelectorConfig]:
-    """What makes a config from a dict whose keys have other names than its fields; keys left out keep the default."""
-    return lambda given: kind(**{field: given[key] for key, field in names.items() if key in given})
-
-
-_FLEX_PREFILL_KEYS = (
-    "block_size",
-    "flex_prefill_gamma",
-    "flex_prefill_tau",
-    "flex_prefill_min_budget",
-    "flex_prefill_max_budget",
-)
-_STREAMING_LLM_KEYS = {
-    "block_size": "block_size",
-    "streaming_llm_sink": "sink",
-    "streaming_llm_window": "window",
+_PATTERNS: dict[str, tuple[Callable[..., SelectorConfig | None], dict[str, str]]] = {
+    "default": (lambda: None, {}),
+    "flex_prefill": (
+        _flexprefill,
+        {
+            "block_size": "block_size",
+            "flex_prefill_gamma": "gamma",
+            "flex_prefill_tau": "tau",
+            "flex_prefill_min_budget": "min_budget",
+            "flex_prefill_max_budget": "max_budget",
+        },
+    ),
+    "streaming_llm": (
+        StreamingLLMConfig,
+        {"block_size": "block_size", "streaming_llm_sink": "sink", "streaming_llm_window": "window"},
+    ),
+    "vertical_slash": (
+        VerticalSlashConfig,
+        {
+            "block_size": "block_size",
+            "vertical_slash_vertical_size": "vertical_size",
+            "vertical_slash_slash_size": "slash_size",
+        },
+    ),
 }
-_VERTICAL_SLASH_KEYS = {
-    "block_size": "block_size",
-    "vertical_slash_vertical_size": "vertical_size",
-    "vertical_slash_slash_size": "slash_size",
-}
+"""Pattern -> what makes its selector's config, and which of that one's fields each key is."""
 
-_PATTERNS: dict[str, tuple[tuple[str, ...], Callable[..., SelectorConfig | None]]] = {
-    "default": ((), lambda _: None),
-    "flex_prefill": (_FLEX_PREFILL_KEYS, _patched_flexprefill),
-    "streaming_llm": (tuple(_STREAMING_LLM_KEYS), _renamed(StreamingLLMConfig, _STREAMING_LLM_KEYS)),
-    "vertical_slash": (tuple(_VERTICAL_SLASH_KEYS), _renamed(VerticalSlashConfig, _VERTICAL_SLASH_KEYS)),
-}
-"""Pattern -> its keys, and what makes the selector's config of them."""
-
-_KEYS = tuple(dict.fromkeys(key for keys, _ in _PATTERNS.values() for key in keys))
+_KEYS = tuple(dict.fromkeys(key for _, fields in _PATTERNS.values() for key in fields))
 
 _REPLACED = {
     "flash": (
@@ -236,4 +249,9 @@ def _pattern_config(pattern: object, config: Mapping[str, Any] | None) -> Select
     unknown = [str(key) for key in given if key not in _KEYS]
     if unknown:
         raise ValueError(f"unknown key {', '.join(unknown)} in config, expected of {', '.join(_KEYS)}")
-    return _PATTERNS[pattern][1](given)
+    make, fields = _PATTERNS[pattern]
+    try:
+        return make(**{field: given[key] for key, field in fields.items() if key in given})
+    except (TypeError, ValueError) as error:
+        keys = {field: key for key, field in fields.items()}
+        raise type(error)(re.sub(r"\w+", lambda word: keys.get(word[0], word[0]), str(error))) from None

@@ -46,16 +46,16 @@ def check_block_size(block_size: object) -> None:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
 
 
-def check_scale(scale: float | None) -> None:
+def check_scale(scale: float | None, name: str = "scale") -> None:
     """A positive finite score scale, or None for the default."""
     if scale is None:
         return
     if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+        raise TypeError(f"{name} must be a number or None, got {type(scale).__name__}")
     if torch.compiler.is_compiling():  # a number without a value yet
         return
     if not math.isfinite(scale) or scale <= 0:
-        raise ValueError(f"scale must be a positive finite number, got {scale}")
+        raise ValueError(f"{name} must be a positive finite number, got {scale}")
 
 
 def check_mean_correction(mean_correction: object, mask_mod: object, score_mod: object, device: torch.device) -> None:

@@ -24,6 +24,8 @@ from transformers.masking_utils import (
 
 from flexprefill_fa.dense import MAX_DENSE_MASK_TOKENS
 
+from .hf_ranks import check_config
+
 # A decode step or a verification chunk has fewer queries than this: dense, by the masks of SDPA.
 MIN_QUERY_TOKENS = 128
 
@@ -123,9 +125,12 @@ def flexprefill_mask(
 
     Raises:
         ValueError: for rows whose real tokens have gaps (read back from the GPU once per forward pass; a compiled model
-            is not checked), for a static cache in a compiled prefill, and for prompts beyond `MAX_DENSE_MASK_TOKENS`
-            with a mask that is not served.
+            is not checked), for a static cache in a compiled prefill, for prompts beyond `MAX_DENSE_MASK_TOKENS`
+            with a mask that is not served, and for a number of ranks that does not divide the heads (not in a compiled
+            model).
     """
+    if not torch.compiler.is_compiling():
+        check_config(kwargs.get("config"))
     window = kwargs.get("local_size")
 
     def square_mask() -> Any:

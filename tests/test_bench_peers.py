@@ -315,6 +315,17 @@ def test_a_peers_folder_and_prints_reach_nothing_of_ours(
     assert f"path {[str(checkout / 'src'), before[0]]}" in captured.err
 
 
+def test_no_peer_is_measured_under_a_variant_that_it_does_not_select(package: Path, tmp_path: Path) -> None:
+    out = tmp_path / "peers.jsonl"
+    paper = SELECTORS[0].replace("gamma", "variant=paper+gamma")
+    assert run(out, "--package", str(package), "--selectors", f"{paper},{SELECTORS[0]}").exit_code == 2
+    ours, (other, same) = rows_of(out)
+    assert [row["settings"]["variant"] for row in (*ours[2:], other, same)] == ["paper", "published"] * 2
+    assert not any("error" in row for row in (*ours, same))
+    assert other["error"] == "ValueError: it selects the variant 'published', got settings of the variant 'paper'"
+    assert "total_ms" not in other and "peer_settings" not in other
+
+
 SIGNATURES = {
     "flash, of the paper": ("flash", FLASH.replace(", min_budget=256", ""), {}),
     "flash, a budget to give": ("flash", FLASH.replace("min_budget=256", "min_budget"), {"min_budget": 0}),
@@ -390,6 +401,24 @@ def test_functions_are_found_by_name_without_importing(tmp_path: Path) -> None:
     (tmp_path / "one" / "z.py").write_text("")
     (tmp_path / "one" / "__init__.py").write_text(BOOM)
     assert find_peers(tmp_path / "one")[0].module == "one"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "try:\n    import triton\n    def flash_prefill(q):\n        pass\nexcept ImportError:\n    triton = None\n",
+        "try:\n    import triton\nexcept ImportError:\n    def flash_prefill(q):\n        pass\n",
+        "try:\n    import triton\nexcept ImportError:\n    pass\nelse:\n    def flash_prefill(q):\n        pass\n",
+        "try:\n    import triton\nfinally:\n    def flash_prefill(q):\n        pass\n",
+        "if True:\n    pass\nelif True:\n    if True:\n        def flash_prefill(q):\n            pass\n",
+    ],
+    ids=["try", "except", "else", "finally", "elif"],
+)
+def test_functions_are_found_under_guards(text: str, tmp_path: Path) -> None:
+    write(tmp_path / "one", a=text)
+    assert [peer.module for peer in find_peers(tmp_path)] == ["one.a"]
+    (tmp_path / "one" / "a.py").write_text("class A:\n    def flash_prefill(q):\n        pass\n")
+    assert find_peers(tmp_path) == []
 
 
 def test_a_package_comes_before_loose_files_and_tests_are_left_out(tmp_path: Path) -> None:

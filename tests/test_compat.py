@@ -182,18 +182,29 @@ def test_softmax_scale_reaches_selection_and_attention() -> None:
         ({"min_budget": 0}, ValueError, "min_budget must be at least 1, got 0"),
         ({"max_budget": 128}, ValueError, r"max_budget must be at least max\(min_budget, 3 \* block_size\) = 384"),
         ({"block_size": 32}, ValueError, "block_size must be one of"),
-        ({"softmax_scale": 0.0}, ValueError, "scale must be a positive finite number"),
+        ({"softmax_scale": 0.0}, ValueError, "^softmax_scale must be a positive finite number"),
         ({"gqa_interleave": 1}, TypeError, "gqa_interleave must be True or False, got int"),
         ({"return_computational_ratio": None}, TypeError, "return_computational_ratio must be True or False"),
         ({"q": [1.0]}, TypeError, r"q must be a tensor \[B, L, H, D\], got list"),
         ({"k": torch.zeros(300, 2, 32)}, ValueError, r"k must have shape \[B, L, H, D\], got \[300, 2, 32\]"),
-        ({"q": torch.zeros(1, 300, 3, 32)}, ValueError, "query heads must be a multiple of key heads, got 3 and 2"),
-        (
-            {"q": torch.zeros(1, 300, 3, 32), "gqa_interleave": True},
-            ValueError,
-            "query heads must be a multiple of key heads, got 3 and 2",
+        ({"q": torch.zeros(1, 0, 4, 32)}, ValueError, r"q must not be empty, got shape \[1, 0, 4, 32\]"),
+        *(
+            (
+                {"q": torch.zeros(1, 300, 3, 32), "gqa_interleave": interleave},
+                ValueError,
+                r"q and k must have query heads that are a multiple of the key heads, "
+                r"got \[B, L, H, D\] = \[1, 300, 3, 32\] and \[1, 300, 2, 32\]",
+            )
+            for interleave in (False, True)
         ),
-        ({"v": torch.zeros(1, 299, 2, 32)}, ValueError, "key and value must have one shape"),
+        ({"q": torch.zeros(2, 300, 4, 32)}, ValueError, r"one batch size, got .* = \[2, 300, 4, 32\] and \[1, 300,"),
+        ({"q": torch.zeros(1, 300, 4, 64)}, ValueError, r"one head dim, got .* = \[1, 300, 4, 64\] and \[1, 300,"),
+        ({"q": torch.zeros(1, 301, 4, 32)}, ValueError, r"no more queries than keys, got .* = \[1, 301, 4, 32\] and"),
+        (
+            {"v": torch.zeros(1, 299, 2, 32)},
+            ValueError,
+            r"k and v must have one shape \[B, L, H, D\], got \[1, 300, 2, 32\] and \[1, 299, 2, 32\]",
+        ),
         ({"q": torch.zeros(1, 300, 4, 32, requires_grad=True)}, ValueError, "requires grad"),
     ],
 )
@@ -340,13 +351,26 @@ def test_vllm_engines_get_the_name_of_the_backend(engine: type) -> None:
         ("flex_prefill", {"gamma": 0.9}, ValueError, "unknown key gamma in config, expected of block_size, flex_pre"),
         ("default", {"gama": 0.9}, ValueError, "unknown key gama"),
         ("flex_prefill", [0.9], TypeError, "config must be a mapping such as a dict, got list"),
-        ("flex_prefill", {"flex_prefill_gamma": 2}, ValueError, r"gamma must be in \(0, 1\], got 2"),
-        ("flex_prefill", {"flex_prefill_min_budget": 0}, ValueError, "min_budget must be at least 1, got 0"),
+        ("flex_prefill", {"flex_prefill_gamma": 2}, ValueError, r"^flex_prefill_gamma must be in \(0, 1\], got 2"),
+        ("flex_prefill", {"flex_prefill_gamma": None}, TypeError, "^flex_prefill_gamma must be a number, got NoneType"),
+        (
+            "flex_prefill",
+            {"flex_prefill_min_budget": 0},
+            ValueError,
+            "^flex_prefill_min_budget must be at least 1, got",
+        ),
         (
             "flex_prefill",
             {"flex_prefill_max_budget": 512, "flex_prefill_min_budget": 1024},
             ValueError,
-            r"max_budget must be at least .* = 1024, got 512",
+            r"^flex_prefill_max_budget must be at least max\(flex_prefill_min_budget, 3 \* block_size\) = 1024, got",
+        ),
+        ("streaming_llm", {"streaming_llm_window": 0}, ValueError, "^streaming_llm_window must be at least 1, got 0"),
+        (
+            "vertical_slash",
+            {"vertical_slash_slash_size": 0},
+            ValueError,
+            "^vertical_slash_slash_size must be at least 1",
         ),
         ("vertical_slash", {"block_size": 100}, ValueError, "block_size must be one of"),
     ],

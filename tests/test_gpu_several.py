@@ -116,7 +116,7 @@ def answers_of_a_rank(token_ids: list[int]) -> dict[bool, dict[str, Any]]:
     """Under torchrun, whose ranks transformers itself brings together."""
     import torch.distributed as dist
 
-    model = load(tp_plan="auto").eval()
+    model = load(distributed_config=transformers.DistributedConfig(tp_plan="auto")).eval()
     found = {compiled: answer(model, token_ids, compiled=compiled) for compiled in (False, True)}
     dist.destroy_process_group()
     return found
