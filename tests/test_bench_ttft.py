@@ -258,5 +258,7 @@ def test_tables_name_the_densities_of_a_trained_model() -> None:
 
     two = [rows[0] | {"ranks": 2, "ttft_ms": 60.0}, rows[3] | {"ranks": 2, "ttft_ms": 25.0}]
     shared = ttft_tables([*rows[:3], *two], accuracy).split("shared by 2 ranks")[1]
-    assert "| 4,096 | dense SDPA | - | - | 60 | 1.00x | 1.00x | 1.67x | - | - |" in shared
-    assert "| 40 (one pass)" not in shared and "| 25 (one pass) | 2.40x | 2.40x | - | - | - |" in shared
+    assert "| 4,096 | dense SDPA | - | - | 60 | 1.00x | 1.67x | - | - |" in shared
+    assert "| 40 (one pass)" not in shared and "| 25 (one pass) | 2.40x | - | - | - |" in shared
+    assert "| x SDPA | x one rank |" in shared and "best dense kernel" not in shared
+    assert "| x SDPA | x best dense | compiled, ms |" in table and "| attention | selection | peak GiB |" in table
