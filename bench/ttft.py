@@ -229,7 +229,7 @@ class _ModelBenchmark:
                 if length < plan.once_from and (stand_in is not None or (attention, compiled) not in self._ran):
                     warm = self._pass(tokens)  # the first one may have compiled, or drawn blocks
                 row |= {"warm_up": True, "first_s": round(first, 3)}
-                count = self.ranks.of_first(max(1, min(plan.repeats, int(plan.seconds / warm))))
+                count = self.ranks.least(max(1, min(plan.repeats, int(plan.seconds / warm))))
             self._ran.add((attention, compiled))
             laps.forget()
             if stand_in is not None:

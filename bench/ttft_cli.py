@@ -58,7 +58,9 @@ def ttft(
         int, typer.Option(min=1, help="Tokens from which on a dense kernel gets one pass, uncompiled, not warmed up.")
     ] = 262144,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu or cuda.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or, without torchrun, cuda:N.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of weights, prompts and random blocks.")] = 0,
     out: Annotated[Path, typer.Option(help="JSON lines; rows are added.")] = RESULTS / "ttft.jsonl",
     as_json: Annotated[bool, typer.Option("--json", help="Print each row on stdout too, the table on stderr.")] = False,
@@ -110,7 +112,7 @@ def ttft(
             seed=seed,
         )
         check_chunk(plan)
-        with Ranks.start(where.type) as ranks:
+        with Ranks.start(where) as ranks:
             for length in plan.lengths:
                 needed = prefill_bytes(shape, length, chunk, precision, ranks.world_size)
                 if problem := shortage(needed, free_bytes(ranks.device)):

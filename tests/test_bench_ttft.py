@@ -201,6 +201,16 @@ def test_a_model_whose_layers_add_to_attention_is_refused(tmp_path: Path) -> Non
     assert "every layer must attend to the whole prompt and nothing else, layer 0: a sliding window" in result.output
 
 
+def test_a_gpu_is_taken_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(device: torch.device) -> Any:
+        raise UsageError(f"started on {device}")
+
+    monkeypatch.setattr(bench.ttft_cli, "resolve_device", torch.device)
+    monkeypatch.setattr(bench.ttft_cli, "_kernels", lambda *arguments: [])
+    monkeypatch.setattr(Ranks, "start", start)
+    assert "started on cuda:1" in run("--config", "tiny", "--device", "cuda:1").output
+
+
 def test_named_shapes_are_those_of_the_models() -> None:
     config: Any = model_config("llama-3.1-8b")
     assert config.rope_parameters["rope_theta"] == SHAPES["llama-3.1-8b"]["rope_theta"]
