@@ -23,17 +23,15 @@ from transformers import PreTrainedModel
 
 from bench.laps import Laps
 from bench.prefill_kernels import implementation, timed_attention
-from bench.shapes import head_dim
+from bench.shapes import FIRST_TOKEN, head_dim
 from bench.stand_in import StandIn
 from bench.timing import summarise
 from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.integrations.hf_mask import MIN_QUERY_TOKENS
-from flexprefill_fa.integrations.hf_plan import WHOLE_PROMPT
 from flexprefill_fa.integrations.transformers import (
     NAME,
     compile_prefill,
-    describe_sparse_prefill,
     enable_sparse_prefill,
 )
 from flexprefill_fa.loading import UsageError
@@ -110,12 +108,21 @@ class TtftPlan:
                 yield compiled, length, attention
 
 
-def check_chunk(plan: TtftPlan) -> None:
-    """Check that every chunk of every prompt runs sparse.
+def check_lengths(plan: TtftPlan) -> None:
+    """Check that there is something to measure, and that every prompt and every chunk of one runs sparse.
 
     Raises:
-        UsageError: for chunks that a selector keeps whole, or a last one that is too short.
+        UsageError: for a plan without a pass, prompts or last chunks that are too short, or chunks that a selector
+            keeps whole.
     """
+    if not any(plan.passes()):
+        raise UsageError(
+            "there is nothing to measure: selectors keep every block of prompts so short, and dense kernels have no "
+            "compiled pass of prompts so long"
+        )
+    shortest = min((length for _, length, attention in plan.passes() if attention.config), default=MIN_QUERY_TOKENS)
+    if shortest < MIN_QUERY_TOKENS:
+        raise UsageError(f"lengths must be at least {MIN_QUERY_TOKENS} tokens for selectors to run, got {shortest}")
     if plan.chunk is None:
         return
     least = max((attention.config.dense_tokens for attention in plan.attentions if attention.config), default=0)
@@ -129,7 +136,8 @@ def check_chunk(plan: TtftPlan) -> None:
 
 
 def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iterator[Row]:
-    """The rows, uncompiled ones first; one with `error` where something ran out of memory or did not run sparse.
+    """The rows, uncompiled ones first; one with `error` where something ran out of memory, or did not run sparse,
+    which `ran_sparse` then says.
 
     Args:
         plan: what to measure.
@@ -142,7 +150,6 @@ def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iter
         if attention.keeps_all(length):
             note(f"{length} tokens: {attention.config.name} keeps every block, so this is left out")
     note(f"{plan.shape}: {model.num_parameters() / 1e9:.2f} G parameters in {time.perf_counter() - started:.1f} s")
-    _check_layers(model)
     bench = _ModelBenchmark(plan, model, ranks)
     for compiled, length, attention in plan.passes():
         try:
@@ -154,19 +161,6 @@ def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iter
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _check_layers(model: PreTrainedModel) -> None:
-    """Dense kernels here know whole prompts alone.
-
-    Raises:
-        UsageError: for layers that add something to attention: a window, capped scores, sinks.
-    """
-    for layer in describe_sparse_prefill(model):
-        if layer.runs != "sparse" or layer.why != WHOLE_PROMPT:
-            raise UsageError(
-                f"every layer must attend to the whole prompt and nothing else, layer {layer.layer}: {layer.why}"
-            )
 
 
 class _ModelBenchmark:
@@ -211,7 +205,8 @@ class _ModelBenchmark:
         plan = self.plan
         row = self.conditions(attention, length, compiled)
         generator = torch.Generator().manual_seed(plan.seed)
-        tokens = torch.randint(3, plan.config.vocab_size, (1, length), generator=generator).to(self.ranks.device)
+        tokens = torch.randint(FIRST_TOKEN, plan.config.vocab_size, (1, length), generator=generator)
+        tokens = tokens.to(self.ranks.device)
         laps = Laps(self.ranks.device)
         stand_in = self._stand_in(attention)
         with ExitStack() as stack:
@@ -251,7 +246,7 @@ class _ModelBenchmark:
         }
         expected = count * plan.config.num_hidden_layers * -(-length // (row["chunk"] or length))
         if stand_in.calls != expected:
-            row["error"] = f"{stand_in.calls} of {expected} calls of attention ran sparse"
+            row |= {"ran_sparse": False, "error": f"{stand_in.calls} of {expected} calls of attention ran sparse"}
         return row
 
     def _pass(self, tokens: Tensor) -> float:
