@@ -8,7 +8,6 @@ choice. Rows say which it was.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import itertools
 import time
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.laps import Laps
-from bench.prefill_kernels import implementation, timed_attention
+from bench.prefill_kernels import DensePrefill, implementation, timed_attention
 from bench.shapes import FIRST_TOKEN, head_dim
 from bench.stand_in import StandIn
 from bench.timing import summarise
@@ -35,7 +34,6 @@ from flexprefill_fa.integrations.transformers import (
     enable_sparse_prefill,
 )
 from flexprefill_fa.loading import UsageError
-from flexprefill_fa.region import compile_limits
 from flexprefill_fa.rows import Row, environment, package_version
 
 _COMPILING_TOKENS = 2048  # of a prompt that only serves to compile kernels
@@ -170,7 +168,7 @@ class _ModelBenchmark:
         self.ranks = ranks
         self.cuda = ranks.device.type == "cuda"
         self._ran: set[tuple[Attention, bool]] = set()
-        self._compiled_dense: dict[str, Any] = {}
+        self._dense = DensePrefill(model)
         self._stand_ins: dict[Attention, StandIn] = {}
         self._same: Row = {
             "kind": "ttft",
@@ -277,37 +275,12 @@ class _ModelBenchmark:
 
     @contextmanager
     def _installed(self, attention: Attention, stand_in: StandIn | None, compiled: bool) -> Iterator[None]:
-        if attention.kernel is None:
-            with (
-                enable_sparse_prefill(self.model, stand_in),
-                compile_prefill(self.model) if compiled else nullcontext(),
-            ):
+        if attention.kernel is not None:
+            with self._dense.installed(attention.kernel, compiled):
                 yield
             return
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(implementation(attention.kernel))
-        try:
-            with self._dense_compiled(attention.kernel) if compiled else nullcontext():
-                yield
-        finally:
-            self.model.set_attn_implementation(before or "sdpa")
-
-    @contextmanager
-    def _dense_compiled(self, kernel: str) -> Iterator[None]:
-        """The dense model with its forward pass compiled, as `compile_prefill` does it for the sparse one."""
-        if kernel not in self._compiled_dense:
-            self._compiled_dense[kernel] = torch.compile(self.model.forward, fullgraph=True, dynamic=True)
-        forward = self._compiled_dense[kernel]
-        plain = self.model.forward
-
-        @functools.wraps(plain)  # `generate` looks at its signature
-        def compiled(*args: Any, **kwargs: Any) -> Any:
-            kwargs["attention_mask"] = None  # all ones
-            with compile_limits():
-                return forward(*args, **kwargs)
-
-        self.model.forward = compiled
-        try:
+        with (
+            enable_sparse_prefill(self.model, stand_in),
+            compile_prefill(self.model) if compiled else nullcontext(),
+        ):
             yield
-        finally:
-            del self.model.forward

@@ -117,15 +117,6 @@ def test_rows_of_a_tiny_model(tmp_path: Path) -> None:
     assert "flexprefill, min_budget 128, CPU | 0.500" in ttft_tables(rows, [])
 
 
-def test_the_compiled_model_runs_sparse_too(tmp_path: Path) -> None:
-    out = tmp_path / "ttft.jsonl"
-    result = run(*TINY, *ONE, "--dense", "", "--lengths", "1536", "--modes", "compiled", "--out", str(out))
-    assert result.exit_code == 0, result.output
-    (row,) = read(out)
-    assert row["compiled"] and row["density"] == pytest.approx(round(0.5 * 78) / 78, abs=1e-5)
-    assert row["select_ms"] > 0 and "attention_ms" not in row
-
-
 def test_a_prompt_in_chunks_selects_for_each_chunk(tmp_path: Path) -> None:
     out = tmp_path / "ttft.jsonl"
     result = run(*TINY, *ONE, "--lengths", "1792", "--chunk", "1280", "--modes", "eager", "--out", str(out))
