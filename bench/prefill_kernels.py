@@ -5,16 +5,19 @@ transformers' own "sdpa" would do for one of them, but not inside a compiled mod
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bench.laps import Laps
 from flexprefill_fa.dense import DENSE_KERNELS, causal_attention
+from flexprefill_fa.region import compile_limits
 
 
 def implementation(kernel: str) -> str:
@@ -39,6 +42,49 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 for _kernel in DENSE_KERNELS:
     AttentionInterface.register(implementation(_kernel), _attention(_kernel))
     AttentionMaskInterface.register(implementation(_kernel), _no_mask)
+
+
+class DensePrefill:
+    """A model that can take dense kernels as its attention; what was compiled for one is kept for its next time.
+
+    Args:
+        model: for whole prompts without padding.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._graphs: dict[str, Callable[..., Any]] = {}
+
+    @contextmanager
+    def installed(self, kernel: str, compiled: bool) -> Iterator[None]:
+        """Let every layer attend by a kernel of `DENSE_KERNELS` inside a context, the forward pass compiled or not."""
+        before = self._model.config._attn_implementation
+        self._model.set_attn_implementation(implementation(kernel))
+        try:
+            with self._compiled(kernel) if compiled else nullcontext():
+                yield
+        finally:
+            self._model.set_attn_implementation(before or "sdpa")
+
+    @contextmanager
+    def _compiled(self, kernel: str) -> Iterator[None]:
+        """As `compile_prefill` does it for the sparse model."""
+        plain = self._model.forward
+        if kernel not in self._graphs:
+            self._graphs[kernel] = torch.compile(plain, fullgraph=True, dynamic=True)
+        graph = self._graphs[kernel]
+
+        @functools.wraps(plain)  # `generate` looks at its signature
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            kwargs["attention_mask"] = None  # all ones
+            with compile_limits():
+                return graph(*args, **kwargs)
+
+        self._model.forward = forward
+        try:
+            yield
+        finally:
+            del self._model.forward
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexprefill_fa.loading import UsageError, first_line, require_transformers
+from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -71,7 +73,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Hugging Face configs, without what the length of a prompt does not depend on; "tiny" is of no published model."""
 
+FIRST_TOKEN = 3
+"""Of random prompts; the ids below are special ones in most vocabularies."""
+
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_LEAST = {
+    "hidden_size": 1,
+    "intermediate_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": FIRST_TOKEN + 1,
+}
+_OTHER_WEIGHTS = 0.05  # share of the parameters that may be biases and norms of heads
 
 
 def model_config(name: str, layers: int | None = None) -> PretrainedConfig:
@@ -82,7 +96,8 @@ def model_config(name: str, layers: int | None = None) -> PretrainedConfig:
         layers: of the model, None for the shape's own.
 
     Raises:
-        UsageError: for a name that is neither, or a config that is no decoder of the usual form.
+        UsageError: for a name that is neither, or a config of anything but a decoder whose every layer is attention to
+            the whole prompt and a gated feed-forward part; before a model is built.
     """
     require_transformers()
     from transformers import AutoConfig
@@ -102,17 +117,73 @@ def model_config(name: str, layers: int | None = None) -> PretrainedConfig:
     experts = [field for field in _EXPERTS if getattr(config, field, None)]
     if experts:
         raise UsageError(f"the config {name} is of a mixture of experts ({experts[0]}), expected a dense decoder")
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    missing = [field for field in needed if not isinstance(getattr(config, field, None), int)]
+    missing = [field for field in _LEAST if not isinstance(getattr(config, field, None), int)]
     if missing:
         raise UsageError(f"the config {name} is not of a dense decoder: it has no {', '.join(missing)}")
+    _check_sizes(name, config)
     if layers is not None:
         if layers > config.num_hidden_layers:
             raise UsageError(f"layers must be at most the {config.num_hidden_layers} of {name}, got {layers}")
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):  # transformers checks that there is one for each layer
             config.layer_types = config.layer_types[:layers]
+    _check_layers(name, config)
     return config
+
+
+def _check_sizes(name: str, config: Any) -> None:
+    for field, least in _LEAST.items():
+        if getattr(config, field) < least:
+            raise UsageError(f"the {field} of the config {name} must be at least {least}, got {getattr(config, field)}")
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
+    if heads % kv_heads:
+        raise UsageError(
+            f"the query heads of the config {name} must be a multiple of its kv heads, got {heads} and {kv_heads}"
+        )
+    if dim % 2 or not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
+        raise UsageError(
+            f"the head_dim of the config {name} must be an even number in [{MIN_HEAD_DIM}, {MAX_HEAD_DIM}], got {dim}"
+        )
+
+
+def _check_layers(name: str, config: PretrainedConfig) -> None:
+    """By the model, built without memory for its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from flexprefill_fa.integrations.hf_plan import WHOLE_PROMPT
+    from flexprefill_fa.integrations.transformers import describe_sparse_prefill
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        layers = describe_sparse_prefill(model)
+    except Exception as error:  # depends on what is wrong with it
+        raise UsageError(f"cannot use the config {name}: {first_line(error)}") from error
+    for layer in layers:
+        if layer.runs != "sparse" or layer.why != WHOLE_PROMPT:
+            raise UsageError(
+                f"every layer must attend to the whole prompt and nothing else, layer {layer.layer}: {layer.why}"
+            )
+    if len(layers) != config.num_hidden_layers:
+        raise UsageError(
+            f"every layer of the config {name} must be attention, got {len(layers)} of {config.num_hidden_layers}"
+        )
+    found, expected = model.num_parameters(), parameter_count(config)
+    if abs(found - expected) > _OTHER_WEIGHTS * expected:
+        raise UsageError(
+            f"the layers of the config {name} must be attention and a gated feed-forward part alone: expected about "
+            f"{expected:,} parameters for its sizes, got {found:,}"
+        )
+
+
+def parameter_count(config: Any) -> int:
+    """Of a decoder whose layers are attention and a gated feed-forward part, norms included, biases not."""
+    hidden = config.hidden_size
+    heads = config.num_attention_heads + config.num_key_value_heads
+    layer = 3 * hidden * config.intermediate_size + 2 * hidden * head_dim(config) * heads + 2 * hidden
+    tables = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    return config.num_hidden_layers * layer + hidden + tables
 
 
 def head_dim(config: Any) -> int:

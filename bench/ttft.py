@@ -8,7 +8,6 @@ choice. Rows say which it was.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import itertools
 import time
@@ -22,22 +21,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.laps import Laps
-from bench.prefill_kernels import implementation, timed_attention
-from bench.shapes import head_dim
+from bench.prefill_kernels import DensePrefill, implementation, timed_attention
+from bench.shapes import FIRST_TOKEN, head_dim
 from bench.stand_in import StandIn
 from bench.timing import summarise
 from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.integrations.hf_mask import MIN_QUERY_TOKENS
-from flexprefill_fa.integrations.hf_plan import WHOLE_PROMPT
 from flexprefill_fa.integrations.transformers import (
     NAME,
     compile_prefill,
-    describe_sparse_prefill,
     enable_sparse_prefill,
 )
 from flexprefill_fa.loading import UsageError
-from flexprefill_fa.region import compile_limits
 from flexprefill_fa.rows import Row, environment, package_version
 
 _COMPILING_TOKENS = 2048  # of a prompt that only serves to compile kernels
@@ -110,12 +106,21 @@ class TtftPlan:
                 yield compiled, length, attention
 
 
-def check_chunk(plan: TtftPlan) -> None:
-    """Check that every chunk of every prompt runs sparse.
+def check_lengths(plan: TtftPlan) -> None:
+    """Check that there is something to measure, and that every prompt and every chunk of one runs sparse.
 
     Raises:
-        UsageError: for chunks that a selector keeps whole, or a last one that is too short.
+        UsageError: for a plan without a pass, prompts or last chunks that are too short, or chunks that a selector
+            keeps whole.
     """
+    if not any(plan.passes()):
+        raise UsageError(
+            "there is nothing to measure: selectors keep every block of prompts so short, and dense kernels have no "
+            "compiled pass of prompts so long"
+        )
+    shortest = min((length for _, length, attention in plan.passes() if attention.config), default=MIN_QUERY_TOKENS)
+    if shortest < MIN_QUERY_TOKENS:
+        raise UsageError(f"lengths must be at least {MIN_QUERY_TOKENS} tokens for selectors to run, got {shortest}")
     if plan.chunk is None:
         return
     least = max((attention.config.dense_tokens for attention in plan.attentions if attention.config), default=0)
@@ -129,7 +134,8 @@ def check_chunk(plan: TtftPlan) -> None:
 
 
 def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iterator[Row]:
-    """The rows, uncompiled ones first; one with `error` where something ran out of memory or did not run sparse.
+    """The rows, uncompiled ones first; one with `error` where something ran out of memory, or did not run sparse,
+    which `ran_sparse` then says.
 
     Args:
         plan: what to measure.
@@ -142,7 +148,6 @@ def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iter
         if attention.keeps_all(length):
             note(f"{length} tokens: {attention.config.name} keeps every block, so this is left out")
     note(f"{plan.shape}: {model.num_parameters() / 1e9:.2f} G parameters in {time.perf_counter() - started:.1f} s")
-    _check_layers(model)
     bench = _ModelBenchmark(plan, model, ranks)
     for compiled, length, attention in plan.passes():
         try:
@@ -156,19 +161,6 @@ def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iter
             torch.cuda.empty_cache()
 
 
-def _check_layers(model: PreTrainedModel) -> None:
-    """Dense kernels here know whole prompts alone.
-
-    Raises:
-        UsageError: for layers that add something to attention: a window, capped scores, sinks.
-    """
-    for layer in describe_sparse_prefill(model):
-        if layer.runs != "sparse" or layer.why != WHOLE_PROMPT:
-            raise UsageError(
-                f"every layer must attend to the whole prompt and nothing else, layer {layer.layer}: {layer.why}"
-            )
-
-
 class _ModelBenchmark:
     def __init__(self, plan: TtftPlan, model: PreTrainedModel, ranks: Ranks) -> None:
         self.plan = plan
@@ -176,7 +168,7 @@ class _ModelBenchmark:
         self.ranks = ranks
         self.cuda = ranks.device.type == "cuda"
         self._ran: set[tuple[Attention, bool]] = set()
-        self._compiled_dense: dict[str, Any] = {}
+        self._dense = DensePrefill(model)
         self._stand_ins: dict[Attention, StandIn] = {}
         self._same: Row = {
             "kind": "ttft",
@@ -211,7 +203,8 @@ class _ModelBenchmark:
         plan = self.plan
         row = self.conditions(attention, length, compiled)
         generator = torch.Generator().manual_seed(plan.seed)
-        tokens = torch.randint(3, plan.config.vocab_size, (1, length), generator=generator).to(self.ranks.device)
+        tokens = torch.randint(FIRST_TOKEN, plan.config.vocab_size, (1, length), generator=generator)
+        tokens = tokens.to(self.ranks.device)
         laps = Laps(self.ranks.device)
         stand_in = self._stand_in(attention)
         with ExitStack() as stack:
@@ -229,7 +222,7 @@ class _ModelBenchmark:
                 if length < plan.once_from and (stand_in is not None or (attention, compiled) not in self._ran):
                     warm = self._pass(tokens)  # the first one may have compiled, or drawn blocks
                 row |= {"warm_up": True, "first_s": round(first, 3)}
-                count = self.ranks.of_first(max(1, min(plan.repeats, int(plan.seconds / warm))))
+                count = self.ranks.least(max(1, min(plan.repeats, int(plan.seconds / warm))))
             self._ran.add((attention, compiled))
             laps.forget()
             if stand_in is not None:
@@ -251,7 +244,7 @@ class _ModelBenchmark:
         }
         expected = count * plan.config.num_hidden_layers * -(-length // (row["chunk"] or length))
         if stand_in.calls != expected:
-            row["error"] = f"{stand_in.calls} of {expected} calls of attention ran sparse"
+            row |= {"ran_sparse": False, "error": f"{stand_in.calls} of {expected} calls of attention ran sparse"}
         return row
 
     def _pass(self, tokens: Tensor) -> float:
@@ -282,37 +275,12 @@ class _ModelBenchmark:
 
     @contextmanager
     def _installed(self, attention: Attention, stand_in: StandIn | None, compiled: bool) -> Iterator[None]:
-        if attention.kernel is None:
-            with (
-                enable_sparse_prefill(self.model, stand_in),
-                compile_prefill(self.model) if compiled else nullcontext(),
-            ):
+        if attention.kernel is not None:
+            with self._dense.installed(attention.kernel, compiled):
                 yield
             return
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(implementation(attention.kernel))
-        try:
-            with self._dense_compiled(attention.kernel) if compiled else nullcontext():
-                yield
-        finally:
-            self.model.set_attn_implementation(before or "sdpa")
-
-    @contextmanager
-    def _dense_compiled(self, kernel: str) -> Iterator[None]:
-        """The dense model with its forward pass compiled, as `compile_prefill` does it for the sparse one."""
-        if kernel not in self._compiled_dense:
-            self._compiled_dense[kernel] = torch.compile(self.model.forward, fullgraph=True, dynamic=True)
-        forward = self._compiled_dense[kernel]
-        plain = self.model.forward
-
-        @functools.wraps(plain)  # `generate` looks at its signature
-        def compiled(*args: Any, **kwargs: Any) -> Any:
-            kwargs["attention_mask"] = None  # all ones
-            with compile_limits():
-                return forward(*args, **kwargs)
-
-        self.model.forward = compiled
-        try:
+        with (
+            enable_sparse_prefill(self.model, stand_in),
+            compile_prefill(self.model) if compiled else nullcontext(),
+        ):
             yield
-        finally:
-            del self.model.forward

@@ -58,7 +58,9 @@ def ttft(
         int, typer.Option(min=1, help="Tokens from which on a dense kernel gets one pass, uncompiled, not warmed up.")
     ] = 262144,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu or cuda.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or, without torchrun, cuda:N.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of weights, prompts and random blocks.")] = 0,
     out: Annotated[Path, typer.Option(help="JSON lines; rows are added.")] = RESULTS / "ttft.jsonl",
     as_json: Annotated[bool, typer.Option("--json", help="Print each row on stdout too, the table on stderr.")] = False,
@@ -79,7 +81,7 @@ def ttft(
     with one_line_errors():
         require_transformers()
         # They need transformers at import, which the other commands do without.
-        from bench.ttft import Attention, TtftPlan, check_chunk, ttft_rows
+        from bench.ttft import Attention, TtftPlan, check_lengths, ttft_rows
         from bench.ttft_ranks import Ranks
 
         shape = model_config(config, layers)
@@ -109,11 +111,12 @@ def ttft(
             dtype=precision,
             seed=seed,
         )
-        check_chunk(plan)
-        with Ranks.start(where.type) as ranks:
+        check_lengths(plan)
+        with Ranks.start(where) as ranks:
+            free = ranks.least(free_bytes(ranks.device))
             for length in plan.lengths:
-                needed = prefill_bytes(shape, length, chunk, precision, ranks.world_size)
-                if problem := shortage(needed, free_bytes(ranks.device)):
+                needed = prefill_bytes(shape, length, chunk, precision, ranks.device, ranks.world_size)
+                if problem := shortage(needed * ranks.sharing_memory, free):
                     raise UsageError(f"{length} tokens: {problem}")
             for row in ttft_rows(plan, ranks, note):
                 rows.append(row)
@@ -124,7 +127,7 @@ def ttft(
                         typer.echo(json.dumps(row))
     if rank == 0:
         typer.echo(ttft_tables(rows, []), err=as_json)
-    if any("ran sparse" in row.get("error", "") for row in rows):
+    if not all(row.get("ran_sparse", True) for row in rows):
         raise typer.Exit(1)
     if any("error" in row for row in rows):
         raise typer.Exit(2)

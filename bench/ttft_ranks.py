@@ -42,16 +42,24 @@ class Ranks:
         """Join the other ranks, over NCCL on GPUs and over gloo on the CPU; once in a process.
 
         Args:
-            device: "cpu", or "cuda": under torchrun, the GPU of the process's local rank.
+            device: "cpu", "cuda", which under torchrun is the GPU of the process's local rank, or "cuda:N" without
+                torchrun.
 
         Raises:
-            ValueError: if there is no GPU for this rank, or GPUs are visible and not wanted: transformers places a
-                shared model on them.
+            ValueError: for a GPU by number under torchrun, if there is no GPU for this rank, or GPUs are visible and
+                not wanted: transformers places a shared model on them.
         """
         device = torch.device(device)
         world_size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
         if world_size == 1:
+            if device.index is not None and device.type == "cuda":
+                torch.cuda.set_device(device)
             return cls(0, 1, device)
+        if device.index is not None:
+            raise ValueError(
+                f"device must be without a number under torchrun, where each rank takes the GPU of its local rank: "
+                f"expected {device.type!r}, got {str(device)!r}"
+            )
         if device.type == "cuda":
             if local >= (found := torch.cuda.device_count()):
                 raise ValueError(f"each rank needs a GPU of its own: expected more than {local} GPUs, got {found}")
@@ -73,12 +81,19 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    def of_first(self, number: int) -> int:
-        """What the first rank has: every rank must make the same number of passes."""
+    @property
+    def sharing_memory(self) -> int:
+        """How many ranks take their memory from where this one does: one on a GPU, on the CPU those of the machine."""
+        if self.world_size == 1 or self.device.type == "cuda":
+            return 1
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
+    def least(self, number: int) -> int:
+        """The smallest that any rank has: all must make as many passes, and decide alike whether memory is short."""
         if self.world_size == 1:
             return number
         shared = torch.tensor([number], device=self.device)
-        dist.broadcast(shared, 0)
+        dist.all_reduce(shared, dist.ReduceOp.MIN)
         return int(shared)
 
     def close(self) -> None:

@@ -1,14 +1,19 @@
-"""A model of random weights in one process; `test_several_ranks.py` builds it on two ranks."""
+"""Ranks and the model they share, and the command under torchrun; `test_several_ranks.py` compares the weights."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from transformers import LlamaConfig
+from typer.testing import CliRunner
 
+from bench.cli import app
 from bench.ttft_ranks import Ranks, build_model
+from flexprefill_fa.rows import read
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_hidden_layers": 1}
@@ -49,6 +54,40 @@ def test_a_rank_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"device must be 'cuda' where ranks see GPUs \(hide them .*, got 'cpu'"):
         Ranks.start("cpu")
+
+
+def test_a_gpu_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Ranks.start("cuda:1").device == torch.device("cuda", 1) and current == [torch.device("cuda", 1)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"without a number under torchrun.*: expected 'cuda', got 'cuda:1'"):
+        Ranks.start("cuda:1")
+
+
+def test_ranks_that_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert [ranks.sharing_memory for ranks in (ALONE, Ranks(0, 4, cpu), Ranks(0, 4, torch.device("cuda")))] == [1, 4, 1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert Ranks(0, 4, cpu).sharing_memory == 2
+
+
+def command_on_a_rank(*options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["ttft", *options])
+    return result.exit_code, result.output
+
+
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    out = tmp_path / "ttft.jsonl"
+    shape = ("--config", "tiny", "--layers", "1", "--dtype", "float32", "--device", "cpu", "--lengths", "600")
+    # Sparse attention would be compiled on both ranks; `test_several_ranks.py` has it.
+    what = ("--selectors", "", "--own", "", "--dense", "sdpa", "--modes", "eager", "--repeats", "1", "--out", str(out))
+    first, second = run_ranks(command_on_a_rank, *shape, *what, folder=tmp_path, timeout=240)
+    assert first[0] == second[0] == 0, (first, second)
+    assert "shared by 2 ranks" in first[1] and "600" not in second[1]
+    (row,) = read(out)
+    assert row["kernel"] == "sdpa" and row["ranks"] == 2 and row["ttft_ms"] > 0
 
 
 @pytest.mark.parametrize("ranks", [3, 4], ids=["neither", "the kv heads not"])
