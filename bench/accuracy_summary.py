@@ -33,8 +33,7 @@ def _cell(tables: Sequence[TaskTable], name: str, length: int | None) -> str:
         return "-"
     worst = min(rows, key=lambda row: row["accuracy"])
     mean = f"{statistics.fmean(row['accuracy'] for row in rows):.2f}"
-    below = [table for table in tables if _is_below(table, name, length)]
-    text = f"**{mean}**" if below else mean
+    text = f"**{mean}**" if any(_is_below(table, name, length) for table in tables) else mean
     if worst["accuracy"] < 1:
         text += f", {worst['task'].removeprefix('needle_')} {worst['accuracy']:.2f}"
     if name != DENSE:

@@ -191,9 +191,10 @@ def render(
 ) -> None:
     """Write the documents' tables and the plots from the rows in bench/results/."""
     with one_line_errors():
-        after = {document: render_text(document.read_text(encoding="utf-8"), RESULTS) for document in DOCUMENTS}
+        before = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
+        after = {document: render_text(text, RESULTS) for document, text in before.items()}
     if check:
-        stale = [document.name for document, text in after.items() if document.read_text(encoding="utf-8") != text]
+        stale = [document.name for document, text in before.items() if after[document] != text]
         if stale:
             what = f"{', '.join(stale)} is not what the rows say: run 'python -m bench render'"
             typer.echo(f"error: {what}", err=True)

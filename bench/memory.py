@@ -46,9 +46,8 @@ def prefill_bytes(
     """
     hidden, inner, dim = config.hidden_size, config.intermediate_size, head_dim(config)
     heads, kv_heads = config.num_attention_heads // ranks, config.num_key_value_heads // ranks
-    table = config.vocab_size * hidden  # one stays whole on each rank; a head of its own is shared out
-    head = 0 if config.tie_word_embeddings else table
-    weights = table + (parameter_count(config) - table - head) // ranks + head // ranks
+    table = config.vocab_size * hidden  # whole on each rank, while an output head of its own is shared out
+    weights = table + (parameter_count(config) - table) // ranks
     keys = kv_heads * dim * length  # of one layer
     cache = 2 * config.num_hidden_layers * keys
 

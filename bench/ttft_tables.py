@@ -167,8 +167,7 @@ def _caption(rows: Sequence[Row]) -> str:
         f"{row['head_dim']}, {row['dtype']}{shared}; `generate` of one token.{replaced} What a selector keeps in the "
         "small needle model, which is trained, is another number: the times hold at the stated density. Speed-ups over "
         f"uncompiled SDPA ({choices}){best}, uncompiled over uncompiled, compiled over compiled{over_one}. Shares are "
-        "of the uncompiled time, gaps "
-        "between launches included; the peak is what PyTorch allocated, weights included. "
+        "of the uncompiled time, gaps between launches included; the peak is what PyTorch allocated, weights included. "
         f"{row['gpu']}, {versions}, transformers {distinct(rows, 'transformers')}, commit {distinct(rows, 'commit')}, "
         f"{distinct(rows, 'date')}; medians of up to {max(row.get('repeats', 1) for row in rows)} passes by wall clock."
     )

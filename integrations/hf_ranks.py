@@ -98,7 +98,8 @@ def check_config(config: Any) -> None:
 def _heads(module: nn.Module) -> tuple[int, int]:
     """(query heads, kv heads) of a layer on all ranks together."""
     # Layers of one model may differ, so the layer's own numbers count before its config's.
-    query_heads: int = getattr(module, "num_heads", None) or module.config.num_attention_heads  # type: ignore
+    config: Any = module.config
+    query_heads: int = getattr(module, "num_heads", None) or config.num_attention_heads
     return query_heads, query_heads // getattr(module, "num_key_value_groups", 1)
 
 

@@ -121,7 +121,8 @@ def test_the_network_is_the_llama_that_is_released(corpus: Corpus, tmp_path: Pat
     assert expected.std() > 0.01
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert sum(parameter.numel() for parameter in model.parameters()) == ours.shape.parameters
-    assert {name: getattr(model.config, name, value) for name, value in ours.shape.config().items() if name != "dtype"}
+    told = {name: value for name, value in ours.shape.config().items() if name != "dtype"}
+    assert {name: getattr(model.config, name) for name in told} == told
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     words = "def f(x):\n    return 12 #" + key_words(corpus.tokenizer)[0][1:]
     assert tokenizer(words)["input_ids"] == corpus.tokenizer.encode(words).ids
