@@ -243,7 +243,7 @@ def test_learning_lowers_the_loss(corpus: Corpus) -> None:
     network = Network(settings.shape)
     optimizer = learning.make_optimizer(network, settings)
     builder = Builder(corpus.tokenizer, corpus.train, CPU)
-    rows = [learning.take_step(network, optimizer, builder, settings, 3).row() for _ in range(12)]
+    rows = [learning.mean_row([learning.take_step(network, optimizer, builder, settings, 3)]) for _ in range(12)]
     for name in ("loss", "text", "multikey", "multivalue", "multiquery", "vt"):
         assert rows[-1][name] < 0.9 * rows[0][name], name
 
@@ -282,8 +282,9 @@ def test_a_mix_with_few_questions_counts_as_much_as_one_with_many(
     parts = tuple(torch.zeros(1, 640, TINY.shape.hidden) for _ in range(2))
     values = iter((torch.full((few.targets.numel(),), 1.0), torch.full((many.targets.numel(),), 3.0)))
     monkeypatch.setattr(learning.F, "cross_entropy", lambda *_, **__: next(values))
-    weighted, plain, _ = learning._answer_losses(network, [few, many], parts)["multikey"]
-    assert weighted.item() == plain.item() == 2.0
+    found = learning._answer_losses(network, [few, many], parts)["multikey"]
+    assert found.weighted.item() == found.plain.item() == 2.0
+    assert found.last_right is None
 
 
 def test_the_learning_rate_rises_holds_and_falls() -> None:

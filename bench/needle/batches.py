@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TASKS = ("multikey", "multivalue", "multiquery", "vt")
 """What questions are told apart in training, where a single needle is one of many keys."""
 
+_HEAPS = 8  # about so many places where statements stand together
 _LITERAL_WEIGHT = 0.5  # words of an answer that are the same each time, beside 1 for its names and digits
 
 
@@ -38,6 +39,7 @@ class Batch:
         columns: for each task in the batch, its index in `TASKS` and which of the A places are its.
         scored: `[A]`, what an answer must say: not its end.
         source: `[B, n]`, positions that hold source text.
+        questions_last: whether the questions stand behind all statements.
     """
 
     tokens: Tensor
@@ -46,6 +48,7 @@ class Batch:
     columns: list[tuple[int, Tensor]]
     scored: Tensor
     source: Tensor
+    questions_last: bool
 
     @property
     def targets(self) -> Tensor:
@@ -106,7 +109,16 @@ class Builder:
     def _digits(self) -> Tensor:
         return torch.tensor([self._tokenizer.token_to_id(str(digit)) for digit in range(10)], device=self._text.device)
 
-    def build(self, rows: int, length: int, mix: Mix, generator: Generator, *, questions_last: bool = False) -> Batch:
+    def build(
+        self,
+        rows: int,
+        length: int,
+        mix: Mix,
+        generator: Generator,
+        *,
+        questions_last: bool = False,
+        heaped: float = 0.0,
+    ) -> Batch:
         """Draw `rows` sequences of `length` tokens.
 
         Args:
@@ -115,6 +127,8 @@ class Builder:
             mix: what they hold.
             generator: of the text's device.
             questions_last: ask behind all statements, and end with a question, as evaluation does.
+            heaped: share of the sequences whose statements and questions stand at a few places, one right behind the
+                other, instead of anywhere.
 
         Raises:
             ValueError: where it does not fit.
@@ -124,7 +138,7 @@ class Builder:
             for unit in units:
                 if unit.layout.answer < len(unit.layout.literals):
                     unit.times += 1
-        return self._place(units, self._fixed_of(mix, units), length, generator, questions_last)
+        return self._place(units, self._fixed_of(mix, units), length, generator, questions_last, heaped)
 
     def least_length(self, mix: Mix) -> int:
         """The shortest sequence that holds a mix."""
@@ -202,7 +216,13 @@ class Builder:
         return _Units(self._layouts[form], tokens, times, TASKS.index(task))
 
     def _place(
-        self, units: list[_Units], fixed: _Fixed, length: int, generator: Generator, questions_last: bool
+        self,
+        units: list[_Units],
+        fixed: _Fixed,
+        length: int,
+        generator: Generator,
+        questions_last: bool,
+        heaped: float,
     ) -> Batch:
         device = self._text.device
         rows = units[0].tokens.shape[0]
@@ -214,6 +234,9 @@ class Builder:
         # The units in their order, each after its share of the source text.
         order = torch.cat([unit.times for unit in units], 1).argsort(1)
         cuts = torch.randint(source + 1, order.shape, device=device, generator=generator).sort(1)[0]
+        grain = max(1, source // _HEAPS)
+        in_heaps = torch.rand(rows, 1, device=device, generator=generator) < heaped
+        cuts = torch.where(in_heaps, cuts - cuts % grain, cuts)
         if questions_last:
             cuts[:, -1] = source
         ordered = fixed.sizes[order]
@@ -235,7 +258,9 @@ class Builder:
         # Source text runs on behind each unit where it stopped before it.
         reading = (is_source.cumsum(1) - 1).clamp(min=0)
         tokens = torch.where(is_source, text.long().gather(1, reading), tokens)
-        return Batch(tokens, torch.cat(places, 1), fixed.weights, fixed.columns, fixed.scored, is_source)
+        return Batch(
+            tokens, torch.cat(places, 1), fixed.weights, fixed.columns, fixed.scored, is_source, questions_last
+        )
 
 
 def _fix(units: list[_Units], device: torch.device) -> _Fixed:

@@ -12,21 +12,24 @@ from bench.needle import MODEL_DIR
 from bench.needle.batches import Builder
 from bench.needle.card import accuracy_table
 from bench.needle.corpus import encode
-from bench.needle.evaluation import LENGTHS, measure
+from bench.needle.evaluation import measure
 from bench.needle.formats import EVALUATED
 from bench.needle.release import load_release, load_tokenizer
 from bench.needle.run import attention_kernel
+from bench.needle.settings import FULL
 from bench.needle.source import ascii_text, held_out_files
 from bench.spec import parse_lengths, parse_list
 from bench.terminal import one_line_errors
 from flexprefill_fa.loading import UsageError, resolve_device
 from flexprefill_fa.rows import append, environment
 
+_LENGTHS = ",".join(str(goal.length) for goal in FULL.goals)
+
 
 def evaluate(
     model: Annotated[Path, typer.Option(help="A folder that bench.needle.train made.")] = MODEL_DIR,
     tasks: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(EVALUATED),
-    lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = ",".join(map(str, LENGTHS)),
+    lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = _LENGTHS,
     samples: Annotated[int, typer.Option(min=1, help="Questions per task and length.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of the questions.")] = 0,
     device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")] = "auto",

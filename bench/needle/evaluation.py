@@ -13,7 +13,6 @@ from bench.needle.formats import EVALUATED
 from bench.needle.network import Network
 from flexprefill_fa.rows import Row
 
-LENGTHS = (4096, 8192, 16384, 32768, 65536)
 _TOKENS_AT_ONCE = 131072
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,21 +23,21 @@ class Outcome:
     Attributes:
         loss: what was minimised.
         text: mean loss of the source text.
-        answers: for each task the mean loss of its names and digits, and the share of them that was right.
         norm: of the gradient before it was clipped.
+        answers: for each task the mean loss of its names and digits, the share of them that was right ("_right"), and
+            that share in the sequences that end with their questions ("_last_right"), if there are such.
     """
 
     loss: Tensor
     text: Tensor
-    answers: dict[str, tuple[Tensor, Tensor]]
     norm: Tensor
+    answers: dict[str, Tensor]
 
-    def row(self) -> dict[str, float]:
-        """The same as numbers, rounded."""
-        found = {"loss": self.loss, "text": self.text, "norm": self.norm}
-        for task, (loss, right) in self.answers.items():
-            found |= {task: loss, f"{task}_right": right}
-        return {name: round(value.item(), 5) for name, value in found.items()}
+
+def mean_row(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """The means of some steps' outcomes as numbers, rounded; the steps are of one stage."""
+    found = [{"loss": one.loss, "text": one.text, "norm": one.norm, **one.answers} for one in outcomes]
+    return {name: round(torch.stack([one[name] for one in found]).mean().item(), 5) for name in found[0]}
 
 
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
@@ -65,7 +66,10 @@ def draw(builder: Builder, settings: Settings, step: int, generator: Generator) 
     stage = settings.stages[number]
     mixes = stage.mixes_at(inside)
     rows = stage.rows // len(mixes)
-    return [builder.build(rows, stage.length, mix, generator, questions_last=last) for mix, last in mixes]
+    return [
+        builder.build(rows, stage.length, mix, generator, questions_last=last, heaped=settings.heaped if last else 0.0)
+        for mix, last in mixes
+    ]
 
 
 def take_step(
@@ -82,23 +86,44 @@ def take_step(
         parts = hidden.split([len(batch.tokens) for batch in batches])
         answers = _answer_losses(network, batches, parts)
         text = _text_loss(network, batches, parts, settings.text_share, generator)
-        loss = torch.stack([weighted for weighted, _, _ in answers.values()]).mean() + settings.text_weight * text
+        weight = settings.stages[settings.locate(step)[0]].text_weight
+        loss = torch.stack([found.weighted for found in answers.values()]).mean() + weight * text
     loss.backward()
     norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    shown = {task: (plain.detach(), right) for task, (_, plain, right) in answers.items()}
-    return Outcome(loss.detach(), text.detach(), shown, norm.detach())
+    shown: dict[str, Tensor] = {}
+    for task, found in answers.items():
+        shown |= {task: found.plain.detach(), f"{task}_right": found.right}
+        if found.last_right is not None:
+            shown[f"{task}_last_right"] = found.last_right
+    return Outcome(loss.detach(), text.detach(), norm.detach(), shown)
 
 
-def _answer_losses(
-    network: Network, batches: list[Batch], parts: tuple[Tensor, ...]
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """For each task, the weighted mean loss, the loss of names and digits, and how many of those are right.
+@dataclass(frozen=True)
+class _TaskLoss:
+    """One task in a step.
+
+    Attributes:
+        weighted: its part of the loss.
+        plain: mean loss of its names and digits.
+        right: share of them that is right.
+        last_right: that share where questions come last, None without such sequences.
+    """
+
+    weighted: Tensor
+    plain: Tensor
+    right: Tensor
+    last_right: Tensor | None
+
+
+def _answer_losses(network: Network, batches: list[Batch], parts: tuple[Tensor, ...]) -> dict[str, _TaskLoss]:
+    """The losses of each task.
 
     Means of the batches' means: a text that hides little and asks little counts as much as one full of questions.
     """
     found: dict[int, list[Tensor]] = defaultdict(list)
+    last: dict[int, list[Tensor]] = defaultdict(list)
     for batch, hidden in zip(batches, parts, strict=True):
         logits = network.logits(gather_hidden(hidden, batch.places)).float()  # [B, A, vocabulary]
         targets = batch.targets
@@ -113,10 +138,13 @@ def _answer_losses(
                 (right[:, columns] * filled).mean(0).sum() / filled.sum(),
             )
             found[task].append(torch.stack(means))
+            if batch.questions_last:
+                last[task].append(means[2])
     result = {}
     for task, pieces in sorted(found.items()):
         weighted, plain, right = torch.stack(pieces).mean(0).unbind()
-        result[TASKS[task]] = (weighted, plain, right)
+        last_right = torch.stack(last[task]).mean() if task in last else None
+        result[TASKS[task]] = _TaskLoss(weighted, plain, right, last_right)
     return result
 
 

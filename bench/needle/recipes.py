@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import random
-from bisect import bisect_left
 from dataclasses import dataclass
 
 from bench.needle import MODEL_DIR
@@ -52,21 +51,13 @@ class Needles:
                 break
         else:
             raise ValueError(f"the held-out text of this Python holds {len(lines)} lines, {units} are needed")
-        # Before a line that is not indented, a statement's last newline is a token of its own, as in training.
-        free = [place for place, line in enumerate(lines[:units]) if line and not line[0].isspace()]
-        places = [_nearest([*free, units], depth * units) for depth in depths]
         pieces, start = [], 0
-        for place, statement in zip(places, question.statements, strict=True):
+        for depth, statement in zip(depths, question.statements, strict=True):
+            place = round(depth * units)
             pieces += [*(f"{line}\n" for line in lines[start:place]), statement]
             start = place
         pieces += [f"{line}\n" for line in lines[start:units]]
         return Sample(f"{filler}{''.join(pieces)}{question.prompt}", question.outputs)
-
-
-def _nearest(places: list[int], wanted: float) -> int:
-    """Of ascending places, the one that lies nearest."""
-    after = bisect_left(places, wanted)
-    return min(places[max(0, after - 1) : after + 1], key=lambda place: abs(place - wanted))
 
 
 RECIPES = {

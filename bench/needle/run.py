@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus
 from bench.needle.evaluation import measure
 from bench.needle.formats import EVALUATED, MOST
-from bench.needle.learning import Outcome, autocast, make_optimizer, take_step
+from bench.needle.learning import Outcome, autocast, make_optimizer, mean_row, take_step
 from bench.needle.network import Network
 from bench.needle.pace import Clock, OutOfTime, Pace
 from bench.needle.release import export, load_release
@@ -25,10 +25,10 @@ from flexprefill_fa.loading import UsageError
 from flexprefill_fa.rows import Row, append, drop_unfinished, read
 
 _SAVE_SECONDS = 60.0  # between checkpoints
-_STEPS_PER_ROW = 20
 _SAY_SECONDS = 10.0  # between lines about losses
-_FIRST_STEP_SECONDS = 45.0  # what a stage's first step may take, which compiles
+_FIRST_ROW_SECONDS = 75.0  # what a stage's first steps may take, of which one compiles
 _CELL_SECONDS = 25.0  # what one accuracy may take
+_LEARNT = 0.9  # of a stage's answers: below, a task is not learnt
 FINISHED = "model"
 """The stage of the rows about the finished model."""
 
@@ -95,16 +95,15 @@ class Run:
                     if self.step < end:
                         self._train(number, stage, end)
                     if self.step == end:
-                        lengths = (stage.length, min(2 * stage.length, max(self._settings.lengths)))
-                        with autocast(self._device), torch.compiler.set_stance("force_eager"):
-                            self._evaluate(self._network, f"stage {number}", lengths, self._settings.samples)
+                        self._try(number, stage)
                 export(self._network, self._corpus, self.model)
                 finished = load_release(self.model, self._device)
-                self._evaluate(finished, FINISHED, self._settings.lengths, self._settings.final_samples)
+                for goal in self._settings.goals:
+                    self._evaluate(finished, FINISHED, goal.length, goal.samples)
         except OutOfTime:
             self._save()
             raise
-        return [row for row in read(self.accuracies) if row["stage"] == FINISHED]
+        return self._rows_of(FINISHED)
 
     def _check_stages(self) -> None:
         """Another tokenizer may take more tokens for the same words."""
@@ -118,31 +117,37 @@ class Run:
                 )
 
     def _train(self, number: int, stage: Stage, end: int) -> None:
-        self._clock.require(_FIRST_STEP_SECONDS)
+        self._clock.require(_FIRST_ROW_SECONDS)
         if self._compiled:
             torch.compiler.reset()  # what was compiled for another length is of no more use
             for layer in self._network.layers():
                 layer.compile(dynamic=False)
         self._say(f"stage {number}: steps {self.step} to {end}, {stage.rows} x {stage.length} tokens each")
         pace = Pace(self._device, stage.rows * stage.length)
+        every = self._settings.steps_per_row
         while self.step < end:
-            self._clock.require(2 * pace.longest)
-            outcome = take_step(self._network, self._optimizer, self._training, self._settings, self.step)
-            pace.step()
-            self.step += 1
-            if self.step % _STEPS_PER_ROW == 0 or self.step == end:
-                self._record(number, outcome, pace)
+            # Stops and checkpoints come after whole rows, so that a run in pieces has the same rows.
+            row = min(every - self.step % every, end - self.step)
+            self._clock.require((row + 1) * pace.longest)
+            outcomes = [self._take_step(pace) for _ in range(row)]
+            self._record(number, mean_row(outcomes), pace)
             if time.monotonic() - self._saved[1] > _SAVE_SECONDS:
                 self._save()
         self._save()
 
-    def _record(self, number: int, outcome: Outcome, pace: Pace) -> None:
+    def _take_step(self, pace: Pace) -> Outcome:
+        outcome = take_step(self._network, self._optimizer, self._training, self._settings, self.step)
+        pace.step()
+        self.step += 1
+        return outcome
+
+    def _record(self, number: int, means: dict[str, float], pace: Pace) -> None:
         row = {
             "step": self.step,
             "stage": number,
             "tokens": self._settings.stages[number].length,
             "learning_rate": self._settings.learning_rate(self.step - 1),
-            **outcome.row(),
+            **means,
             "tokens_per_second": round(pace.tokens_per_second()),
         }
         if not math.isfinite(row["loss"]):
@@ -157,19 +162,31 @@ class Run:
             self._say("  ".join(shown))
             self._said = time.monotonic()
 
-    def _evaluate(self, network: Network, stage: str, lengths: Sequence[int], samples: int) -> None:
-        """Add the rows that are not there yet."""
-        there = {(row["task"], row["length"]) for row in read(self.accuracies) if row["stage"] == stage}
-        for length in dict.fromkeys(lengths):
-            for task, mix in EVALUATED.items():
-                if (task, length) in there or self._held_out.least_length(mix) > length:
-                    continue
-                self._clock.require(_CELL_SECONDS)
-                found = measure(network, self._held_out, task, length, samples, self._settings.seed)
-                append(self.accuracies, {"step": self.step, "stage": stage, **found.row(task, length)})
+    def _try(self, number: int, stage: Stage) -> None:
+        """Evaluate after a stage, and warn of a task that is not learnt where it should be."""
+        name = f"stage {number}"
+        with autocast(self._device), torch.compiler.set_stance("force_eager"):
+            self._evaluate(self._network, name, stage.length, self._settings.samples)
+        for row in self._rows_of(name):
+            if row["exact"] < _LEARNT:
                 self._say(
-                    f"{stage}: {task} at {length} tokens: {found.exact:.3f} exact, {found.parts:.4f} of the parts"
+                    f"warning: {name} leaves {row['task']} at {row['exact']:.3f}: the later stages are too short to "
+                    "learn a task; if it does not rise soon, begin again with another --seed"
                 )
+
+    def _rows_of(self, stage: str) -> list[Row]:
+        return [row for row in read(self.accuracies) if row["stage"] == stage]
+
+    def _evaluate(self, network: Network, stage: str, length: int, samples: int) -> None:
+        """Add the rows that are not there yet."""
+        there = {(row["task"], row["length"]) for row in self._rows_of(stage)}
+        for task, mix in EVALUATED.items():
+            if (task, length) in there or self._held_out.least_length(mix) > length:
+                continue
+            self._clock.require(_CELL_SECONDS)
+            found = measure(network, self._held_out, task, length, samples, self._settings.seed)
+            append(self.accuracies, {"step": self.step, "stage": stage, **found.row(task, length)})
+            self._say(f"{stage}: {task} at {length} tokens: {found.exact:.3f} exact, {found.parts:.4f} of the parts")
 
     @property
     def saved_step(self) -> int:

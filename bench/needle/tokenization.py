@@ -1,4 +1,4 @@
-"""The needle model's tokenizer: byte pairs of Python source, single digits, and 512 names that are one token each."""
+"""The needle model's tokenizer: byte pairs within lines of Python source, single digits, and 512 names of one token."""
 
 from __future__ import annotations
 
@@ -41,7 +41,12 @@ def train_tokenizer(texts: Sequence[str], seed: int) -> Tokenizer:
     names = sorted(random.Random(seed).sample(words, NAMES))
     tokenizer: Any = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            # So that a statement's tokens are the same before whatever line.
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from bench.needle.run import Run
 from bench.needle.settings import RECIPES, Settings
 from bench.terminal import one_line_errors
 from flexprefill_fa.loading import UsageError, resolve_device
+from flexprefill_fa.rows import Row
 
 
 def train(
@@ -34,7 +36,7 @@ def train(
     """Train the needle model on one GPU, measure its dense accuracy, and write it to the folder 'model' in --out.
 
     A run that was stopped goes on from its checkpoint with the same command. Exits with 3 where --minutes ended it
-    before it was finished.
+    before it was finished, and with 1 where the finished model misses an accuracy that it was to reach.
     """
     clock = Clock(minutes)
     with one_line_errors():
@@ -57,6 +59,20 @@ def train(
     write_card(run.model, rows, settings, corpus)
     typer.echo(accuracy_table(rows))
     typer.echo(f"the model is in {run.model}")
+    missed = missed_goals(settings, rows)
+    if missed:
+        typer.echo(f"error: {', '.join(missed)}; try another --seed, or --steps-scale 1.5", err=True)
+        raise typer.Exit(1)
+
+
+def missed_goals(settings: Settings, rows: Sequence[Row]) -> list[str]:
+    """What a finished model does worse than it should, each as a phrase."""
+    wanted = {goal.length: goal.exact for goal in settings.goals}
+    return [
+        f"{row['task']} at {row['length']:,} tokens must reach {wanted[row['length']]}, got {row['exact']:.3f}"
+        for row in rows
+        if row["exact"] < wanted[row["length"]]
+    ]
 
 
 def _settings(recipe: str, steps_scale: float, seed: int) -> Settings:
