@@ -65,7 +65,7 @@ def test_rows_resume_repeat_and_carry_their_conditions(tmp_path: Path, monkeypat
     first, dense, flex = read(out)
     assert first == other and [json.loads(line) for line in result.stdout.splitlines()] == [dense, flex]
     assert dense["selector"] == "dense" and dense["settings"] == {} and dense["density"] == dense["recall"] == 1
-    assert dense["accuracy"] == 1 and dense["wrong"] == []
+    assert dense["accuracy"] == 1 and dense["wrong"] == [] and dense["metric"] == "exact"
     assert flex["selector"] == "flexprefill" and flex["settings"]["gamma"] == 0.5
     assert 0.1 < flex["density"] < 0.9 and 0.5 < flex["recall"] < 1 and flex["recall_min"] <= flex["recall"]
     for row in (dense, flex):
@@ -221,3 +221,6 @@ def test_what_lm_eval_asks_takes_exactly_the_budget() -> None:
         task.build_all_requests(limit=1, rank=0, world_size=1)
         prompt = task.instances[0].args[0]
         assert len(tokenizer(prompt)["input_ids"]) + task.config.generation_kwargs["max_gen_toks"] == 6000, name
+        assert list(task.higher_is_better()) == ["string_match" if name.startswith("offline_") else "exact"]
+        doc = next(iter(task.test_docs()))
+        assert task.process_results(doc, [", ".join(doc["outputs"])]) == dict.fromkeys(task.higher_is_better(), 1.0)
