@@ -15,7 +15,18 @@ from flexprefill_fa.rows import Row, latest
 MARGIN = 0.02
 """How far below dense attention an accuracy may lie before it is marked."""
 
-_CONDITIONS = ("model", "model_sha256", "gpu", "dtype", "seed", "samples", "chat_template", "task", "metric")
+_CONDITIONS = (
+    "model",
+    "model_sha256",
+    "gpu",
+    "dtype",
+    "seed",
+    "samples",
+    "chat_template",
+    "task",
+    "task_version",
+    "metric",
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,12 @@ class TaskTable:
     task: str
     lengths: tuple[int | None, ...]
     lines: tuple[Line, ...]
+
+    @property
+    def title(self) -> str:
+        """The task, with its version if it has one."""
+        version = self.rows()[0]["task_version"]
+        return self.task if version is None else f"{self.task} version {version}"
 
     def row(self, name: str, length: int | None) -> Row | None:
         """The row of a line at a length, if it was measured."""
@@ -135,7 +152,7 @@ def _caption(table: TaskTable) -> str:
     measured = " and ".join(sorted({str(row["measured_prompts"]) for row in rows}))
     dates = ", ".join(dict.fromkeys(row["timing"]["date"] for row in rows))
     return (
-        f"**{row['task']}** ({row['metric']}), {row['samples']} samples a cell, seed {row['seed']}, "
+        f"**{table.title}** ({row['metric']}), {row['samples']} samples a cell, seed {row['seed']}, "
         f"model {model_of(row)}. "
         f"Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
         f"Recall as the mean over heads (the worst head). {row['gpu']}, {row['dtype']}, {versions}, "

@@ -18,6 +18,7 @@ def row(task: str, length: int, accuracy: float, **fields: Any) -> dict[str, Any
     known = {
         "kind": "accuracy", "model": "m", "model_sha256": "0123456789abcdef", "gpu": "X", "dtype": "bfloat16",
         "seed": 0, "samples": 100, "chat_template": False, "metric": "string_match", "task": f"needle_{task}",
+        "task_version": 1.0,
         "length": length, "selector": "dense", "settings": {}, "mean_correction": False, "accuracy": accuracy,
         "density": 1.0, "recall": 1.0, "recall_min": 1.0, "measured_prompts": 2, "torch": "2", "triton": "3",
         "flash_attn_4": None, "transformers": "5", "lm_eval": "0.4", "commit": "c",
@@ -58,10 +59,17 @@ def test_other_models_have_tables_of_their_own() -> None:
 
 
 def test_a_table_for_each_task() -> None:
-    single, vt = accuracy_tables(ROWS).split("**needle_vt**")
+    single, vt = accuracy_tables(ROWS).split("**needle_vt version 1.0**")
     assert "| dense | 1.00 | 1.00 | 1 | 10.0 (1.0x) | 10.0 (1.0x) |" in single
     assert "| flexprefill, gamma 0.9 | 1.00 (0.40) | - | - | 5.0 (2.0x) | - |" in single
     assert "| flexprefill, gamma 0.9 | **0.95** (0.60) | 0.88 (0.30) | 0.900 (0.50) | 5.0 (2.0x) | 5.0 (2.0x) |" in vt
+
+
+def test_versions_of_a_task_are_not_mixed() -> None:
+    text = accuracy_tables([row("vt", 4096, 0.5), sparse("vt", 4096, 0.4, 0.3) | {"task_version": None}])
+    first, second = text.split("**needle_vt**")
+    assert first.startswith("**needle_vt version 1.0** (string_match)") and "flexprefill" not in first
+    assert "| flexprefill, gamma 0.9 | 0.40 (0.30) |" in second and "| dense" not in second
 
 
 def test_a_plot_of_more_tasks_than_fit_side_by_side(tmp_path: Path) -> None:
