@@ -5,19 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from bench.accuracy_tables import MARGIN, TaskTable, is_below, model_of, task_tables, tokens_of
+from bench.accuracy_tables import MARGIN, TaskTable, drawing_of, is_below, model_of, task_tables, tokens_of
 from bench.tables import distinct, markdown_table
 from flexprefill_fa.loading import DENSE
 from flexprefill_fa.rows import Row
 
 
 def accuracy_summaries(rows: Iterable[Row]) -> str:
-    """One table for each model, GPU and dtype that rows are of."""
-    groups: dict[tuple[str, ...], list[TaskTable]] = {}
+    """One table for all tasks that were asked under the same conditions; of each, the version whose rows begin last."""
+    groups: dict[str, dict[str, TaskTable]] = {}
     for table in task_tables(rows):
-        row = table.rows()[0]
-        groups.setdefault((row["model_sha256"], row["gpu"], row["dtype"]), []).append(table)
-    return "\n\n".join(_markdown(tables) for tables in groups.values())
+        groups.setdefault(table.conditions, {})[table.task] = table
+    return "\n\n".join(_markdown(list(tables.values())) for tables in groups.values())
 
 
 def _markdown(tables: Sequence[TaskTable]) -> str:
@@ -49,10 +48,10 @@ def _is_below(table: TaskTable, name: str, length: int | None) -> bool:
 
 def _caption(tables: Sequence[TaskTable]) -> str:
     rows = [row for table in tables for row in table.rows()]
-    names = ", ".join(table.task for table in tables)
-    samples = " or ".join(str(count) for count in sorted({row["samples"] for row in rows}))
+    row = rows[0]
+    names = ", ".join(table.title for table in tables)
     return (
-        f"**{model_of(rows[0])}**, mean accuracy on {names}, {samples} samples a task and length; then the worst task, "
-        f"and in brackets the mean density. Bold: more than {MARGIN} below dense on a task. {rows[0]['gpu']}, "
-        f"{rows[0]['dtype']}, commit {distinct(rows, 'commit')}."
+        f"**{model_of(row)}**, mean accuracy ({row['metric']}) on {names}, {row['samples']} samples a task and length, "
+        f"{drawing_of(row)}; then the worst task, and in brackets the mean density. Bold: more than {MARGIN} below "
+        f"dense on a task. {row['gpu']}, {row['dtype']}, commit {distinct(rows, 'commit')}."
     )

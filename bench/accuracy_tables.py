@@ -15,7 +15,21 @@ from flexprefill_fa.rows import Row, latest
 MARGIN = 0.02
 """How far below dense attention an accuracy may lie before it is marked."""
 
-_CONDITIONS = ("model", "model_sha256", "gpu", "dtype", "seed", "samples", "chat_template", "task", "metric")
+_CONDITIONS = (
+    "model",
+    "model_sha256",
+    "gpu",
+    "dtype",
+    "seed",
+    "samples",
+    "chat_template",
+    "task",
+    "task_version",
+    "metric",
+)
+"""What the rows of a table have in common."""
+
+_OF_THE_TASK = ("task", "task_version")
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,17 @@ class TaskTable:
     lengths: tuple[int | None, ...]
     lines: tuple[Line, ...]
 
+    @property
+    def title(self) -> str:
+        """The task, with its version if it has one."""
+        version = self.rows()[0]["task_version"]
+        return self.task if version is None else f"{self.task} version {version}"
+
+    @property
+    def conditions(self) -> str:
+        """What its rows have in common but the task: tables of other tasks with the same may be summed up together."""
+        return _key(self.rows()[0], [name for name in _CONDITIONS if name not in _OF_THE_TASK])
+
     def row(self, name: str, length: int | None) -> Row | None:
         """The row of a line at a length, if it was measured."""
         return next((line.by_length.get(length) for line in self.lines if line.name == name), None)
@@ -47,12 +72,15 @@ def task_tables(rows: Iterable[Row]) -> list[TaskTable]:
     """The accuracy rows among `rows`, the latest of each cell, one table per task and conditions."""
     found: dict[str, list[Row]] = {}
     for row in latest((row for row in rows if row["kind"] == ACCURACY_KIND), _cell):
-        found.setdefault(json.dumps([row[name] for name in _CONDITIONS]), []).append(row)
+        found.setdefault(_key(row, _CONDITIONS), []).append(row)
     return [_table_of(group) for group in found.values()]
 
 
 def _cell(row: Row) -> str:
-    names = (*_CONDITIONS, "length", "selector", "settings", "mean_correction")
+    return _key(row, (*_CONDITIONS, "length", "selector", "settings", "mean_correction"))
+
+
+def _key(row: Row, names: Sequence[str]) -> str:
     return json.dumps([row[name] for name in names], sort_keys=True)
 
 
@@ -123,6 +151,11 @@ def _time(row: Row | None, dense: Row | None) -> str:
     return f"{time:.1f} ({before / time:.1f}x)" if before else f"{time:.1f}"
 
 
+def drawing_of(row: Row) -> str:
+    """How the prompts were made."""
+    return f"seed {row['seed']}{', chat template' if row['chat_template'] else ''}"
+
+
 def model_of(row: Row) -> str:
     """A model's name and the beginning of its hash."""
     return f"{row['model']} (SHA-256 {row['model_sha256'][:10]})"
@@ -135,7 +168,7 @@ def _caption(table: TaskTable) -> str:
     measured = " and ".join(sorted({str(row["measured_prompts"]) for row in rows}))
     dates = ", ".join(dict.fromkeys(row["timing"]["date"] for row in rows))
     return (
-        f"**{row['task']}** ({row['metric']}), {row['samples']} samples a cell, seed {row['seed']}, "
+        f"**{table.title}** ({row['metric']}), {row['samples']} samples a cell, {drawing_of(row)}, "
         f"model {model_of(row)}. "
         f"Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
         f"Recall as the mean over heads (the worst head). {row['gpu']}, {row['dtype']}, {versions}, "

@@ -124,7 +124,7 @@ def draw_accuracy(results: Path) -> Path | None:
             style = {"marker": markers[row["length"] or 0], "color": colours[row["selector"]]}
             axes.plot(row["density"], row["accuracy"], markersize=5, alpha=0.8, **style)
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set(title=table.task, xlabel="density", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.05))
+        axes.set(title=table.title, xlabel="density", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.05))
         axes.set_xticks(_DENSITY_TICKS, [f"{tick:.0%}" for tick in _DENSITY_TICKS])
         axes.set_xlim(0.9 * min((row["density"] for row in here), default=0.1), 1.1)
         axes.minorticks_off()

@@ -18,6 +18,7 @@ def row(task: str, length: int, accuracy: float, **fields: Any) -> dict[str, Any
     known = {
         "kind": "accuracy", "model": "m", "model_sha256": "0123456789abcdef", "gpu": "X", "dtype": "bfloat16",
         "seed": 0, "samples": 100, "chat_template": False, "metric": "string_match", "task": f"needle_{task}",
+        "task_version": 1.0,
         "length": length, "selector": "dense", "settings": {}, "mean_correction": False, "accuracy": accuracy,
         "density": 1.0, "recall": 1.0, "recall_min": 1.0, "measured_prompts": 2, "torch": "2", "triton": "3",
         "flash_attn_4": None, "transformers": "5", "lm_eval": "0.4", "commit": "c",
@@ -44,7 +45,8 @@ ROWS = [
 
 def test_one_table_for_all_tasks() -> None:
     caption, _, header, _, dense, flexprefill = accuracy_summaries(ROWS).splitlines()
-    assert caption.startswith("**m (SHA-256 0123456789)**, mean accuracy on needle_single, needle_vt, 100 samples")
+    tasks = "needle_single version 1.0, needle_vt version 1.0, 100 samples a task and length, seed 0; then"
+    assert caption.startswith(f"**m (SHA-256 0123456789)**, mean accuracy (string_match) on {tasks}")
     assert header == "| selector | 4,096 | 8,192 |"
     assert dense == "| dense | 0.99, vt 0.98 | 0.95, vt 0.90 |"
     # At 4,096 one task is 0.03 below dense, which the mean does not show; at 8,192 one is 0.02 below, another missing.
@@ -52,16 +54,48 @@ def test_one_table_for_all_tasks() -> None:
     assert accuracy_summaries([]) == ""
 
 
-def test_other_models_have_tables_of_their_own() -> None:
-    text = accuracy_summaries([*ROWS, row("single", 4096, 0.5, model_sha256="f" * 64)])
-    assert text.count("**m (SHA-256") == 2 and "| dense | 0.50, single 0.50 |" in text
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("model", "n", "**n (SHA-256 0123456789)**"),
+        ("model_sha256", "f" * 64, "**m (SHA-256 ffffffffff)**"),
+        ("gpu", "Y", " Y, bfloat16, commit c."),
+        ("dtype", "float32", " X, float32, commit c."),
+        ("seed", 1, "seed 1; then"),
+        ("samples", 50, "50 samples"),
+        ("chat_template", True, "seed 0, chat template; then"),
+        ("metric", "exact", "mean accuracy (exact) on needle_single version 1.0, 100"),
+    ],
+)
+def test_other_conditions_have_tables_of_their_own(name: str, value: Any, told: str) -> None:
+    summary = accuracy_summaries(ROWS)
+    text = accuracy_summaries([*ROWS, row("single", 4096, 0.5, **{name: value})])
+    assert text.startswith(f"{summary}\n\n") and told not in summary
+    caption, _, _, _, dense = text.removeprefix(f"{summary}\n\n").splitlines()
+    assert told in caption and dense == "| dense | 0.50, single 0.50 |"
+
+
+def test_a_summary_has_one_version_of_each_task() -> None:
+    newer = row("vt", 4096, 0.5, task_version=2.0)
+    caption, _, header, _, dense, flexprefill = accuracy_summaries([*ROWS, newer]).splitlines()
+    assert "on needle_single version 1.0, needle_vt version 2.0, 100 samples" in caption
+    assert header == "| selector | 4,096 | 8,192 |"
+    assert dense == "| dense | 0.75, vt 0.50 | 1.00 |"
+    assert flexprefill == "| flexprefill, gamma 0.9 | 1.00 (0.40), 1 of 2 tasks | - |"
 
 
 def test_a_table_for_each_task() -> None:
-    single, vt = accuracy_tables(ROWS).split("**needle_vt**")
+    single, vt = accuracy_tables(ROWS).split("**needle_vt version 1.0**")
     assert "| dense | 1.00 | 1.00 | 1 | 10.0 (1.0x) | 10.0 (1.0x) |" in single
     assert "| flexprefill, gamma 0.9 | 1.00 (0.40) | - | - | 5.0 (2.0x) | - |" in single
     assert "| flexprefill, gamma 0.9 | **0.95** (0.60) | 0.88 (0.30) | 0.900 (0.50) | 5.0 (2.0x) | 5.0 (2.0x) |" in vt
+
+
+def test_versions_of_a_task_are_not_mixed() -> None:
+    text = accuracy_tables([row("vt", 4096, 0.5), sparse("vt", 4096, 0.4, 0.3) | {"task_version": None}])
+    first, second = text.split("**needle_vt**")
+    assert first.startswith("**needle_vt version 1.0** (string_match)") and "flexprefill" not in first
+    assert "| flexprefill, gamma 0.9 | 0.40 (0.30) |" in second and "| dense" not in second
 
 
 def test_a_plot_of_more_tasks_than_fit_side_by_side(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from bench.needle import MODEL_DIR
 from flexprefill_fa.cli import app
 from flexprefill_fa.evaluation.budget import Sample
 from flexprefill_fa.evaluation.cells import Evaluation
-from flexprefill_fa.evaluation.harness import Tasks
+from flexprefill_fa.evaluation.harness import _NEEDLE_TASKS, Tasks
 from flexprefill_fa.evaluation.task_data import token_counter
 from flexprefill_fa.rows import Row, read
 
@@ -65,13 +65,14 @@ def test_rows_resume_repeat_and_carry_their_conditions(tmp_path: Path, monkeypat
     first, dense, flex = read(out)
     assert first == other and [json.loads(line) for line in result.stdout.splitlines()] == [dense, flex]
     assert dense["selector"] == "dense" and dense["settings"] == {} and dense["density"] == dense["recall"] == 1
-    assert dense["accuracy"] == 1 and dense["wrong"] == []
+    assert dense["accuracy"] == 1 and dense["wrong"] == [] and dense["metric"] == "exact"
     assert flex["selector"] == "flexprefill" and flex["settings"]["gamma"] == 0.5
     assert 0.1 < flex["density"] < 0.9 and 0.5 < flex["recall"] < 1 and flex["recall_min"] <= flex["recall"]
     for row in (dense, flex):
         assert row["kind"] == "accuracy" and row["task"] == "needle_single" and row["length"] == LENGTH
         assert (
-            row["limit"] == row["samples"] == 2
+            row["task_version"] == 3.0
+            and row["limit"] == row["samples"] == 2
             and row["truncated"] == 0
             and row["seed"] == 0
             and row["dtype"] == "float32"
@@ -117,6 +118,7 @@ def test_lm_evals_own_task_runs_sparse(short_model: Path, tmp_path: Path) -> Non
     assert [json.loads(line) for line in result.stdout.splitlines()] == rows and len(rows) == 1
     row = rows[0]
     assert row["task"] == "niah_single_1" and row["length"] == 2048 and row["metric"] == "2048"
+    assert row["task_version"] == 1.0
     assert row["density"] < 0.9, "the prompt ran dense"
     assert row["timing"]["prefill_ms"] is None
 
@@ -195,6 +197,22 @@ def test_prompts_of_other_rows_are_not_mixed(
     assert result.exit_code == 2 and "other prompts than its earlier rows" in result.stderr
 
 
+def test_rows_of_another_version_of_a_task_do_not_count(tmp_path: Path, short_model: Path) -> None:
+    include, out = tmp_path / "tasks", tmp_path / "rows.jsonl"
+    include.mkdir()
+    options = ("--tasks", "mine", "--selector", "dense", "--measured-prompts", "0", "--samples", "1")
+    options = (*options, "--include-path", str(include))
+    for number, metadata in enumerate(("metadata:\n  version: 1.0\n", "metadata:\n  version: 2.0\n", "")):
+        base = (_NEEDLE_TASKS / "needle_single.yaml").read_text().partition("metadata:")[0]
+        (include / "mine.yaml").write_text(base.replace("needle_single", "mine") + metadata)
+        assert evaluate(out, *options, model=short_model).exit_code == 0
+        rows = read(out)
+        assert [row["task_version"] for row in rows] == [1.0, 2.0, None][: number + 1]
+        # Another version may have other prompts.
+        out.write_text("".join(json.dumps(row | {"prompts_sha256": "0" * 64}) + "\n" for row in rows))
+    assert "already" in evaluate(out, *options, model=short_model).stderr and len(read(out)) == 3
+
+
 @pytest.mark.parametrize("prefix", ["", "The answer is"])
 def test_a_chat_template_counts_too(prefix: str) -> None:
     from transformers import AutoTokenizer
@@ -221,3 +239,6 @@ def test_what_lm_eval_asks_takes_exactly_the_budget() -> None:
         task.build_all_requests(limit=1, rank=0, world_size=1)
         prompt = task.instances[0].args[0]
         assert len(tokenizer(prompt)["input_ids"]) + task.config.generation_kwargs["max_gen_toks"] == 6000, name
+        assert list(task.higher_is_better()) == ["string_match" if name.startswith("offline_") else "exact"]
+        doc = next(iter(task.test_docs()))
+        assert task.process_results(doc, [", ".join(doc["outputs"])]) == dict.fromkeys(task.higher_is_better(), 1.0)

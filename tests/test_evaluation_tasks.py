@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bench.needle import recipes
+from bench.needle.formats import EVALUATED
+from bench.needle.questions import draw
 from flexprefill_fa.evaluation.budget import BudgetError, CountTokens, Recipe, Sample, fit
 from flexprefill_fa.evaluation.ruler import RECIPES, Niah, score
 
@@ -117,6 +119,50 @@ def test_parameters_are_those_that_ruler_publishes() -> None:
 )
 def test_score_is_the_share_of_outputs_found_in_any_case(text: str, expected: float) -> None:
     assert score(text, ["abc", "DEF"]) == expected
+
+
+@pytest.mark.parametrize("task", EVALUATED)
+def test_a_needle_answer_is_right_as_a_whole(task: str) -> None:
+    names = [f"#{first}{second}{end}" for first in "abcdefgh" for second in "abcde" for end in ("open", "opened")]
+    for seed in range(20):
+        question = draw(EVALUATED[task], names, random.Random(seed))
+        assert exact(question.answer, *question.outputs) == 1
+        assert exact(question.answer[:-1], *question.outputs) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "outputs", "expected"),
+    [
+        ("0123456", ["0123456"], 1),
+        (" 0123456.\n", ["0123456"], 1),
+        ("0123457", ["0123456"], 0),
+        ("01234567", ["0123456"], 0),
+        ("x0123456", ["0123456"], 0),
+        ("012345", ["0123456"], 0),
+        ("", ["0123456"], 0),
+        ("0123456, 7654321", ["0123456"], 0),
+        ("0123456, 2 for #key is 7654321", ["0123456", "7654321"], 1),
+        ("0123456, 2 for #key is 7654321", ["7654321", "0123456"], 0),
+        ("0123456, 2 for #key is 0123456", ["0123456", "7654321"], 0),
+        ("0123456, for #key is 7654321", ["0123456", "7654321"], 1),
+        ("#open, #closed", ["#open", "#closed"], 1),
+        ("#opened, #closed", ["#open", "#closed"], 0),
+        ("#open, #closed", ["#opened", "#closed"], 0),
+        ("#reopen, #closed", ["#open", "#closed"], 0),
+        ("#closed, #open", ["#open", "#closed"], 0),
+        ("#open#closed", ["#open", "#closed"], 0),
+        ("#open", ["#open", "#closed"], 0),
+        ("#open, #closed, #open", ["#open", "#closed"], 0),
+        ("#Open, #closed", ["#open", "#closed"], 0),
+    ],
+)
+def test_needle_answers_are_read_as_whole_words_in_order(text: str, outputs: list[str], expected: float) -> None:
+    assert exact(text, *outputs) == expected
+
+
+def exact(text: str, *outputs: str) -> float:
+    (score,) = recipes.process_results({"outputs": list(outputs)}, [text]).values()
+    return score
 
 
 def test_needles_in_one_line_of_haystack_are_all_hidden() -> None:

@@ -115,6 +115,7 @@ class Evaluation:
     def __init__(self, lm: FlexPrefillLM, tasks: Tasks, plan: EvaluationPlan, model: str, folder: str | Path):
         self._lm, self._tasks, self._plan = lm, tasks, plan
         self._folder, self._name = Path(folder).resolve(), model
+        self._versions = {name: tasks.version(name) for name in tasks.names}
         self._asked: dict[tuple[str, int | None], str] = {}  # task and length -> the hash of the prompts
         where = {name: value for name, value in environment(lm.device).items() if name != "date"}
         network: Any = lm.model
@@ -141,12 +142,12 @@ class Evaluation:
         """The cells that `done` has no row for; each task's data is made or read just before its first cell.
 
         Args:
-            done: rows of earlier runs; those of other kinds do not count.
+            done: rows of earlier runs; those of other kinds and tasks do not count.
             failed: called with a line about a task that cannot be asked (at one length, or at all); others go on.
         """
         finished = []
         for row in done:
-            if row["kind"] != ACCURACY_KIND:
+            if row["kind"] != ACCURACY_KIND or row["task"] not in self._versions:
                 continue
             finished.append(self._identity(row))
             if finished[-1] in [self._known(row["task"], row["length"], choice) for choice in self._plan.choices]:
@@ -187,6 +188,7 @@ class Evaluation:
         return {
             **self._conditions,
             "task": task,
+            "task_version": self._versions[task],
             "length": length,
             "limit": self._plan.samples,
             "selector": choice.name,

@@ -170,12 +170,17 @@ class Tasks:
             kinds[name_of] = datasets.Sequence(value) if kind.get("sequence") else value
         return {**config, "dataset_kwargs": {**config["dataset_kwargs"], "features": datasets.Features(kinds)}}
 
-    def _config(self, name: str) -> dict[str, Any]:
-        """What a task's file says, with what it includes."""
+    def version(self, name: str) -> Any:
+        """The version in the metadata of a task's file; None without one."""
+        metadata = self._config(name, functions=False).get("metadata")
+        return metadata.get("version") if isinstance(metadata, dict) else None
+
+    def _config(self, name: str, functions: bool = True) -> dict[str, Any]:
+        """What a task's file says, with what it includes; its functions are imported, or left as names."""
         from lm_eval.tasks._yaml_loader import load_yaml
 
         entry = self.manager.task_index[name]
-        return load_yaml(entry.yaml_path, resolve_func=True) if entry.yaml_path else {}
+        return load_yaml(entry.yaml_path, resolve_func=functions) if entry.yaml_path else {}
 
     def _data_problem(self, name: str, error: Exception) -> str:
         wanted = self._config(name).get("dataset_path") or "what its task file names"

@@ -8,8 +8,6 @@ from typing import Any
 from flexprefill_fa.evaluation.budget import CountTokens, Recipe, Sample, fit
 from flexprefill_fa.evaluation.ruler import score
 
-METRIC = "string_match"
-
 
 def dataset(
     recipe: Recipe,
@@ -94,8 +92,8 @@ def _chat(tokenizer: Any, sample: Sample) -> str:
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """The score of one answer."""
-    return {METRIC: score(results[0], doc["outputs"])}
+    """RULER's score of one answer."""
+    return {"string_match": score(results[0], doc["outputs"])}
 
 
 def takes_budget(function: Any) -> bool:
