@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from bench.needle import MODEL_DIR
 from bench.needle.prompts import ANSWER_DIGITS, build_prompt, is_correct, key_words
+from bench.needle.source import ascii_text, held_out_files
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +69,22 @@ def test_the_named_least_length_is_enough(tokenizer: Tokenizer) -> None:
         build_prompt(tokenizer, least - 1, needles=2)
 
 
-def test_more_tokens_than_the_standard_library_are_refused(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bench.needle.prompts.source_files", lambda: ())
-    with pytest.raises(ValueError, match="standard library of this Python holds 0 tokens"):
+def test_the_text_is_what_the_model_was_not_trained_on(tokenizer: Tokenizer) -> None:
+    """Of a prompt's text without its needles, every line stands in a held-out file."""
+    held_out = "".join(map(ascii_text, held_out_files()))
+    prompt = build_prompt(tokenizer, 30_000, needles=1)
+    before = tokenizer.decode(prompt.token_ids[: prompt.positions[0]])
+    behind = tokenizer.decode(prompt.token_ids[prompt.positions[0] :]).split(".\n", 1)[1].split("\nQuestion: ")[0]
+    lines = [*before.split("\n"), *behind.split("\n")]
+    assert len(lines) > 1000
+    assert [line for line in lines if line not in held_out] == []
+
+
+def test_more_tokens_than_the_held_out_text_are_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"the held-out text of this Python holds \d{6} tokens, \d{7} are needed"):
+        build_prompt(tokenizer, 2 * 10**6)
+    monkeypatch.setattr("bench.needle.prompts.held_out_files", lambda: ())
+    with pytest.raises(ValueError, match="the held-out text of this Python holds 0 tokens"):
         build_prompt(tokenizer, 1000)
 
 

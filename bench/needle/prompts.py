@@ -1,7 +1,8 @@
 """The needle task: 7-digit numbers hidden in real Python source, and a question about one of them.
 
-The source is the standard library of the running interpreter, so a prompt is a function of the Python version and
-the seed. The phrases are those the model was trained on, token for token; every key is one token, `#word`.
+The source is what the model was not trained on of the running interpreter's standard library, more than half a million
+tokens in Python 3.11, so a prompt is a function of the Python version and the seed. The phrases are those the model was
+trained on, token for token; every key is one token, `#word`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.needle.source import shuffled, source_files
+from bench.needle.source import held_out_files, shuffled
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -110,8 +111,8 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _source_tokens(tokenizer: Tokenizer, count: int, rng: random.Random) -> list[int]:
     source: list[int] = []
-    for text in shuffled(source_files(), rng):
+    for text in shuffled(held_out_files(), rng):
         source += _encode(tokenizer, text)
         if len(source) >= count:
             return source[:count]
-    raise ValueError(f"the standard library of this Python holds {len(source)} tokens of source, {count} are needed")
+    raise ValueError(f"the held-out text of this Python holds {len(source)} tokens, {count} are needed")
