@@ -97,9 +97,37 @@ def drop_unfinished(path: Path) -> None:
     try:
         json.loads(last)
     except ValueError:
-        path.write_bytes(data[: -len(last)])
+        _replace(path, data[: -len(last)])
     else:
-        path.write_bytes(data + b"\n")
+        _replace(path, data + b"\n")
+
+
+def keep(path: Path, wanted: Callable[[Row], bool]) -> None:
+    """Leave out the rows that are not wanted, and a last one that was not written whole; no file stays without rows.
+
+    A stop in between leaves the rows as they were.
+
+    Raises:
+        OSError: if the file cannot be read or written.
+        ValueError: naming the line that is not a JSON object.
+    """
+    if not path.exists():
+        return
+    drop_unfinished(path)
+    if kept := [row for row in read(path) if wanted(row)]:
+        _replace(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    else:
+        path.unlink()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> list[Row]:

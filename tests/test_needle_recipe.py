@@ -199,6 +199,41 @@ def test_a_stop_during_the_evaluation_repeats_nothing(
     assert path.read_text().splitlines() == lines
 
 
+def test_rows_outlive_a_crash_while_they_are_sorted_out(
+    corpus: Corpus, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the file operation that the machine stops at, the rows of the checkpoint's steps are still there."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run" / "curve.jsonl"
+    whole = path.read_text()
+    later = json.dumps({**read(path)[-1], "step": 5})
+
+    def stopping(file: Path, data: Any) -> None:
+        """Of what is written, half is; what is moved stays where it was."""
+        if isinstance(data, bytes):
+            file.open("wb").write(data[: len(data) // 2])
+        raise RuntimeError("the machine is gone")
+
+    for broken, beyond in (
+        ("os.replace", later + "\n"),
+        ("pathlib.Path.write_bytes", later + "\n"),
+        ("os.replace", later[:9]),
+    ):
+        path.write_text(whole + beyond)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(broken, stopping)
+            run_of(tmp_path / "run", corpus)
+        assert path.read_text() == whole + beyond
+        run_of(tmp_path / "run", corpus)
+        assert path.read_text() == whole
+        assert sorted(file.name for file in path.parent.iterdir()) == [
+            "accuracy.jsonl",
+            "checkpoint",
+            "curve.jsonl",
+            "model",
+        ]
+
+
 def test_a_loss_that_is_no_number_stops_the_run(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from bench.needle.pace import Clock, OutOfTime, Pace
 from bench.needle.release import export, load_release
 from bench.needle.settings import Settings, Stage
 from flexprefill_fa.loading import UsageError
-from flexprefill_fa.rows import Row, append, drop_unfinished, read
+from flexprefill_fa.rows import Row, append, keep, read
 
 _SAVE_SECONDS = 60.0  # between checkpoints
 _SAY_SECONDS = 10.0  # between lines about losses
@@ -74,8 +74,9 @@ class Run:
         self.step = checkpoint.load(self._checkpoint, self._network, self._optimizer, self._identity)
         self._saved = (self.step, time.monotonic())
         self._said = 0.0
+        # Rows of steps that the checkpoint does not have are from before a stop, and will be made again.
         for path in (self.curve, self.accuracies):
-            _keep_until(path, self.step)
+            keep(path, lambda row: row["step"] <= self.step)
 
     def finish(self) -> list[Row]:
         """Train, evaluate and export, all that is not done yet.
@@ -211,15 +212,3 @@ def attention_kernel(device: torch.device) -> Iterator[None]:
         return
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         yield
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Leave out the rows of steps that a checkpoint does not have, from before a stop; they will be made again."""
-    if not path.exists():
-        return
-    drop_unfinished(path)
-    kept = [row for row in read(path) if row["step"] <= step]
-    path.unlink()
-    if step:
-        for row in kept:
-            append(path, row)
