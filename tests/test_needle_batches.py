@@ -17,6 +17,7 @@ from bench.needle.corpus import encode
 from bench.needle.formats import ANSWER_DIGITS, EVALUATED, Form, Mix, all_forms, lay_out
 from bench.needle.prompts import key_words
 from bench.needle.source import ascii_text, held_out_files, is_held_out, source_files
+from bench.needle.tokenization import train_tokenizer
 from flexprefill_fa.evaluation.budget import fit
 
 if TYPE_CHECKING:
@@ -169,26 +170,106 @@ def test_several_questions_come_behind_all_statements(builder: Builder, needle_t
         assert len(re.findall("\nThe special magic number", before)) == 6 + 3 * 3
 
 
-@pytest.mark.parametrize("task", EVALUATED)
-def test_the_text_recipe_says_it_in_the_same_tokens(builder: Builder, needle_tokenizer: Tokenizer, task: str) -> None:
+STATEMENT = r"\nThe special magic number (?:\d )?for #\w+? is \d{7}\.\n|\nVAR #\w+ = (?:VAR #\w+|\d{5})\n"
+
+
+def neighbours(text: str) -> float:
+    """The share of a text's statements that stand directly behind another."""
+    spans = [match.span() for match in re.finditer(STATEMENT, text)]
+    ends = {end for _, end in spans}
+    return sum(start in ends for start, _ in spans) / len(spans)
+
+
+def test_heaped_statements_stand_together_at_a_few_places(builder: Builder, needle_tokenizer: Tokenizer) -> None:
+    def build(rows: int, heaped: float) -> list[str]:
+        generator = torch.Generator().manual_seed(7)
+        batch = builder.build(rows, 6000, EVERYTHING, generator, questions_last=True, heaped=heaped)
+        assert batch.places.amax(1).tolist() == [5999] * rows
+        return [needle_tokenizer.decode(row.tolist()) for row in batch.tokens]
+
+    for text in build(6, 1.0):
+        assert wrong_answers(text) == []
+        assert len(re.findall(STATEMENT, text)) == 6 + 3 * 3 + 3 * 5
+        assert neighbours(text) > 0.6
+        statements, *questions = text.split("\nQuestion: ")
+        assert len(questions) == 3 + 2 + 2 + 2 and questions[-1].endswith(".\n")
+        assert not any(re.search(STATEMENT, question) for question in questions)
+        assert 2 <= len(re.split(f"(?:{STATEMENT})+", statements)) - 1 <= 9, "places with statements"
+    assert max(neighbours(text) for text in build(6, 0.0)) < 0.2
+    shares = [neighbours(text) for text in build(60, 0.5)]
+    assert all(share < 0.2 or share > 0.6 for share in shares), "a sequence is heaped or not"
+    assert 20 <= sum(share > 0.6 for share in shares) <= 40
+
+
+@pytest.fixture(scope="module")
+def trained_tokenizer() -> Tokenizer:
+    """As the recipe makes it, of a part of the files."""
+    return train_tokenizer([ascii_text(file) for file in source_files() if not is_held_out(file)][:12], seed=0)
+
+
+@pytest.fixture
+def recipe_names(trained_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text recipes with the names of that tokenizer, whichever model there is."""
+    monkeypatch.setattr(recipes, "_names", lambda: tuple(key_words(trained_tokenizer)))
+
+
+def texts_of(task: str, tokenizer: Tokenizer, length: int, samples: int) -> list[str]:
+    """A text recipe's prompts, of exactly the tokens that were asked for."""
     recipe = recipes.RECIPES[task]
 
     def count(samples: list) -> list[int]:
-        return [len(needle_tokenizer.encode(sample.text).ids) for sample in samples]
+        return [len(tokenizer.encode(sample.text).ids) for sample in samples]
 
-    ((sample, tokens),) = fit(recipe, count, 3000, 1, 0)
-    prompt = needle_tokenizer.encode(sample.text).ids
-    assert len(prompt) == tokens == 3000 - recipe.new_tokens
+    found = fit(recipe, count, length, samples, 0)
+    assert [tokens for _, tokens in found] == [length - recipe.new_tokens] * samples
+    assert count([sample for sample, _ in found]) == [length - recipe.new_tokens] * samples
+    return [sample.text for sample, _ in found]
 
+
+@pytest.mark.usefixtures("recipe_names")
+@pytest.mark.parametrize("task", EVALUATED)
+def test_the_text_recipe_says_it_in_the_same_tokens(trained_tokenizer: Tokenizer, task: str) -> None:
+    builder = Builder(
+        trained_tokenizer,
+        encode(trained_tokenizer, [ascii_text(file) for file in held_out_files()[:4]]),
+        torch.device("cpu"),
+    )
     batch = builder.build(1, 1200, EVALUATED[task], torch.Generator().manual_seed(3), questions_last=True)
-    assert int(batch.scored.sum()) == recipe.new_tokens
-    pattern = r"\nThe special magic number (?:\d )?for #\w+? is \d{7}\.\n|\nVAR #\w+ = (?:VAR #\w+|\d{5})\n"
-    statements = re.findall(pattern, sample.text)
-    drawn = re.findall(pattern, needle_tokenizer.decode(batch.tokens[0].tolist()))
-    assert statements and len(statements) == len(drawn)
-    written = ",".join(map(str, prompt)) + ","
-    for statement in statements:
-        assert ",".join(map(str, needle_tokenizer.encode(statement).ids)) + "," in written, statement
+    assert int(batch.scored.sum()) == recipes.RECIPES[task].new_tokens
+    drawn = re.findall(STATEMENT, trained_tokenizer.decode(batch.tokens[0].tolist()))
+    for text in texts_of(task, trained_tokenizer, 3000, 2):
+        statements = re.findall(STATEMENT, text)
+        assert statements and len(statements) == len(drawn)
+        written = ",".join(map(str, trained_tokenizer.encode(text).ids)) + ","
+        for statement in statements:
+            assert ",".join(map(str, trained_tokenizer.encode(statement).ids)) + "," in written, statement
+
+
+@pytest.mark.usefixtures("recipe_names")
+@pytest.mark.parametrize("form", ["text", "tensors"])
+def test_statements_are_spread_over_the_text(trained_tokenizer: Tokenizer, form: str) -> None:
+    """The 20 statements of `vt`, by the source text before each: like 20 places that chance chose."""
+    samples = 24
+    if form == "text":
+        texts = texts_of("vt", trained_tokenizer, 3000, samples)
+    else:
+        source = encode(trained_tokenizer, [ascii_text(file) for file in held_out_files()[:4]])
+        builder = Builder(trained_tokenizer, source, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(8)
+        batch = builder.build(samples, 3000, EVALUATED["vt"], generator, questions_last=True)
+        texts = [trained_tokenizer.decode(row.tolist()) for row in batch.tokens]
+    rows = []
+    for text in texts:
+        pieces = [len(piece) for piece in re.split(STATEMENT, text[: text.rindex("\nQuestion: ")])]
+        assert len(pieces) == 21
+        rows.append(pieces)
+    gaps = torch.tensor(rows).double()
+    gaps /= gaps.sum(1, keepdim=True)
+    places = gaps.cumsum(1)[:, :-1].mean(0)
+    assert (places - torch.arange(1, 21) / 21).abs().max() < 0.1, f"mean places {places.tolist()}"
+    assert np.mean([neighbours(text) for text in texts]) < 0.15
+    assert gaps.max() < 0.6
+    assert 0.8 < 21 * gaps.std() < 1.2  # of 20 random places 0.95; of even ones 0
 
 
 @pytest.mark.parametrize(
