@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,9 +36,11 @@ It answers five kinds of questions at the end of a text, in exactly these words 
 A name is one of the {names} tokens `#word` of its tokenizer. Numbers have seven digits, values of variables five.
 
 Share of the questions whose whole answer is right, by greedy decoding after dense prefill, on text that it was not
-trained on ({samples} questions each):
+trained on:
 
 {accuracies}
+
+Questions of each task: {samples}.
 
 ## What it cannot do
 
@@ -53,9 +56,11 @@ From the standard library of Python {python}: {train} tokens of {train_files} fi
     python -m bench.needle.prepare
     python -m bench.needle.train
 
-Sequences of {lengths} tokens, {steps} steps of about {step_tokens} tokens, AdamW, bfloat16, seed {seed}
-(`bench/needle/settings.py`). Another Python version gives another corpus and other names.
-Library text: Python Software Foundation License.
+AdamW, bfloat16, seed {seed}, {steps} steps (`bench/needle/settings.py`), from short sequences to long ones:
+
+{stages}
+
+Another Python version gives another corpus and other names. Library text: Python Software Foundation License.
 """
 
 
@@ -77,7 +82,7 @@ def write_card(folder: Path, rows: Sequence[Row], settings: Settings, corpus: Co
         hidden=shape.hidden,
         tasks="\n".join(f"| {task} | {hidden} | {asked} |" for task, (hidden, asked) in _descriptions().items()),
         names=NAMES,
-        samples=min((row["samples"] for row in rows), default=0),
+        samples=_samples(rows),
         accuracies=accuracy_table(rows),
         longest=f"{max(stage.length for stage in settings.stages):,}",
         python=facts["python"],
@@ -85,10 +90,9 @@ def write_card(folder: Path, rows: Sequence[Row], settings: Settings, corpus: Co
         held_out=f"{facts['tokens']['held_out']:,}",
         train_files=facts["files"]["train"],
         held_out_files=facts["files"]["held_out"],
-        lengths=", ".join(f"{stage.length:,}" for stage in settings.stages),
         steps=f"{settings.steps:,}",
-        step_tokens=f"{max(stage.rows * stage.length for stage in settings.stages):,}",
         seed=settings.seed,
+        stages=_stage_table(settings),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -103,6 +107,24 @@ def accuracy_table(rows: Sequence[Row]) -> str:
     ]
     for task in EVALUATED:
         lines.append(f"| {task} | " + " | ".join(found.get((task, length), "-") for length in lengths) + " |")
+    return "\n".join(lines)
+
+
+def _samples(rows: Sequence[Row]) -> str:
+    """How many questions of a task each length had."""
+    lengths: dict[int, set[int]] = defaultdict(set)
+    for row in rows:
+        lengths[row["samples"]].add(row["length"])
+    return "; ".join(
+        f"{samples} at {', '.join(f'{length:,}' for length in sorted(found))} tokens"
+        for samples, found in sorted(lengths.items(), reverse=True)
+    )
+
+
+def _stage_table(settings: Settings) -> str:
+    """A Markdown table of the stages, a line for each."""
+    lines = ["| tokens of a sequence | sequences of a step | steps |", "| --- | --- | --- |"]
+    lines += [f"| {stage.length:,} | {stage.rows} | {stage.steps:,} |" for stage in settings.stages]
     return "\n".join(lines)
 
 
