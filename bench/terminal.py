@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -17,6 +18,22 @@ from flexprefill_fa.rows import Row, append
 
 one_line_errors = partial(loading.one_line_errors, (loading.UsageError, ValueError))
 """As `loading.one_line_errors`, for numbers that a workload refuses and broken rows too."""
+
+
+def require_packages(*names: str) -> None:
+    """Check that packages are here which the extra `bench` brings.
+
+    Raises:
+        UsageError: naming the extra to install.
+    """
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            reason = loading.first_line(error)
+            raise loading.UsageError(
+                f"this command needs {name}: pip install 'flexprefill-fa[bench]' ({reason})"
+            ) from error
 
 
 def plain(console: Console) -> Callable[[str], None]:

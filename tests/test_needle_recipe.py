@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +21,21 @@ from typer.testing import CliRunner, Result
 
 from bench.needle import checkpoint, learning
 from bench.needle.batches import Builder
+from bench.needle.card import write_card
 from bench.needle.corpus import Corpus, build_corpus, load_corpus
 from bench.needle.evaluate import evaluate
-from bench.needle.evaluation import predictions
+from bench.needle.evaluation import Accuracy, predictions
 from bench.needle.formats import EVALUATED, Mix
 from bench.needle.network import Network, Shape
 from bench.needle.pace import Clock, OutOfTime
 from bench.needle.prepare import prepare
 from bench.needle.prompts import key_words
 from bench.needle.release import export, load_release
-from bench.needle.run import Run
-from bench.needle.settings import FULL, TINY, Settings
+from bench.needle.run import Run, require_flash
+from bench.needle.settings import FULL, RECIPES, TINY, Goal, Settings
 from bench.needle.source import held_out_files
 from bench.needle.train import check_memory, train
+from bench.paths import ROOT
 from flexprefill_fa.loading import UsageError
 from flexprefill_fa.rows import read
 
@@ -122,6 +128,7 @@ def test_the_network_is_the_llama_that_is_released(corpus: Corpus, tmp_path: Pat
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert sum(parameter.numel() for parameter in model.parameters()) == ours.shape.parameters
     told = {name: value for name, value in ours.shape.config().items() if name != "dtype"}
+    assert {"hidden_size", "num_key_value_heads", "rope_parameters", "rms_norm_eps"} < told.keys()
     assert {name: getattr(model.config, name) for name in told} == told
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     words = "def f(x):\n    return 12 #" + key_words(corpus.tokenizer)[0][1:]
@@ -283,15 +290,21 @@ def test_learning_lowers_the_loss(corpus: Corpus) -> None:
         assert rows[-1][name] < 0.9 * rows[0][name], name
 
 
-def test_predictions_are_greedy_decoding(corpus: Corpus, whole_run: Path) -> None:
-    network = load_release(whole_run / "model", CPU).float()
-    builder = Builder(corpus.tokenizer, corpus.held_out, CPU)
-    mix = EVALUATED["single"]
-    batch = builder.build(1, 200, mix, torch.Generator().manual_seed(0), questions_last=True)
+def test_predictions_are_greedy_decoding(corpus: Corpus) -> None:
+    """Of a network that says something else at every place, from the tokens before the place alone."""
+    network = Network(TINY.shape)
     with torch.no_grad():
-        said = predictions(network, batch)[0, 0]
-        prompt = batch.tokens[:, : batch.places[0, 0]]
-        assert said == network.logits(network(prompt))[0, -1].argmax()
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    builder = Builder(corpus.tokenizer, corpus.held_out, CPU)
+    batch = builder.build(2, 450, EVALUATED["multiquery"], torch.Generator().manual_seed(0), questions_last=True)
+    with torch.no_grad():
+        said = predictions(network, batch)
+        assert said.shape == batch.places.shape
+        for tokens, places, words in zip(batch.tokens, batch.places, said, strict=True):
+            assert len(set(words.tolist())) > 20
+            for place, word in zip(places, words, strict=True):
+                assert word == network.logits(network(tokens[None, :place]))[0, -1].argmax()
 
 
 def test_a_steps_sequences_are_those_of_its_stage(corpus: Corpus) -> None:
@@ -322,6 +335,21 @@ def test_a_mix_with_few_questions_counts_as_much_as_one_with_many(
     assert found.last_right is None
 
 
+def test_what_is_right_where_questions_come_last_is_told_apart(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two batches one ends with its questions, and they alone are answered right."""
+    builder = Builder(corpus.tokenizer, corpus.train, CPU)
+    mix, generator = Mix(needles=4, asked=2), torch.Generator().manual_seed(0)
+    open_end, closed = (builder.build(1, 640, mix, generator, questions_last=last) for last in (False, True))
+    network = Network(TINY.shape)
+    right = torch.nn.functional.one_hot(closed.targets, TINY.shape.vocabulary).float()
+    said = iter((torch.zeros_like(right), right))
+    monkeypatch.setattr(network, "logits", lambda hidden: next(said))
+    parts = tuple(torch.zeros(1, 640, TINY.shape.hidden) for _ in range(2))
+    found = learning._answer_losses(network, [open_end, closed], parts)["multikey"]
+    assert found.right.item() == 0.5
+    assert found.last_right is not None and found.last_right.item() == 1.0
+
+
 def test_the_learning_rate_rises_holds_and_falls() -> None:
     rates = [FULL.learning_rate(step) for step in range(FULL.steps)]
     assert rates[0] == FULL.peak / FULL.warm_up and max(rates) == FULL.peak
@@ -329,6 +357,11 @@ def test_the_learning_rate_rises_holds_and_falls() -> None:
     assert top == FULL.warm_up - 1
     assert all(after <= before for before, after in zip(rates[top:], rates[top + 1 :], strict=False))
     assert FULL.last * FULL.peak <= rates[-1] < 0.05 * FULL.peak
+    assert FULL.hold == 0.35 and FULL.last == 0.03
+    for number, done in enumerate((0.0, 0.16, 0.34, 0.54, 0.7, 0.85)):
+        first = sum(stage.steps for stage in FULL.stages[:number])
+        assert FULL.locate(first) == (number, 0)
+        assert rates[max(first, top)] == pytest.approx(FULL.peak * min(1, 1 - (done - 0.35) / 0.65 * 0.97))
     half = FULL.scaled(0.5, 0)
     assert half.steps == pytest.approx(FULL.steps / 2, abs=3) and half.digest() != FULL.digest()
     with pytest.raises(ValueError, match=f"step must be below {FULL.steps}, got {FULL.steps}"):
@@ -346,6 +379,8 @@ def test_train_says_what_it_does_and_writes_a_card(
     assert losses(work) == losses(whole_run)
     card = (work / "model" / "README.md").read_text()
     assert "| vt | 0.000 |" in card and "python -m bench.needle.train" in card and "{" not in card
+    assert "\nQuestions of each task: 2 at 700 tokens.\n" in card
+    assert "seed 0, 4 steps (" in card and "| 256 | 2 | 2 |\n| 640 | 2 | 2 |\n\n" in card
     assert command(train, *arguments).exit_code == 0  # nothing left to do
 
     rows = work / "rows.jsonl"
@@ -358,6 +393,108 @@ def test_train_says_what_it_does_and_writes_a_card(
     (row,) = read(rows)
     assert row["task"] == "vt" and row["samples"] == 2 and row["exact"] == 0 and row["torch"] == torch.__version__
     assert json.loads(shown.stdout) == row
+
+
+def test_a_model_that_misses_its_goals_is_written_and_fails(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the cells, one is below the goal of its length, one at it; the other length has no goal to miss."""
+    wanted = (Goal(700, 2, 0.5), Goal(900, 2, 0.0))
+    monkeypatch.setitem(RECIPES, "tiny", replace(TINY, goals=wanted))
+
+    def measuring(network: Network, builder: Builder, task: str, length: int, samples: int, seed: int) -> Accuracy:
+        return Accuracy(0.25 if task == "vt" else 0.5, 0.75, samples)
+
+    monkeypatch.setattr("bench.needle.run.measure", measuring)
+    arguments = ("--out", str(work), "--recipe", "tiny", "--device", "cpu")
+    for _ in range(2):  # the second time there is nothing left to do
+        result = command(train, *arguments)
+        assert result.exit_code == 1, result.output
+        (line,) = result.stderr.strip().splitlines()
+        assert line.startswith("error: vt at 700 tokens must reach 0.5, got 0.250; try another --seed")
+        assert f"the model is in {work / 'model'}" in result.stdout
+        card = (work / "model" / "README.md").read_text()
+        assert "| multikey | 0.500 | 0.500 |" in card and "| vt | 0.250 | 0.250 |" in card
+        load_release(work / "model", CPU)
+
+
+def test_a_stage_that_leaves_a_task_unlearnt_is_warned_of(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"single": 0.88, "multikey": 1.0, "multivalue": 0.9, "multiquery": 0.0, "vt": 1.0}
+    monkeypatch.setattr(
+        "bench.needle.run.measure", lambda network, builder, task, length, samples, seed: Accuracy(found[task], 1, 2)
+    )
+    said: list[str] = []
+    Run(TINY, corpus, tmp_path, CPU, Clock(None), False, said.append).finish()
+    warnings = [line.split(":")[1] for line in said if line.startswith("warning: ")]
+    there = [(row["stage"], row["task"]) for row in read(tmp_path / "accuracy.jsonl")]
+    assert [task for stage, task in there if stage == "stage 0"] == ["single", "vt"], "no more fit 256 tokens"
+    assert [task for stage, task in there if stage == "stage 1"] == ["single", "multivalue", "multiquery", "vt"]
+    expected = [("stage 0", "single"), ("stage 1", "single"), ("stage 1", "multiquery")]
+    assert warnings == [f" {stage} leaves {task} at {found[task]:.3f}" for stage, task in expected]
+
+
+def test_a_row_of_the_curve_is_a_mean(corpus: Corpus, whole_run: Path, tmp_path: Path) -> None:
+    run_of(tmp_path, corpus, replace(TINY, steps_per_row=2)).finish()
+    single, double = losses(whole_run), losses(tmp_path)
+    assert [row["step"] for row in single] == [1, 2, 3, 4] and [row["step"] for row in double] == [2, 4]
+    for stage, row in enumerate(double):
+        first, second = single[2 * stage : 2 * stage + 2]
+        assert row.keys() == first.keys() == second.keys()
+        for name in ("stage", "tokens", "learning_rate"):
+            assert row[name] == second[name]
+        means = row.keys() - {"step", "stage", "tokens", "learning_rate", "tokens_per_second"}
+        assert {"loss", "text", "norm", "multikey", "multikey_right", "vt", "vt_right"} <= means
+        for name in means:
+            assert row[name] == pytest.approx((first[name] + second[name]) / 2, abs=2e-5), name
+    # Only the second stage has sequences that end with their questions, about single numbers and chains.
+    last = [{name for name in row if name.endswith("_last_right")} for row in double]
+    assert last == [set(), {"multikey_last_right", "vt_last_right"}]
+
+
+class Interrupting(Clock):
+    """Lets a run go on a few times, however long anything takes."""
+
+    def __init__(self, times: int):
+        super().__init__(None)
+        self.left = times
+
+    def require(self, seconds: float) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise OutOfTime
+
+
+def test_stops_come_after_whole_rows(corpus: Corpus, tmp_path: Path) -> None:
+    """Of stages of 5 steps in rows of 2, and a stage's last row is the shorter."""
+    settings = replace(TINY, stages=tuple(replace(stage, steps=5) for stage in TINY.stages), steps_per_row=2)
+    run_of(tmp_path / "whole", corpus, settings).finish()
+    stops = [0]
+    while stops[-1] < 10 or len(stops) < 3:
+        run = Run(settings, corpus, tmp_path / "pieces", CPU, Interrupting(2), False, lambda line: None)
+        assert run.step == stops[-1]
+        with suppress(OutOfTime):
+            run.finish()
+        assert run.saved_step == run.step
+        stops.append(run.step)
+        assert len(stops) < 30
+    ends = [2, 4, 5, 6, 8, 10]
+    assert sorted(set(stops)) == [0, *ends]
+    assert [row["step"] for row in losses(tmp_path / "whole")] == ends
+    assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
+
+
+def test_the_card_says_how_many_questions_each_length_had(corpus: Corpus, tmp_path: Path) -> None:
+    rows = [
+        {"task": task, "length": goal.length, "samples": goal.samples, "exact": 0.9, "parts": 1.0}
+        for goal in FULL.goals
+        for task in EVALUATED
+    ]
+    write_card(tmp_path, rows, FULL, corpus)
+    card = (tmp_path / "README.md").read_text()
+    said = "512 at 4,096, 8,192, 16,384 tokens; 256 at 32,768 tokens; 128 at 65,536 tokens"
+    assert f"\nQuestions of each task: {said}.\n" in card
+    assert all(f"| {stage.length:,} | {stage.rows} | {stage.steps:,} |" in card for stage in FULL.stages)
+    assert "{" not in card and max(map(len, card.splitlines())) < 125
 
 
 def test_too_little_time_is_a_stop(work: Path) -> None:
@@ -385,6 +522,62 @@ def test_mistakes_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> N
     refused(command(train, *tiny), "cannot be read", "python -m bench.needle.prepare")
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[1, 2]", b"null", b'"words"', b"{}"])
+@pytest.mark.parametrize("name", ["corpus/corpus.json", "corpus/train.npy", "checkpoint/state.json"])
+def test_a_broken_file_is_named(name: str, content: bytes, work: Path, whole_run: Path) -> None:
+    shutil.copytree(whole_run / "checkpoint", work / "checkpoint")
+    (work / name).write_bytes(content)
+    folder, help = (work / name).parent, {"corpus": "bench.needle.prepare", "checkpoint": "remove it, or name another"}
+    result = command(train, "--out", str(work), "--recipe", "tiny", "--device", "cpu")
+    refused(result, f"the {folder.name} in {folder} cannot be read (", help[folder.name])
+
+
+def test_a_corpus_with_other_tokens_is_refused(work: Path) -> None:
+    path = work / "corpus" / "train.npy"
+    tokens = np.load(path)
+    tokens[5] += 1
+    np.save(path, tokens)
+    refused(command(train, "--out", str(work), "--recipe", "tiny", "--device", "cpu"), "made by another version")
+
+
+@pytest.mark.parametrize("package", ["numpy", "tokenizers", "safetensors"])
+def test_a_missing_package_is_named_with_its_extra(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    message = f"this command needs {package}: pip install 'flexprefill-fa[bench]' ("
+    refused(command(train, "--out", str(tmp_path)), message)
+    refused(command(prepare, "--out", str(tmp_path)), message)
+    refused(command(evaluate, "--model", str(tmp_path)), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands_start_without_the_extra() -> None:
+    """In a Python of its own, since here the packages were imported long ago."""
+    code = "import sys; sys.modules.update(dict.fromkeys(('numpy', 'tokenizers', 'safetensors'))); " + "; ".join(
+        f"import bench.needle.{module}" for module in ("train", "prepare", "evaluate")
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("function", [train, evaluate])
+def test_a_gpu_without_the_kernel_is_refused_before_anything(
+    function: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu = torch.device("cuda")
+    found = {"get_device_capability": (7, 5), "get_device_name": "Tesla T4"}
+    for name, value in found.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda device, value=value: value)
+    monkeypatch.setattr(f"bench.needle.{function.__name__}.resolve_device", lambda name: gpu)
+    option = "--out" if function is train else "--model"
+    refused(command(function, option, str(tmp_path)), "compute capability 8.0 or more, and cuda (Tesla T4) has 7.5")
+    require_flash(CPU)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    require_flash(gpu)
+
+
 def test_too_little_memory_is_said_before_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (8 * 2**30, 80 * 2**30))
     message = r"training needs about \d\d GiB of GPU memory, and 8 GiB are free on cuda"
@@ -392,6 +585,8 @@ def test_too_little_memory_is_said_before_anything(monkeypatch: pytest.MonkeyPat
         check_memory(FULL, torch.device("cuda"))
     check_memory(TINY, torch.device("cuda"))
     check_memory(FULL, CPU)
+    assert 24.3 <= FULL.memory() / 2**30 < 26, "on a GPU its peak was 24.3 GiB"
+    assert TINY.memory() < 1.1 * 2**30
 
 
 def test_a_corpus_is_read_back_whole(corpus: Corpus) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -19,6 +18,7 @@ from bench.needle.formats import ANSWER_DIGITS, CHAIN, VALUE_DIGITS, Form, Layou
 from bench.needle.prompts import key_words
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
 
 TASKS = ("multikey", "multivalue", "multiquery", "vt")
@@ -94,7 +94,7 @@ class Builder:
 
     def __init__(self, tokenizer: Tokenizer, text: np.ndarray, device: torch.device):
         self._tokenizer = tokenizer
-        self._text = torch.from_numpy(text.astype(np.int32)).to(device)
+        self._text = torch.from_numpy(text.astype("int32")).to(device)
         # Moving a list to the GPU waits for all that it has to do, so what is always the same is moved once.
         self._fixed: dict[Mix, _Fixed] = {}
         self._layouts: dict[Form, Layout] = {}

@@ -71,7 +71,7 @@ def load(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, exp
         for file in sorted(folder.glob("part-*.safetensors")):
             found |= load_file(file)
         step = int(facts["step"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UsageError(f"the checkpoint in {folder} cannot be read ({error}): {elsewhere}") from error
     for name, value in expected.items():
         if facts.get(name) != value:

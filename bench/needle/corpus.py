@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from bench.needle.formats import all_forms
 from bench.needle.source import ascii_text, held_out_files, source_files
 from bench.needle.tokenization import VOCABULARY, save_tokenizer, train_tokenizer
 from flexprefill_fa.loading import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
+
+PACKAGES = ("numpy", "tokenizers", "safetensors")
+"""What the needle model's commands need of the extra `bench`."""
 
 _FACTS = "corpus.json"
 _PARTS = {"train": "train.npy", "held_out": "held_out.npy"}
@@ -65,6 +67,8 @@ def build_corpus(
     Raises:
         UsageError: where this Python has too little source text.
     """
+    import numpy as np
+
     held = set(held_out_files())
     parts = {
         "train": [file for file in source_files() if file not in held][:files],
@@ -87,7 +91,7 @@ def build_corpus(
         "words": _words(),
         "tokenizer": _sha256(folder / "tokenizer.json"),
     }
-    facts["digest"] = hashlib.sha256(b"".join(tokens[name].tobytes() for name in _PARTS)).hexdigest()[:16]
+    facts["digest"] = _digest(tokens)
     # Last, so that a corpus without it is one that was not finished.
     (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return load_corpus(folder)
@@ -95,6 +99,8 @@ def build_corpus(
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], advance: Callable[[], None] | None = None) -> np.ndarray:
     """The tokens of texts one after the other, uint16; `advance` is called after every few texts."""
+    import numpy as np
+
     pieces = []
     for first in range(0, len(texts), _FILES_AT_ONCE):
         encoded = tokenizer.encode_batch(list(texts[first : first + _FILES_AT_ONCE]), add_special_tokens=False)
@@ -110,6 +116,7 @@ def load_corpus(folder: Path) -> Corpus:
     Raises:
         UsageError: where there is none, or it does not fit its tokenizer or this version of the tasks.
     """
+    import numpy as np
     from tokenizers import Tokenizer
 
     again = "run 'python -m bench.needle.prepare' first"
@@ -121,8 +128,8 @@ def load_corpus(folder: Path) -> Corpus:
         facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
         found = {name: np.load(folder / file) for name, file in _PARTS.items()}
         same = facts["words"] == _words() and facts["tokenizer"] == _sha256(folder / "tokenizer.json")
-        whole = all(len(found[name]) == facts["tokens"][name] for name in _PARTS)
-    except (OSError, ValueError, KeyError) as error:
+        whole = all(len(found[name]) == facts["tokens"][name] for name in _PARTS) and facts["digest"] == _digest(found)
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"the corpus in {folder} cannot be read ({error}): {again}") from error
     if not (same and whole):
         raise UsageError(f"the corpus in {folder} was made by another version of the tasks or tokenizer: {again}")
@@ -134,6 +141,10 @@ def copy_tokenizer(corpus: Corpus, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         (folder / name).write_bytes((corpus.folder / name).read_bytes())
+
+
+def _digest(tokens: dict[str, np.ndarray]) -> str:
+    return hashlib.sha256(b"".join(tokens[name].tobytes() for name in _PARTS)).hexdigest()[:16]
 
 
 def _words() -> str:

@@ -11,15 +11,15 @@ import typer
 from bench.needle import MODEL_DIR
 from bench.needle.batches import Builder
 from bench.needle.card import accuracy_table
-from bench.needle.corpus import encode
+from bench.needle.corpus import PACKAGES, encode
 from bench.needle.evaluation import measure
 from bench.needle.formats import EVALUATED
 from bench.needle.release import load_release, load_tokenizer
-from bench.needle.run import attention_kernel
+from bench.needle.run import attention_kernel, require_flash
 from bench.needle.settings import FULL
 from bench.needle.source import ascii_text, held_out_files
 from bench.spec import parse_lengths, parse_list
-from bench.terminal import one_line_errors
+from bench.terminal import one_line_errors, require_packages
 from flexprefill_fa.loading import UsageError, resolve_device
 from flexprefill_fa.rows import append, environment
 
@@ -37,7 +37,9 @@ def evaluate(
 ) -> None:
     """Measure how often each task's whole answer is right, on text that is held out from training."""
     with one_line_errors():
+        require_packages(*PACKAGES)
         where = resolve_device(device)
+        require_flash(where)
         network, tokenizer = load_release(model, where), load_tokenizer(model)
         chosen = parse_list("tasks", tasks)
         unknown = [task for task in chosen if task not in EVALUATED]

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from bench.needle.corpus import build_corpus
+from bench.needle.corpus import PACKAGES, build_corpus
 from bench.needle.network import Shape
 from bench.needle.source import held_out_files, source_files
 from bench.paths import ROOT
-from bench.terminal import one_line_errors
+from bench.terminal import one_line_errors, require_packages
 from flexprefill_fa.progress import WorkProgress
 
 WORK = ROOT / "build" / "needle"
@@ -32,6 +32,7 @@ def prepare(
     """
     started = time.monotonic()
     with one_line_errors():
+        require_packages(*PACKAGES)
         files = len(source_files())
         with WorkProgress().task(f"{files} files") as advance:
             corpus = build_corpus(out / CORPUS, Shape().positions, seed, advance)

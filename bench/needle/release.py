@@ -69,6 +69,6 @@ def load_release(folder: Path, device: torch.device) -> Network:
         with torch.device("meta"):
             network = Network(shape)
         network.load_state_dict(weights, assign=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"no needle model in {folder}: {error}") from error
     return network.to(device)

@@ -204,6 +204,20 @@ class Run:
         self._saved = (self.step, time.monotonic())
 
 
+def require_flash(device: torch.device) -> None:
+    """Check that a GPU has the kernel that `attention_kernel` asks for, in bfloat16.
+
+    Raises:
+        UsageError: for one that is too old.
+    """
+    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= (8, 0):
+        return
+    name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+    raise UsageError(
+        f"flash attention in bfloat16 needs a GPU of compute capability 8.0 or more, and {device} ({name}) has {found}"
+    )
+
+
 @contextmanager
 def attention_kernel(device: torch.device) -> Iterator[None]:
     """On a GPU flash attention or nothing: the kernels that SDPA would fall back to need memory for all scores."""

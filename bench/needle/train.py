@@ -10,12 +10,12 @@ import torch
 import typer
 
 from bench.needle.card import accuracy_table, write_card
-from bench.needle.corpus import load_corpus
+from bench.needle.corpus import PACKAGES, load_corpus
 from bench.needle.pace import Clock, OutOfTime
 from bench.needle.prepare import CORPUS, WORK
-from bench.needle.run import Run
+from bench.needle.run import Run, require_flash
 from bench.needle.settings import RECIPES, Settings
-from bench.terminal import one_line_errors
+from bench.terminal import one_line_errors, require_packages
 from flexprefill_fa.loading import UsageError, resolve_device
 from flexprefill_fa.rows import Row
 
@@ -41,7 +41,9 @@ def train(
     clock = Clock(minutes)
     with one_line_errors():
         settings = _settings(recipe, steps_scale, seed)
+        require_packages(*PACKAGES)
         where = resolve_device(device)
+        require_flash(where)
         check_memory(settings, where)
         corpus = load_corpus(out / CORPUS)
         compiled = where.type == "cuda" if compile is None else compile
