@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bench.needle import MODEL_DIR
 from bench.needle.capture import capture
 from bench.workloads import Inputs, sharpness_of, structured_inputs
+from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.loading import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def make_inputs(plan: Plan, length: int) -> tuple[Inputs, dict[str, Any]]:
         except ValueError as error:
             raise UsageError(str(error)) from error
         query, key, value = (tensor.repeat(plan.batch, 1, 1, 1) for tensor in tensors)
-        return Inputs(query, key, value), {"layer": plan.layer}
+        return Inputs(query, key, value), {"layer": plan.layer, "model_sha256": model_sha256(MODEL_DIR)}
     sharpness = sharpness_of(plan.workload, length)
     inputs = structured_inputs(
         length,

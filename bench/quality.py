@@ -14,10 +14,12 @@ from torch import Tensor
 
 from bench.check import reference, verify
 from bench.exact import Exact, exact_attention
+from bench.needle import MODEL_DIR
 from bench.needle.capture import capture_layers
 from bench.quality_points import KIND
 from bench.workloads import Inputs
 from flexprefill_fa import sparse_prefill_attention
+from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.loading import first_line
 from flexprefill_fa.rows import Row, environment
 
@@ -101,6 +103,7 @@ def quality_rows(plan: QualityPlan, length: int, failed: Callable[[str], None]) 
                 "head_dim": inputs.query.shape[-1],
                 "dtype": str(plan.dtype).removeprefix("torch."),
                 "workload": "needle",
+                "model_sha256": model_sha256(MODEL_DIR),
                 "layer": layer,
                 "seed": plan.seed,
                 "dense_error": _four_digits(exact.head_errors(_dense(inputs)).mean().item()),

@@ -22,7 +22,7 @@ KNOBS = {
 }
 """The settings that a sweep varies, by selector; rows that share the others form one family."""
 
-_GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload")
+_GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "model_sha256")
 _PROMPT_KEYS = ("layer", "seed")  # what a point is the mean over, beside the heads
 
 

@@ -142,8 +142,9 @@ def _caption(group: Sequence[Row]) -> str:
     plural = "prompt" if prompts == 1 else "prompts"
     rounding = max(row["dense_error"] for row in group)
     return (
-        f"**The needle model on {prompts} needle {plural}**, layers {shown}; means over heads and layers. "
-        f"{conditions(group)}; rounding alone gives dense attention an error of up to {rounding:.2g}."
+        f"**The needle model (SHA-256 {group[0]['model_sha256'][:10]}) on {prompts} needle {plural}**, layers {shown}; "
+        f"means over heads and layers. {conditions(group)}; rounding alone gives dense attention an error of up to "
+        f"{rounding:.2g}."
     )
 
 

@@ -10,7 +10,7 @@ from bench.attention import YARDSTICK
 from bench.report import number
 from flexprefill_fa.rows import Row, latest
 
-GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "layer")
+GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "layer", "model_sha256")
 KERNEL_NAMES = {
     "sdpa": "SDPA",
     "sdpa_flash": "SDPA flash",
@@ -140,7 +140,7 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 def caption(rows: Sequence[Row], what: str) -> str:
     """Conditions of a table's rows; where they differ, each is named."""
     row = rows[0]
-    workload = _WORKLOADS[row["workload"]].format(layer=row.get("layer"))
+    workload = _WORKLOADS[row["workload"]].format(layer=row.get("layer"), model=(row.get("model_sha256") or "")[:10])
     timed = sorted({how for row in rows for how in row.get("timed_by", {}).values()} - {"wall clock"}) or ["wall clock"]
     repeats = sorted({row["repeats"] for row in rows if "repeats" in row})
     count = "-".join(map(str, dict.fromkeys((repeats[0], repeats[-1])))) if repeats else "no"
@@ -164,7 +164,7 @@ VERSIONS = (("torch", "torch"), ("triton", "triton"), ("flash_attn_4", "flash-at
 _WORKLOADS = {
     "sharpened": "**Heads that get sharper with length**",
     "fixed": "**The same heads at every length**",
-    "needle": "**Layer {layer} of the needle model on a needle prompt**",
+    "needle": "**Layer {layer} of the needle model (SHA-256 {model}) on a needle prompt**",
 }
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import bench.quality
 from bench.cli import app
 from bench.exact import exact_attention
+from bench.needle import MODEL_DIR
 from bench.needle.capture import capture, capture_layers
 from bench.quality import SWEEP, measure
 from bench.quality_points import Family, Point, at_density, families, labels, quality_groups
@@ -23,6 +24,7 @@ from bench.render import render_text
 from bench.spec import parse_selector
 from bench.workloads import Inputs
 from flexprefill_fa import FlexPrefillConfig, get_selector, select_blocks
+from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.rows import append, read
 from flexprefill_fa.selection import every_block
 
@@ -117,7 +119,7 @@ def test_small_run(out: Path) -> None:
     what = {"kind": "quality", "workload": "needle", "layer": 1, "seed": 0, "device": "cpu", "backend": "CPU"}
     config = FlexPrefillConfig(gamma=0.5, min_budget=128)
     said = {"selector": "flexprefill", "settings": dataclasses.asdict(config), "mean_correction": False}
-    assert row | shape | what | said == row
+    assert row | shape | what | said == row and row["model_sha256"] == model_sha256(MODEL_DIR)
     assert row["gpu"] and row["commit"] and row["date"] and row["torch"] == torch.__version__
 
     query, key, value = capture(900, 1, dtype=torch.float32, device=CPU)
@@ -281,6 +283,7 @@ def quality_row(
     conditions = {"kind": "quality", "device": "cuda", "gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0"}
     conditions |= {"commit": "abc123", "date": "2026-11-22", "length": 8192, "batch": 1, "heads": 8, "kv_heads": 2}
     conditions |= {"head_dim": 64, "dtype": "bfloat16", "workload": "needle", "layer": 0, "seed": 0}
+    conditions |= {"model_sha256": "0123456789abcdef"}
     conditions |= {"backend": "TRITON", "mean_correction": False, "dense_error": 0.0021}
     measured = {"selector": selector, "settings": settings, "density": density, "recall": recall}
     measured |= {"error": error, "error_max": 2 * error}
@@ -393,3 +396,12 @@ def test_render_round_trip_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "quality.jsonl").unlink()
     assert draw_quality(tmp_path) is None
+
+
+def test_rows_of_another_model_are_another_table() -> None:
+    rows = sweep("flashprefill", "alpha", {}, (0.7, 0.9))
+    others = [{**row, "model_sha256": "f" * 64, "recall": 0.5} for row in rows]
+    alone = selector_tables(rows)
+    assert "(SHA-256 0123456789)" in alone
+    assert selector_tables([*rows, *others]).startswith(alone)
+    assert "(SHA-256 ffffffffff)" in selector_tables([*rows, *others])

@@ -135,6 +135,7 @@ def results(tmp_path: Path) -> Path:
         fields = {**synthetic, "tflops": 571.2, "share_of_dense_tflops": share, "attend_ms": 4.1}
         append(tmp_path / "attention.jsonl", sparse(kernel, 4.1) | fields)
     cpu = {"device": "cpu", "gpu": "a CPU", "workload": "needle", "layer": 2, "timed_by": {"total_ms": "wall clock"}}
+    cpu |= {"model_sha256": "0123456789abcdef"}
     append(tmp_path / "attention.jsonl", dense("sdpa", 1500.0) | cpu)
     append(tmp_path / "attention.jsonl", sparse("CPU", 900.0) | cpu | {"speedup_sdpa": 1.67})
     layer = {"layer": 0, "density": 0.3, "recall": 0.95, "lowest_recall": 0.85}
@@ -155,7 +156,7 @@ def test_round_trip(results: Path) -> None:
     assert "| sparse | 6 wrong | 20.00 | 27.0 | 0.316 | 1.50x |" in once
     assert "Mean recall per layer 0.95 to 0.95, worst head 0.85." in once
     assert "| 65,536 | 0.060 | FLASH | 4.1 | 571 | 93% |" in once
-    assert "Layer 2 of the needle model" in once and "wall clock" in once and "1.67x" in once
+    assert "Layer 2 of the needle model (SHA-256 0123456789) on" in once and "wall clock" in once and "1.67x" in once
     assert "](" in once and "attention.png)" in once
     assert render_text(once, results) == once
     append(results / "attention.jsonl", sparse("TRITON", 6.0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import platform
 import statistics
 import time
@@ -18,6 +17,7 @@ import torch
 from rich.console import Console
 
 from flexprefill_fa import __version__
+from flexprefill_fa.digests import model_sha256, tokenizer_sha256
 from flexprefill_fa.evaluation import ACCURACY_KIND
 from flexprefill_fa.evaluation.harness import Answers, Tasks, ask, has_budget
 from flexprefill_fa.generation import Measurement, measure_dense, measure_sparse
@@ -33,8 +33,6 @@ _OUTCOMES = (
 """The fields of a row that are found out, and the model's name; all others say whether a cell is done already."""
 
 _REPEATS = 5  # of each timed prefill
-
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -79,26 +77,6 @@ class Cell:
     length: int | None
     choice: Choice
     known: Row
-
-
-def model_sha256(folder: str | Path) -> str:
-    """SHA-256 of a model's config and weights, file by file."""
-    return _sha256(folder, ("config.json", "*.safetensors", "*.bin"))
-
-
-def tokenizer_sha256(folder: str | Path) -> str:
-    """SHA-256 of the files of a model's tokenizer."""
-    return _sha256(folder, _TOKENIZER_FILES)
-
-
-def _sha256(folder: str | Path, patterns: tuple[str, ...]) -> str:
-    found = hashlib.sha256()
-    for file in sorted({file for pattern in patterns for file in Path(folder).glob(pattern)}):
-        found.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as data:
-            while part := data.read(2**24):
-                found.update(part)
-    return found.hexdigest()
 
 
 class Evaluation:
