@@ -19,7 +19,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from bench.needle import checkpoint, learning
+from bench.needle import MODEL_DIR, checkpoint, learning
 from bench.needle.batches import Builder
 from bench.needle.card import write_card
 from bench.needle.corpus import Corpus, build_corpus, load_corpus
@@ -32,10 +32,12 @@ from bench.needle.prepare import prepare
 from bench.needle.prompts import key_words
 from bench.needle.release import export, load_release
 from bench.needle.run import Run, require_flash
+from bench.needle.run_tables import run_tables
 from bench.needle.settings import FULL, RECIPES, TINY, Goal, Settings
 from bench.needle.source import held_out_files
 from bench.needle.train import check_memory, train
 from bench.paths import ROOT
+from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.loading import UsageError
 from flexprefill_fa.rows import read
 
@@ -86,6 +88,9 @@ def whole_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)  # the tests' own fixture comes later
     rows = run_of(folder, corpus).finish()
     assert [(row["task"], row["length"]) for row in rows] == [(task, 700) for task in EVALUATED]
+    assert {(row["kind"], row["model_sha256"], row["seed"]) for row in rows} == {
+        ("needle", model_sha256(folder / "model"), 0)
+    }
     torch.set_num_threads(threads)
     return folder
 
@@ -592,3 +597,18 @@ def test_too_little_memory_is_said_before_anything(monkeypatch: pytest.MonkeyPat
 def test_a_corpus_is_read_back_whole(corpus: Corpus) -> None:
     again = load_corpus(corpus.folder)
     assert again.facts == corpus.facts and np.array_equal(again.train, corpus.train)
+
+
+def test_a_table_for_each_model_and_the_shipped_one_is_marked() -> None:
+    facts = {"kind": "needle", "seed": 0, "gpu": "X", "torch": "2", "commit": "abc", "date": "2026-11-23"}
+    cells = [("vt", 4096, 512, 0.5), ("vt", 8192, 128, 0.25), ("single", 4096, 512, 1.0), ("vt", 4096, 512, 0.75)]
+    rows = [
+        {"task": task, "length": length, "samples": samples, "exact": exact, "model_sha256": model, **facts}
+        for model in ("f" * 64, model_sha256(MODEL_DIR))
+        for task, length, samples, exact in cells
+    ]
+    other, shipped = run_tables(rows).split("\n\n**")
+    assert "| vt | 0.750 | 0.250 |" in other and "| single | 1.000 | - |" in other
+    assert "ffffffffff" in other and "bench/needle/model" not in other
+    assert "512 at 4,096 tokens; 128 at 8,192 tokens. X, torch 2, commit abc" in other
+    assert "(`bench/needle/model`)" in shipped and "| vt | 0.750 | 0.250 |" in shipped

@@ -82,7 +82,7 @@ def write_card(folder: Path, rows: Sequence[Row], settings: Settings, corpus: Co
         hidden=shape.hidden,
         tasks="\n".join(f"| {task} | {hidden} | {asked} |" for task, (hidden, asked) in _descriptions().items()),
         names=NAMES,
-        samples=_samples(rows),
+        samples=questions_of(rows),
         accuracies=accuracy_table(rows),
         longest=f"{max(stage.length for stage in settings.stages):,}",
         python=facts["python"],
@@ -110,7 +110,7 @@ def accuracy_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _samples(rows: Sequence[Row]) -> str:
+def questions_of(rows: Sequence[Row]) -> str:
     """How many questions of a task each length had."""
     lengths: dict[int, set[int]] = defaultdict(set)
     for row in rows:

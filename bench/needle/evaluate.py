@@ -12,7 +12,7 @@ from bench.needle import MODEL_DIR
 from bench.needle.batches import Builder
 from bench.needle.card import accuracy_table
 from bench.needle.corpus import PACKAGES, encode
-from bench.needle.evaluation import measure
+from bench.needle.evaluation import accuracy_facts, measure
 from bench.needle.formats import EVALUATED
 from bench.needle.release import load_release, load_tokenizer
 from bench.needle.run import attention_kernel, require_flash
@@ -21,7 +21,7 @@ from bench.needle.source import ascii_text, held_out_files
 from bench.spec import parse_lengths, parse_list
 from bench.terminal import one_line_errors, require_packages
 from flexprefill_fa.loading import UsageError, resolve_device
-from flexprefill_fa.rows import append, environment
+from flexprefill_fa.rows import append
 
 _LENGTHS = ",".join(str(goal.length) for goal in FULL.goals)
 
@@ -46,12 +46,13 @@ def evaluate(
         if unknown:
             raise UsageError(f"tasks must be of {', '.join(EVALUATED)}, got {unknown[0]!r}")
         builder = Builder(tokenizer, encode(tokenizer, [ascii_text(file) for file in held_out_files()]), where)
+        facts = accuracy_facts(model, seed, where)
         rows = []
         with attention_kernel(where):
             for length in parse_lengths(lengths):
                 for task in chosen:
                     found = measure(network, builder, task, length, samples, seed)
-                    rows.append({**found.row(task, length), "seed": seed, **environment(where)})
+                    rows.append({**found.row(task, length), **facts})
                     typer.echo(json.dumps(rows[-1]))
                     if out is not None:
                         append(out, rows[-1])

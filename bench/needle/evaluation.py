@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +12,11 @@ from torch import Tensor
 from bench.needle.batches import Batch, Builder
 from bench.needle.formats import EVALUATED
 from bench.needle.network import Network
-from flexprefill_fa.rows import Row
+from flexprefill_fa.digests import model_sha256
+from flexprefill_fa.rows import Row, environment
+
+KIND = "needle"
+"""Of rows about the accuracies of a needle model."""
 
 _TOKENS_AT_ONCE = 131072
 
@@ -39,6 +44,11 @@ class Accuracy:
             "exact": round(self.exact, 4),
             "parts": round(self.parts, 4),
         }
+
+
+def accuracy_facts(model: Path, seed: int, device: torch.device) -> Row:
+    """What rows about a model's accuracies say beside them: which model it is, and the conditions."""
+    return {"kind": KIND, "model_sha256": model_sha256(model), "seed": seed, **environment(device)}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.needle import checkpoint
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus
-from bench.needle.evaluation import measure
+from bench.needle.evaluation import accuracy_facts, measure
 from bench.needle.formats import EVALUATED, MOST
 from bench.needle.learning import Outcome, autocast, make_optimizer, mean_row, take_step
 from bench.needle.network import Network
@@ -99,8 +99,9 @@ class Run:
                         self._try(number, stage)
                 export(self._network, self._corpus, self.model)
                 finished = load_release(self.model, self._device)
+                facts = accuracy_facts(self.model, self._settings.seed, self._device)
                 for goal in self._settings.goals:
-                    self._evaluate(finished, FINISHED, goal.length, goal.samples)
+                    self._evaluate(finished, FINISHED, goal.length, goal.samples, facts)
         except OutOfTime:
             self._save()
             raise
@@ -178,7 +179,7 @@ class Run:
     def _rows_of(self, stage: str) -> list[Row]:
         return [row for row in read(self.accuracies) if row["stage"] == stage]
 
-    def _evaluate(self, network: Network, stage: str, length: int, samples: int) -> None:
+    def _evaluate(self, network: Network, stage: str, length: int, samples: int, facts: Row | None = None) -> None:
         """Add the rows that are not there yet."""
         there = {(row["task"], row["length"]) for row in self._rows_of(stage)}
         for task, mix in EVALUATED.items():
@@ -186,7 +187,7 @@ class Run:
                 continue
             self._clock.require(_CELL_SECONDS)
             found = measure(network, self._held_out, task, length, samples, self._settings.seed)
-            append(self.accuracies, {"step": self.step, "stage": stage, **found.row(task, length)})
+            append(self.accuracies, {"step": self.step, "stage": stage, **found.row(task, length), **(facts or {})})
             self._say(f"{stage}: {task} at {length} tokens: {found.exact:.3f} exact, {found.parts:.4f} of the parts")
 
     @property
