@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from itertools import pairwise
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.needle import recipes
+from bench.needle import text_tasks
 from bench.needle.batches import TASKS, Builder
 from bench.needle.corpus import encode
 from bench.needle.formats import ANSWER_DIGITS, EVALUATED, Form, Mix, all_forms, lay_out
@@ -210,12 +211,12 @@ def trained_tokenizer() -> Tokenizer:
 @pytest.fixture
 def recipe_names(trained_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text recipes with the names of that tokenizer, whichever model there is."""
-    monkeypatch.setattr(recipes, "_names", lambda: tuple(key_words(trained_tokenizer)))
+    monkeypatch.setattr(text_tasks, "_names", lambda: tuple(key_words(trained_tokenizer)))
 
 
 def texts_of(task: str, tokenizer: Tokenizer, length: int, samples: int) -> list[str]:
     """A text recipe's prompts, of exactly the tokens that were asked for."""
-    recipe = recipes.RECIPES[task]
+    recipe = text_tasks.TASKS[task]
 
     def count(samples: list) -> list[int]:
         return [len(tokenizer.encode(sample.text).ids) for sample in samples]
@@ -223,7 +224,18 @@ def texts_of(task: str, tokenizer: Tokenizer, length: int, samples: int) -> list
     found = fit(recipe, count, length, samples, 0)
     assert [tokens for _, tokens in found] == [length - recipe.new_tokens] * samples
     assert count([sample for sample, _ in found]) == [length - recipe.new_tokens] * samples
+    for sample, _ in found:
+        (answer,) = sample.outputs
+        assert wrong_answers(f"{sample.text}{answer}.\n") == []
+        haystack = re.sub(STATEMENT, "", sample.text[: sample.text.rindex("\nQuestion: ")])
+        _, *lines = haystack.splitlines()  # filler stands before the first
+        assert {line.strip() for line in lines} - {""} <= held_out_lines()
     return [sample.text for sample, _ in found]
+
+
+@functools.cache
+def held_out_lines() -> set[str]:
+    return {line.strip() for file in held_out_files() for line in ascii_text(file).splitlines()}
 
 
 @pytest.mark.usefixtures("recipe_names")
@@ -235,7 +247,7 @@ def test_the_text_recipe_says_it_in_the_same_tokens(trained_tokenizer: Tokenizer
         torch.device("cpu"),
     )
     batch = builder.build(1, 1200, EVALUATED[task], torch.Generator().manual_seed(3), questions_last=True)
-    assert int(batch.scored.sum()) == recipes.RECIPES[task].new_tokens
+    assert int(batch.scored.sum()) == text_tasks.TASKS[task].new_tokens
     drawn = re.findall(STATEMENT, trained_tokenizer.decode(batch.tokens[0].tolist()))
     for text in texts_of(task, trained_tokenizer, 3000, 2):
         statements = re.findall(STATEMENT, text)
@@ -303,7 +315,9 @@ def test_a_tenth_of_the_files_is_held_out() -> None:
     files, held = source_files(), held_out_files()
     assert set(held) < set(files)
     assert 0.05 < len(held) / len(files) < 0.15
-    assert [file for file in files if is_held_out(file)] == list(held)
-    folders = {part for file in files for part in file.relative_to(files[0].parent).parts}
+    parts = {file: file.relative_to(files[0].parent).parts for file in files}
+    kept = [file for file in files if is_held_out(file) and parts[file][0] not in ("encodings", "pydoc_data")]
+    assert kept == list(held)
+    folders = {part for found in parts.values() for part in found}
     assert "json" in folders and folders.isdisjoint({"test", "idlelib", "site-packages"})
     assert ANSWER_DIGITS == 7

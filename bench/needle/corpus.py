@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.needle.formats import all_forms
-from bench.needle.source import ascii_text, held_out_files, source_files
+from bench.needle.source import ascii_text, held_out_files, is_held_out, source_files
 from bench.needle.tokenization import VOCABULARY, save_tokenizer, train_tokenizer
 from flexprefill_fa.loading import UsageError
 
@@ -69,9 +69,8 @@ def build_corpus(
     """
     import numpy as np
 
-    held = set(held_out_files())
     parts = {
-        "train": [file for file in source_files() if file not in held][:files],
+        "train": [file for file in source_files() if not is_held_out(file)][:files],
         "held_out": list(held_out_files())[:files],
     }
     texts = {name: [ascii_text(file) for file in chosen] for name, chosen in parts.items()}

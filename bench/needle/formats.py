@@ -1,8 +1,8 @@
 """The words of the needle tasks: what is hidden in the text, how it is asked for, and how the answer goes on.
 
-Training builds these as tensors of tokens (`bench.needle.batches`), evaluation as text (`bench.needle.recipes`); both
-take the words from here. A name is one token, `#word`, and so is each digit, so the tokens of a form differ from one
-use to the next in its holes alone.
+Training builds these as tensors of tokens (`bench.needle.batches`), evaluation as text (`bench.needle.text_tasks`);
+both take the words from here. A name is one token, `#word`, and so is each digit, so the tokens of a form differ from
+one use to the next in its holes alone.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import typer
 
 from bench.needle.corpus import PACKAGES, build_corpus
 from bench.needle.network import Shape
-from bench.needle.source import held_out_files, source_files
+from bench.needle.source import source_files
 from bench.paths import ROOT
 from bench.terminal import one_line_errors, require_packages
 from flexprefill_fa.progress import WorkProgress
@@ -36,10 +36,10 @@ def prepare(
         files = len(source_files())
         with WorkProgress().task(f"{files} files") as advance:
             corpus = build_corpus(out / CORPUS, Shape().positions, seed, advance)
-    tokens = corpus.facts["tokens"]
+    tokens, counts = corpus.facts["tokens"], corpus.facts["files"]
     typer.echo(
-        f"{tokens['train']:,} tokens of {files - len(held_out_files())} files to train on, {tokens['held_out']:,} of "
-        f"{len(held_out_files())} held out, Python {corpus.facts['python']}, in {time.monotonic() - started:.0f} s: "
+        f"{tokens['train']:,} tokens of {counts['train']} files to train on, {tokens['held_out']:,} of "
+        f"{counts['held_out']} held out, Python {corpus.facts['python']}, in {time.monotonic() - started:.0f} s: "
         f"{corpus.folder}"
     )
 

@@ -32,13 +32,11 @@ class Question:
         statements: in the order in which they may stand in the text.
         prompt: the question, up to where the answer is due.
         answer: the words that the model was trained to say.
-        outputs: the numbers or names in it.
     """
 
     statements: tuple[str, ...]
     prompt: str
     answer: str
-    outputs: tuple[str, ...]
 
 
 def draw(mix: Mix, names: Sequence[str], rng: random.Random) -> Question:
@@ -68,20 +66,16 @@ def draw(mix: Mix, names: Sequence[str], rng: random.Random) -> Question:
     ]
     statements = _interleaved([*needles, *lists, *links], rng)
     if mix.asked:
-        return _question(statements, QUESTION_FORM, keys[:1], numbers[:1], numbers[:1])
+        return _question(statements, QUESTION_FORM, keys[:1], numbers[:1])
     if mix.queries:
-        asked = numbers[: mix.several]
-        return _question(statements, all_keys_form(mix.several), keys[: mix.several], asked, asked)
+        return _question(statements, all_keys_form(mix.several), keys[: mix.several], numbers[: mix.several])
     if mix.lists_asked:
-        return _question(statements, all_values_form(mix.several), list_keys[:1], values[0], values[0])
-    return _question(statements, VARIABLES_FORM, chains[0], held[:1], chains[0])
+        return _question(statements, all_values_form(mix.several), list_keys[:1], values[0])
+    return _question(statements, VARIABLES_FORM, chains[0], held[:1])
 
 
-def _question(
-    statements: tuple[str, ...], form: Form, names: Sequence[str], numbers: Sequence[str], outputs: Sequence[str]
-) -> Question:
-    answer = form.answer.format(name=names, number=numbers)
-    return Question(statements, form.write(names, numbers), answer, tuple(outputs))
+def _question(statements: tuple[str, ...], form: Form, names: Sequence[str], numbers: Sequence[str]) -> Question:
+    return Question(statements, form.write(names, numbers), form.answer.format(name=names, number=numbers))
 
 
 def _interleaved(groups: list[list[str]], rng: random.Random) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import random
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +18,11 @@ from bench.needle.source import held_out_files, shuffled
 from flexprefill_fa.evaluation.budget import Sample
 from flexprefill_fa.evaluation.task_data import data_of
 
-# As whole words; numbers of one digit are places in a list.
-_NAME, _NUMBER = re.compile(r"\B#\w+"), re.compile(r"\b[0-9]{2,}\b")
-
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 where the names that the answer gives, or the numbers, are the expected ones in their order; else 0."""
-    expected = list(doc["outputs"])
-    said = (_NAME if expected[0].startswith("#") else _NUMBER).findall(results[0])
-    return {"exact": float(said == expected)}
+    """1 where the whole answer is right, word for word, else 0."""
+    (answer,) = doc["outputs"]
+    return {"exact": float(results[0].strip() == answer)}
 
 
 @functools.cache
@@ -67,10 +62,10 @@ class Needles:
             pieces += [*(f"{line}\n" for line in lines[start:place]), statement]
             start = place
         pieces += [f"{line}\n" for line in lines[start:units]]
-        return Sample(f"{filler}{''.join(pieces)}{question.prompt}", question.outputs)
+        return Sample(f"{filler}{''.join(pieces)}{question.prompt}", (question.answer,))
 
 
-RECIPES = {
+TASKS = {
     "single": Needles(EVALUATED["single"], 7),
     "multikey": Needles(EVALUATED["multikey"], 7),
     "multivalue": Needles(EVALUATED["multivalue"], 52),
@@ -78,8 +73,8 @@ RECIPES = {
     "vt": Needles(EVALUATED["vt"], 13),
 }
 
-single = data_of(RECIPES["single"])
-multikey = data_of(RECIPES["multikey"])
-multivalue = data_of(RECIPES["multivalue"])
-multiquery = data_of(RECIPES["multiquery"])
-vt = data_of(RECIPES["vt"])
+single = data_of(TASKS["single"])
+multikey = data_of(TASKS["multikey"])
+multivalue = data_of(TASKS["multivalue"])
+multiquery = data_of(TASKS["multiquery"])
+vt = data_of(TASKS["vt"])
