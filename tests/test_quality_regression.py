@@ -1,8 +1,8 @@
 """Selectors keep what attention needs: recall, density, output error and needle answers, against measured limits.
 
 The limits are worth what they catch, so every check also runs on selectors that are broken on purpose. They are known
-to let pass what costs this model little: diagonals ranked one block too far, heads query-aware by the wrong side of tau,
-a budget of one block less, FlashPrefill's S left out. Those are left to the comparisons with the oracles.
+to let pass what costs this model little: diagonals ranked one block too far, heads query-aware on the wrong side of
+tau, a budget of one block less, FlashPrefill's S left out. Those are left to the comparisons with the oracles.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ whole_blocks = {"published": flexprefill.published_blocks, "paper": flexprefill.
 whole_scores = flexprefill.last_query_scores
 whole_top, whole_block_scores, whole_mean_keys = vertical_slash.top, flashprefill.block_scores, flashprefill.mean_keys
 whole_kept_blocks, whole_prefix = streaming_llm.kept_blocks, flexprefill.coverage_prefix
-whole_pooled = flexprefill.pooled_attention
+whole_pooled, whole_always_kept = flexprefill.pooled_attention, Element.always_kept
 
 
 def worst(scores: Tensor, count: Tensor) -> Tensor:
@@ -223,6 +223,10 @@ def summed_for_mean(element: Element) -> Tensor:
     return whole_pooled(dataclasses.replace(element, scale=element.scale * element.block_size**2))
 
 
+def no_first_block(element: Element) -> Tensor:
+    return whole_always_kept(element).index_fill(1, torch.tensor(0), False)
+
+
 PARTS = [
     ("flexprefill-published", flexprefill, "published_blocks", no_slash),
     ("flexprefill-published", flexprefill, "last_query_scores", far_for_near),
@@ -231,6 +235,7 @@ PARTS = [
     ("flexprefill-paper", flexprefill, "paper_blocks", no_slash),
     ("flexprefill-paper", flexprefill, "last_query_scores", far_for_near),
     ("flexprefill-paper", flexprefill, "coverage_prefix", inverted_prefix),
+    ("flexprefill-paper", Element, "always_kept", no_first_block),
     ("flexprefill-aware", flexprefill, "pooled_attention", negative_pooled),
     ("flexprefill-aware", flexprefill, "pooled_attention", summed_for_mean),
     ("flexprefill-aware", flexprefill, "coverage_prefix", inverted_prefix),
