@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
-WINDOW = 1024
+WINDOW = 512
 SINK = 128
 
 
@@ -50,29 +50,43 @@ class Setting:
 
 
 LITTLE = {"sink_blocks": 1, "window_blocks": 1, "last_full_blocks": 0}  # of what FlashPrefill keeps in any case
-FLASH = Limits(0.885, (0.26, 0.38), 0.17)  # measured: 0.915, 0.297, 0.132 (0.111 corrected)
-# Measured by `selection_problems` with Python 3.11's library as the haystack. The limits leave room for what single
-# prompts differ by: with each of the libraries of Python 3.10 to 3.13, the recalls and densities of 6 single seeds and
-# the errors of 2 pairs of seeds were within them.
-# The first two keep little in any case, so that their own choices show.
+# Measured with Python 3.11's library as the haystack, on layers 0, 4 and 5. In brackets: what 16 single seeds (recall,
+# density) and 8 pairs of seeds (error, as the tests have a pair) gave; the limits leave room beyond it, because another
+# Python's library gives other prompts. All but StreamingLLM keep little in any case, so that their own choices show:
+# first block and diagonal alone have recall 0.73, density 0.119 and error 0.40.
 SETTINGS = {
-    "flexprefill-published": Setting(  # measured: recall 0.931, density 0.420, error 0.111
-        FlexPrefillConfig(gamma=0.9, min_budget=128), Limits(0.89, (0.33, 0.54), 0.16)
+    # Most heads vertical-slash, the others query-aware.
+    "flexprefill-published": Setting(  # recall 0.937 [0.915, 0.940], density 0.367 [0.308, 0.381], error 0.119 [0.145]
+        FlexPrefillConfig(gamma=0.95, min_budget=128), Limits(0.895, (0.28, 0.41), 0.165)
     ),
-    "flexprefill-paper": Setting(  # measured: 0.909, 0.486, 0.122
-        FlexPrefillConfig(gamma=0.8, min_budget=128, variant="paper"), Limits(0.85, (0.37, 0.68), 0.18)
+    # Every head vertical-slash: shares of query-aware heads that differ by prompt would ask for loose limits.
+    "flexprefill-paper": Setting(  # 0.957 [0.947, 0.972], 0.339 [0.295, 0.404], 0.058 [0.065]
+        FlexPrefillConfig(gamma=0.7, tau=0, min_budget=128, variant="paper"), Limits(0.93, (0.27, 0.43), 0.085)
     ),
-    "flashprefill": Setting(FlashPrefillConfig(alpha=0.1, **LITTLE), FLASH),
-    "flashprefill-corrected": Setting(FlashPrefillConfig(alpha=0.1, **LITTLE), FLASH, mean_correction=True),
-    "streaming_llm": Setting(  # measured: 0.971, 0.5208 (geometry alone), 0.062
-        StreamingLLMConfig(sink=SINK, window=WINDOW), Limits(0.945, (0.52, 0.522), 0.1)
+    # Every head query-aware; a smaller gamma adds little to the diagonal.
+    "flexprefill-aware": Setting(  # 0.939 [0.931, 0.941], 0.323 [0.285, 0.367], 0.126 [0.143]
+        FlexPrefillConfig(gamma=0.97, tau=1, min_budget=128), Limits(0.92, (0.265, 0.39), 0.16)
     ),
-    "vertical_slash": Setting(  # measured: 0.899, 0.282, 0.145
-        VerticalSlashConfig(vertical_size=512, slash_size=512), Limits(0.855, (0.27, 0.29), 0.2)
+    "flashprefill": Setting(  # 0.948 [0.943, 0.951], 0.299 [0.273, 0.320], 0.072 [0.081]
+        FlashPrefillConfig(alpha=0.1, **LITTLE), Limits(0.93, (0.25, 0.34), 0.1)
+    ),
+    "streaming_llm": Setting(  # 0.939 [0.927, 0.944], 0.3352 (geometry alone), 0.074 [0.086]
+        StreamingLLMConfig(sink=SINK, window=WINDOW), Limits(0.915, (0.335, 0.336), 0.1)
+    ),
+    "vertical_slash": Setting(  # 0.917 [0.910, 0.930], 0.273 [0.268, 0.279], 0.096 [0.099]
+        VerticalSlashConfig(vertical_size=512, slash_size=512), Limits(0.89, (0.262, 0.285), 0.12)
+    ),
+    # What is kept is geometry, and little, so that the means have much to make up for.
+    "corrected": Setting(  # 0.728 [0.723, 0.758], 0.1193, 0.332 [0.341]
+        StreamingLLMConfig(sink=1, window=1), Limits(0.7, (0.119, 0.12), 0.36), mean_correction=True
     ),
 }
-MOST_OF_UNCORRECTED = 0.93
-"""Error with mean correction / error without; measured: 0.82 to 0.88 for pairs of prompts, libraries as above."""
+MOST_OF_UNCORRECTED = 0.885
+"""Error with mean correction / error without; measured: 0.82 to 0.87 for 8 pairs of prompts.
+
+With means that count once, and not as often as their block has keys, 0.99; with half the counts 0.87 of one prompt, so
+that such a mistake is left to the comparison with the definition in test_mean_correction.py.
+"""
 
 
 COLUMN_KEEPERS: dict[str, SelectorConfig] = {  # with room for columns beside the first block
@@ -134,9 +148,11 @@ def column_problems(layers: list[Layer], config: SelectorConfig) -> list[str]:
 
 def selection_problems(layers: list[Layer], setting: Setting) -> list[str]:
     """What is wrong with a selector's choice, and with attention over it, on captured layers."""
-    measured = []
+    measured, without = [], 0
     for layer in layers:
         out, selection = attention(layer, setting.config, setting.mean_correction)
+        keep = selection.to_dense()
+        without += int((~(keep[..., 0] & keep.diagonal(dim1=-2, dim2=-1))).sum())
         error = layer.exact.head_errors(out)
         uncorrected = error
         if setting.mean_correction:
@@ -146,11 +162,14 @@ def selection_problems(layers: list[Layer], setting: Setting) -> list[str]:
     recall, density, error, uncorrected = torch.stack(measured).mean(0).tolist()
     limits = setting.limits
     low, high = limits.density
-    most_error = uncorrected * MOST_OF_UNCORRECTED if setting.mean_correction else limits.most_error
+    most_error = limits.most_error
+    if setting.mean_correction:
+        most_error = min(most_error, uncorrected * MOST_OF_UNCORRECTED)
     checks = {  # each is what must hold, so that NaN fails
         f"recall {recall:.4f} is below {limits.least_recall}": recall >= limits.least_recall,
         f"density {density:.4f} is not in [{low}, {high}]": low <= density <= high,
         f"error {error:.4f} is above {most_error:.4f}": error <= most_error,
+        f"{without} rows are without the first block or their diagonal": without == 0,
     }
     return [problem for problem, good in checks.items() if not good]
 

@@ -1,10 +1,13 @@
 """Selectors keep what attention needs: recall, density, output error and needle answers, against measured limits.
 
-The limits are worth what they catch, so every check also runs on selectors that are broken on purpose.
+The limits are worth what they catch, so every check also runs on selectors that are broken on purpose. They are known
+to let pass what costs this model little: diagonals ranked one block too far, heads query-aware on the wrong side of
+tau, a budget of one block less, FlashPrefill's S left out. Those are left to the comparisons with the oracles.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 4096
-LAYERS = (0, 3, 5)
+LAYERS = (0, 4, 5)  # the others attend to little but first block and diagonal: these alone say little there
 CAPTURE_SEEDS = (0, 1)
 NEEDLE_PROMPTS = 2
 
@@ -60,7 +63,8 @@ def layers() -> list[Layer]:
 def prompts(needle_tokenizer: Tokenizer) -> list[NeedlePrompt]:
     """The first whose needle stands far from sink and window, whatever the haystack.
 
-    Twice the window, because a layer hands what it has seen on to the next: a needle at position 2528 was still found.
+    Twice the window, because a layer hands what it has seen on to the next: a needle 1141 tokens before the end was
+    still found with a window of 1024. From 1.3 windows on none was, of 10 with a window of 512 and 7 with 1024.
     """
     found: list[NeedlePrompt] = []
     seed = 0
@@ -177,6 +181,7 @@ whole_blocks = {"published": flexprefill.published_blocks, "paper": flexprefill.
 whole_scores = flexprefill.last_query_scores
 whole_top, whole_block_scores, whole_mean_keys = vertical_slash.top, flashprefill.block_scores, flashprefill.mean_keys
 whole_kept_blocks, whole_prefix = streaming_llm.kept_blocks, flexprefill.coverage_prefix
+whole_pooled, whole_always_kept = flexprefill.pooled_attention, Element.always_kept
 
 
 def worst(scores: Tensor, count: Tensor) -> Tensor:
@@ -209,6 +214,19 @@ def everything(grid: Grid, ranges: Tensor, config: StreamingLLMConfig) -> Tensor
     return visible_blocks(grid, ranges)
 
 
+def negative_pooled(element: Element) -> Tensor:
+    return whole_pooled(dataclasses.replace(element, query=-element.query))
+
+
+def summed_for_mean(element: Element) -> Tensor:
+    """Pooled queries and keys as sums over blocks: scores too large by their sizes."""
+    return whole_pooled(dataclasses.replace(element, scale=element.scale * element.block_size**2))
+
+
+def no_first_block(element: Element) -> Tensor:
+    return whole_always_kept(element).index_fill(1, torch.tensor(0), False)
+
+
 PARTS = [
     ("flexprefill-published", flexprefill, "published_blocks", no_slash),
     ("flexprefill-published", flexprefill, "last_query_scores", far_for_near),
@@ -217,6 +235,10 @@ PARTS = [
     ("flexprefill-paper", flexprefill, "paper_blocks", no_slash),
     ("flexprefill-paper", flexprefill, "last_query_scores", far_for_near),
     ("flexprefill-paper", flexprefill, "coverage_prefix", inverted_prefix),
+    ("flexprefill-paper", Element, "always_kept", no_first_block),
+    ("flexprefill-aware", flexprefill, "pooled_attention", negative_pooled),
+    ("flexprefill-aware", flexprefill, "pooled_attention", summed_for_mean),
+    ("flexprefill-aware", flexprefill, "coverage_prefix", inverted_prefix),
     ("vertical_slash", vertical_slash, "last_query_scores", far_for_near),
     ("vertical_slash", vertical_slash, "top", worst),
     ("flashprefill", flashprefill, "block_scores", inverted_scores),
@@ -254,14 +276,14 @@ def test_wrong_means_are_noticed(item: int, layers: list[Layer], monkeypatch: py
         return tuple(found)
 
     monkeypatch.setitem(functions, device, negative)
-    problems = selection_problems(layers[: len(LAYERS)], SETTINGS["flashprefill-corrected"])
+    problems = selection_problems(layers[: len(LAYERS)], SETTINGS["corrected"])
     assert [problem.split()[0] for problem in problems] == ["error"]
 
 
 def test_missing_correction_is_noticed(layers: list[Layer], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quality_checks.attention
     monkeypatch.setattr(quality_checks, "attention", lambda layer, config, _: whole(layer, config, False))
-    (problem,) = selection_problems(layers[: len(LAYERS)], SETTINGS["flashprefill-corrected"])
+    (problem,) = selection_problems(layers[: len(LAYERS)], SETTINGS["corrected"])
     assert problem.startswith("error")
 
 
