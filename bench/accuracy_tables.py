@@ -18,6 +18,8 @@ MARGIN = 0.02
 _CONDITIONS = (
     "model",
     "model_sha256",
+    "tokenizer_sha256",
+    "python",
     "gpu",
     "dtype",
     "seed",
@@ -85,6 +87,13 @@ def _key(row: Row, names: Sequence[str]) -> str:
 
 
 def _table_of(rows: Sequence[Row]) -> TaskTable:
+    for length in {row["length"] for row in rows}:
+        prompts = {row["prompts_sha256"] for row in rows if row["length"] == length}
+        if len(prompts) > 1:
+            raise ValueError(
+                f"accuracy rows of {rows[0]['task']} at {length} tokens must be of the same prompts to stand beside each "
+                f"other, got prompts_sha256 {', '.join(sorted(found[:10] for found in prompts))}"
+            )
     lines: dict[str, dict[int | None, Row]] = {}
     for row in sorted(rows, key=lambda row: row["selector"] != DENSE):
         lines.setdefault(_name(row), {})[row["length"]] = row
@@ -153,7 +162,7 @@ def _time(row: Row | None, dense: Row | None) -> str:
 
 def drawing_of(row: Row) -> str:
     """How the prompts were made."""
-    return f"seed {row['seed']}{', chat template' if row['chat_template'] else ''}"
+    return f"seed {row['seed']}, Python {row['python']}{', chat template' if row['chat_template'] else ''}"
 
 
 def model_of(row: Row) -> str:

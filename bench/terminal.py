@@ -16,8 +16,8 @@ from flexprefill_fa import loading
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.rows import Row, append
 
-one_line_errors = partial(loading.one_line_errors, (loading.UsageError, ValueError))
-"""As `loading.one_line_errors`, for numbers that a workload refuses and broken rows too."""
+one_line_errors = partial(loading.one_line_errors, (loading.UsageError, ValueError, OSError, torch.OutOfMemoryError))
+"""As `loading.one_line_errors`, also for numbers that a workload refuses, broken rows and files that fail."""
 
 
 def require_packages(*names: str) -> None:

@@ -21,7 +21,7 @@ def row(task: str, length: int, accuracy: float, **fields: Any) -> dict[str, Any
         "task_version": 1.0,
         "length": length, "selector": "dense", "settings": {}, "mean_correction": False, "accuracy": accuracy,
         "density": 1.0, "recall": 1.0, "recall_min": 1.0, "measured_prompts": 2, "torch": "2", "triton": "3",
-        "flash_attn_4": None, "transformers": "5", "lm_eval": "0.4", "commit": "c",
+        "flash_attn_4": None, "python": "3.12.3", "tokenizer_sha256": "a", "prompts_sha256": "p", "transformers": "5", "lm_eval": "0.4", "commit": "c",
         "timing": {"prefill_ms": 10.0, "date": "d"},
     }  # fmt: skip
     return known | fields
@@ -45,7 +45,9 @@ ROWS = [
 
 def test_one_table_for_all_tasks() -> None:
     caption, _, header, _, dense, flexprefill = accuracy_summaries(ROWS).splitlines()
-    tasks = "needle_single version 1.0, needle_vt version 1.0, 100 samples a task and length, seed 0; then"
+    tasks = (
+        "needle_single version 1.0, needle_vt version 1.0, 100 samples a task and length, seed 0, Python 3.12.3; then"
+    )
     assert caption.startswith(f"**m (SHA-256 0123456789)**, mean accuracy (string_match) on {tasks}")
     assert header == "| selector | 4,096 | 8,192 |"
     assert dense == "| dense | 0.99, vt 0.98 | 0.95, vt 0.90 |"
@@ -61,9 +63,10 @@ def test_one_table_for_all_tasks() -> None:
         ("model_sha256", "f" * 64, "**m (SHA-256 ffffffffff)**"),
         ("gpu", "Y", " Y, bfloat16, commit c."),
         ("dtype", "float32", " X, float32, commit c."),
-        ("seed", 1, "seed 1; then"),
+        ("python", "3.13.1", "seed 0, Python 3.13.1; then"),
+        ("seed", 1, "seed 1, Python 3.12.3; then"),
         ("samples", 50, "50 samples"),
-        ("chat_template", True, "seed 0, chat template; then"),
+        ("chat_template", True, "seed 0, Python 3.12.3, chat template; then"),
         ("metric", "exact", "mean accuracy (exact) on needle_single version 1.0, 100"),
     ],
 )
@@ -107,3 +110,10 @@ def test_a_plot_of_more_tasks_than_fit_side_by_side(tmp_path: Path) -> None:
         append(tmp_path / "quality.jsonl", sparse(f"task{number}", 4096, 0.9, 0.3))
     found = draw_accuracy(tmp_path)
     assert found is not None and found.read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_to_other_prompts_do_not_stand_beside_each_other() -> None:
+    other = {**sparse("vt", 4096, 0.95, 0.6), "prompts_sha256": "q" * 64}
+    with pytest.raises(ValueError, match=r"needle_vt at 4096 tokens must be of the same prompts .* p, qqqqqqqqqq"):
+        accuracy_tables([row("vt", 4096, 1.0), other])
+    accuracy_tables([row("vt", 4096, 1.0), {**other, "length": 8192}])

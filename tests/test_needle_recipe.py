@@ -33,7 +33,7 @@ from bench.needle.prompts import key_words
 from bench.needle.release import export, load_release
 from bench.needle.run import Run, require_flash
 from bench.needle.run_tables import run_tables
-from bench.needle.settings import FULL, RECIPES, TINY, Goal, Settings
+from bench.needle.settings import FULL, SIZES, TINY, Goal, Settings
 from bench.needle.source import held_out_files
 from bench.needle.train import check_memory, train
 from bench.paths import ROOT
@@ -376,7 +376,7 @@ def test_the_learning_rate_rises_holds_and_falls() -> None:
 def test_train_says_what_it_does_and_writes_a_card(
     work: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("--out", str(work), "--recipe", "tiny", "--device", "cpu")
+    arguments = ("--out", str(work), "--size", "tiny", "--device", "cpu")
     result = command(train, *arguments)
     assert result.exit_code == 0, result.output
     assert "4 steps, 0.26 M parameters; at step 0" in result.stdout
@@ -384,7 +384,7 @@ def test_train_says_what_it_does_and_writes_a_card(
     assert losses(work) == losses(whole_run)
     card = (work / "model" / "README.md").read_text()
     assert "| vt | 0.000 |" in card and "python -m bench.needle.train" in card and "{" not in card
-    assert "\nQuestions of each task: 2 at 700 tokens.\n" in card
+    assert "\nQuestions of each task: 2 at 700 tokens. " in card
     assert "seed 0, 4 steps (" in card and "| 256 | 2 | 2 |\n| 640 | 2 | 2 |\n\n" in card
     assert command(train, *arguments).exit_code == 0  # nothing left to do
 
@@ -403,13 +403,13 @@ def test_train_says_what_it_does_and_writes_a_card(
 def test_a_model_that_misses_its_goals_is_written_and_fails(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the cells, one is below the goal of its length, one at it; the other length has no goal to miss."""
     wanted = (Goal(700, 2, 0.5), Goal(900, 2, 0.0))
-    monkeypatch.setitem(RECIPES, "tiny", replace(TINY, goals=wanted))
+    monkeypatch.setitem(SIZES, "tiny", replace(TINY, goals=wanted))
 
     def measuring(network: Network, builder: Builder, task: str, length: int, samples: int, seed: int) -> Accuracy:
         return Accuracy(0.25 if task == "vt" else 0.5, 0.75, samples)
 
     monkeypatch.setattr("bench.needle.run.measure", measuring)
-    arguments = ("--out", str(work), "--recipe", "tiny", "--device", "cpu")
+    arguments = ("--out", str(work), "--size", "tiny", "--device", "cpu")
     for _ in range(2):  # the second time there is nothing left to do
         result = command(train, *arguments)
         assert result.exit_code == 1, result.output
@@ -489,30 +489,32 @@ def test_stops_come_after_whole_rows(corpus: Corpus, tmp_path: Path) -> None:
 
 
 def test_the_card_says_how_many_questions_each_length_had(corpus: Corpus, tmp_path: Path) -> None:
+    facts = {"gpu": "X", "torch": "2", "python": "3.12.3", "commit": "abc", "date": "2026-11-23"}
     rows = [
-        {"task": task, "length": goal.length, "samples": goal.samples, "exact": 0.9, "parts": 1.0}
+        {"task": task, "length": goal.length, "samples": goal.samples, "exact": 0.9, "parts": 1.0, **facts}
         for goal in FULL.goals
         for task in EVALUATED
     ]
     write_card(tmp_path, rows, FULL, corpus)
     card = (tmp_path / "README.md").read_text()
     said = "512 at 4,096, 8,192, 16,384 tokens; 256 at 32,768 tokens; 128 at 65,536 tokens"
-    assert f"\nQuestions of each task: {said}.\n" in card
+    assert f"\nQuestions of each task: {said}. X, torch 2, Python 3.12.3, commit abc, 2026-11-23.\n" in card
     assert all(f"| {stage.length:,} | {stage.rows} | {stage.steps:,} |" in card for stage in FULL.stages)
     assert "{" not in card and max(map(len, card.splitlines())) < 125
 
 
-def test_too_little_time_is_a_stop(work: Path) -> None:
-    result = command(train, "--out", str(work), "--recipe", "tiny", "--device", "cpu", "--minutes", "1")
+def test_too_little_time_is_a_stop(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.needle.run._FIRST_ROW_SECONDS", 200.0)
+    result = command(train, "--out", str(work), "--size", "tiny", "--device", "cpu", "--minutes", "3")
     assert result.exit_code == 3
     assert "stopped at step 0 of 4: the same command goes on from there" in result.stdout
 
 
 def test_mistakes_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = ("--out", str(work), "--recipe", "tiny", "--device", "cpu")
+    tiny = ("--out", str(work), "--size", "tiny", "--device", "cpu")
     if not torch.cuda.is_available():
         refused(command(train, "--out", str(work)), "finds no CUDA GPU here")
-    refused(command(train, *tiny[:2], "--recipe", "huge"), "recipe must be one of full, tiny, got 'huge'")
+    refused(command(train, *tiny[:2], "--size", "huge"), "size must be one of full, tiny, got 'huge'")
     refused(command(train, *tiny, "--steps-scale", "0"), "steps-scale must be above 0")
     refused(command(train, "--out", str(work / "none"), *tiny[2:]), "no corpus", "python -m bench.needle.prepare")
     refused(command(evaluate, "--model", str(work)), f"no needle model in {work}")
@@ -533,7 +535,7 @@ def test_a_broken_file_is_named(name: str, content: bytes, work: Path, whole_run
     shutil.copytree(whole_run / "checkpoint", work / "checkpoint")
     (work / name).write_bytes(content)
     folder, help = (work / name).parent, {"corpus": "bench.needle.prepare", "checkpoint": "remove it, or name another"}
-    result = command(train, "--out", str(work), "--recipe", "tiny", "--device", "cpu")
+    result = command(train, "--out", str(work), "--size", "tiny", "--device", "cpu")
     refused(result, f"the {folder.name} in {folder} cannot be read (", help[folder.name])
 
 
@@ -542,7 +544,7 @@ def test_a_corpus_with_other_tokens_is_refused(work: Path) -> None:
     tokens = np.load(path)
     tokens[5] += 1
     np.save(path, tokens)
-    refused(command(train, "--out", str(work), "--recipe", "tiny", "--device", "cpu"), "made by another version")
+    refused(command(train, "--out", str(work), "--size", "tiny", "--device", "cpu"), "made by another version")
 
 
 @pytest.mark.parametrize("package", ["numpy", "tokenizers", "safetensors"])
@@ -607,7 +609,7 @@ def test_a_table_for_each_model_and_the_shipped_one_is_marked() -> None:
         for model in ("f" * 64, model_sha256(MODEL_DIR))
         for task, length, samples, exact in cells
     ]
-    other, shipped = run_tables(rows).split("\n\n**")
+    shipped, other = run_tables(rows).split("\n\n**")
     assert "| vt | 0.750 | 0.250 |" in other and "| single | 1.000 | - |" in other
     assert "ffffffffff" in other and "bench/needle/model" not in other
     assert "512 at 4,096 tokens; 128 at 8,192 tokens. X, torch 2, commit abc" in other

@@ -35,26 +35,30 @@ It answers five kinds of questions at the end of a text, in exactly these words 
 
 A name is one of the {names} tokens `#word` of its tokenizer. Numbers have seven digits, values of variables five.
 
-Share of the questions whose whole answer is right, by greedy decoding after dense prefill, on text that it was not
+In `multivalue` each number has its place in its statement ("magic number 2 for"), so it is a lookup of several.
+
+Share of the questions whose whole answer is right after dense prefill in bfloat16, that is, whose every token is the
+most likely one behind the right ones before it, as greedy decoding would say it. The text is of files that it was not
 trained on:
 
 {accuracies}
 
-Questions of each task: {samples}.
+Questions of each task: {samples}. {conditions}.
 
 ## What it cannot do
 
-Anything else. It does not follow instructions, knows no other wording of the questions, no other names and no numbers
-of other lengths, writes no program worth running, and was never asked anything beyond {longest} tokens. It says an
-answer to every question, also to one about a name that the text does not hold.
+Anything else. It was trained on no other wording of the questions, no other names, no numbers of other lengths, no
+question about what the text does not hold, and nothing beyond {longest} tokens; what it says to those was not measured.
+It does not follow instructions, and writes no program worth running. Its training text, which it read about a hundred
+times, it partly knows by heart.
 
 ## How it was made
 
 From the standard library of Python {python}: {train} tokens of {train_files} files to train on, {held_out} tokens of
-{held_out_files} files held out for evaluation. To make it again, in a checkout on a machine with one GPU:
+{held_out_files} other files to evaluate on. To make it again, in a checkout on a machine with one GPU:
 
-    python -m bench.needle.prepare
-    python -m bench.needle.train
+    python -m bench.needle.prepare{prepare}
+    python -m bench.needle.train{train_options}
 
 AdamW, bfloat16, seed {seed}, {steps} steps (`bench/needle/settings.py`), from short sequences to long ones:
 
@@ -64,13 +68,14 @@ Another Python version gives another corpus and other names. Library text: Pytho
 """
 
 
-def write_card(folder: Path, rows: Sequence[Row], settings: Settings, corpus: Corpus) -> None:
+def write_card(folder: Path, rows: Sequence[Row], settings: Settings, corpus: Corpus, options: str = "") -> None:
     """Write `README.md` beside the model.
 
     Args:
         folder: of the model.
         rows: its accuracies, see `bench.needle.run`.
         settings, corpus: of its training.
+        options: of `bench.needle.train`, to make it again.
     """
     shape, facts = settings.shape, corpus.facts
     text = _CARD.format(
@@ -83,6 +88,7 @@ def write_card(folder: Path, rows: Sequence[Row], settings: Settings, corpus: Co
         tasks="\n".join(f"| {task} | {hidden} | {asked} |" for task, (hidden, asked) in _descriptions().items()),
         names=NAMES,
         samples=questions_of(rows),
+        conditions=conditions_of(rows),
         accuracies=accuracy_table(rows),
         longest=f"{max(stage.length for stage in settings.stages):,}",
         python=facts["python"],
@@ -93,6 +99,8 @@ def write_card(folder: Path, rows: Sequence[Row], settings: Settings, corpus: Co
         steps=f"{settings.steps:,}",
         seed=settings.seed,
         stages=_stage_table(settings),
+        prepare=f" --seed {facts['seed']}" if facts["seed"] else "",
+        train_options=f" {options}" if options else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -108,6 +116,15 @@ def accuracy_table(rows: Sequence[Row]) -> str:
     for task in EVALUATED:
         lines.append(f"| {task} | " + " | ".join(found.get((task, length), "-") for length in lengths) + " |")
     return "\n".join(lines)
+
+
+def conditions_of(rows: Sequence[Row]) -> str:
+    """Where the accuracies were measured; where versions, commits or dates differ, each is named."""
+    told = []
+    for name, word in {"gpu": "", "torch": "torch ", "python": "Python ", "commit": "commit ", "date": ""}.items():
+        values = dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None)
+        told += [f"{word}{', '.join(values)}"] if values else []
+    return ", ".join(told)
 
 
 def questions_of(rows: Sequence[Row]) -> str:

@@ -69,6 +69,7 @@ def build_corpus(
     """
     import numpy as np
 
+    folder.mkdir(parents=True, exist_ok=True)
     parts = {
         "train": [file for file in source_files() if not is_held_out(file)][:files],
         "held_out": list(held_out_files())[:files],

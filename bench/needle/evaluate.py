@@ -23,6 +23,7 @@ from bench.terminal import one_line_errors, require_packages
 from flexprefill_fa.loading import UsageError, resolve_device
 from flexprefill_fa.rows import append
 
+_OTHERS = 128  # questions at lengths that no goal names
 _LENGTHS = ",".join(str(goal.length) for goal in FULL.goals)
 
 
@@ -30,7 +31,10 @@ def evaluate(
     model: Annotated[Path, typer.Option(help="A folder that bench.needle.train made.")] = MODEL_DIR,
     tasks: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(EVALUATED),
     lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = _LENGTHS,
-    samples: Annotated[int, typer.Option(min=1, help="Questions per task and length.")] = 128,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Questions per task and length. Default: as after training, else {_OTHERS}."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the questions.")] = 0,
     device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON lines; rows are added.")] = None,
@@ -45,13 +49,21 @@ def evaluate(
         unknown = [task for task in chosen if task not in EVALUATED]
         if unknown:
             raise UsageError(f"tasks must be of {', '.join(EVALUATED)}, got {unknown[0]!r}")
-        builder = Builder(tokenizer, encode(tokenizer, [ascii_text(file) for file in held_out_files()]), where)
-        facts = accuracy_facts(model, seed, where)
+        text = encode(tokenizer, [ascii_text(file) for file in held_out_files()])
+        asked = parse_lengths(lengths)
+        if max(asked) > len(text):
+            raise UsageError(f"lengths must be at most {len(text)}, the tokens of held-out text, got {max(asked)}")
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.touch()
+        counts = {goal.length: goal.samples for goal in FULL.goals}
+        builder, facts = Builder(tokenizer, text, where), accuracy_facts(model, text, seed, where)
         rows = []
         with attention_kernel(where):
-            for length in parse_lengths(lengths):
+            for length in asked:
                 for task in chosen:
-                    found = measure(network, builder, task, length, samples, seed)
+                    count = samples or counts.get(length, _OTHERS)
+                    found = measure(network, builder, task, length, count, seed)
                     rows.append({**found.row(task, length), **facts})
                     typer.echo(json.dumps(rows[-1]))
                     if out is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +17,9 @@ from bench.needle.formats import EVALUATED
 from bench.needle.network import Network
 from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.rows import Row, environment
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KIND = "needle"
 """Of rows about the accuracies of a needle model."""
@@ -27,7 +33,7 @@ class Accuracy:
 
     Attributes:
         exact: share of the questions whose whole answer is right.
-        parts: share of the names and digits that are right where all before them are.
+        parts: share of the names and digits that are right, each behind the right ones before it.
         samples: questions.
     """
 
@@ -46,9 +52,18 @@ class Accuracy:
         }
 
 
-def accuracy_facts(model: Path, seed: int, device: torch.device) -> Row:
-    """What rows about a model's accuracies say beside them: which model it is, and the conditions."""
-    return {"kind": KIND, "model_sha256": model_sha256(model), "seed": seed, **environment(device)}
+def accuracy_facts(model: Path, text: np.ndarray, seed: int, device: torch.device) -> Row:
+    """What rows about a model's accuracies say beside them: which model it is, what it was asked, the conditions.
+
+    Args:
+        model: its folder.
+        text: tokens of the held-out text.
+        seed: of the questions.
+        device: where they were answered.
+    """
+    asked = hashlib.sha256(repr(sorted(EVALUATED.items())).encode() + text.tobytes()).hexdigest()
+    facts = {"kind": KIND, "model_sha256": model_sha256(model), "asked_sha256": asked, "seed": seed}
+    return {**facts, "python": platform.python_version(), **environment(device)}
 
 
 @torch.no_grad()

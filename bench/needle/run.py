@@ -99,7 +99,7 @@ class Run:
                         self._try(number, stage)
                 export(self._network, self._corpus, self.model)
                 finished = load_release(self.model, self._device)
-                facts = accuracy_facts(self.model, self._settings.seed, self._device)
+                facts = accuracy_facts(self.model, self._corpus.held_out, self._settings.seed, self._device)
                 for goal in self._settings.goals:
                     self._evaluate(finished, FINISHED, goal.length, goal.samples, facts)
         except OutOfTime:

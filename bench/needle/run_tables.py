@@ -5,28 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from bench.needle import MODEL_DIR
-from bench.needle.card import accuracy_table, questions_of
-from bench.tables import distinct
+from bench.needle.card import accuracy_table, conditions_of, questions_of
 from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.rows import Row, latest
 
-_TOLD = {"gpu": "", "torch": "torch ", "commit": "commit ", "date": ""}
-_IDENTITY = ("model_sha256", "task", "length", "gpu", "seed")
+_CONDITIONS = ("model_sha256", "asked_sha256", "seed", "gpu", "torch", "python")
+"""What the rows of a table have in common."""
 
 
 def run_tables(rows: Iterable[Row]) -> str:
-    """The accuracies of each model that rows are of, the one of this checkout marked."""
-    models: dict[str, list[Row]] = {}
-    for row in latest(rows, lambda row: tuple(row[name] for name in _IDENTITY)):
-        models.setdefault(row["model_sha256"], []).append(row)
+    """The accuracies of each model that rows are of, the one of this checkout marked.
+
+    Of the rows of a task and length under the same conditions, the one with the most questions counts, then the last.
+    """
+    tables: dict[tuple[object, ...], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["samples"]):
+        tables.setdefault(tuple(row.get(name) for name in _CONDITIONS), []).append(row)
     shipped = model_sha256(MODEL_DIR)
-    return "\n\n".join(_run_table(found, model == shipped) for model, found in models.items())
+    found = [latest(table, lambda row: (row["task"], row["length"])) for table in tables.values()]
+    found.sort(key=lambda table: table[0]["model_sha256"] != shipped)
+    return "\n\n".join(_run_table(table, table[0]["model_sha256"] == shipped) for table in found)
 
 
 def _run_table(rows: Sequence[Row], shipped: bool) -> str:
     where = " (`bench/needle/model`)" if shipped else ""
-    told = ", ".join(f"{word}{distinct(rows, name)}" for name, word in _TOLD.items())
     return (
         f"**SHA-256 {rows[0]['model_sha256'][:10]}**{where}: share of whole answers that are right after dense "
-        f"prefill, bfloat16. Questions of each task: {questions_of(rows)}. {told}.\n\n{accuracy_table(rows)}"
+        f"prefill, bfloat16. Questions of each task: {questions_of(rows)}. {conditions_of(rows)}.\n\n"
+        f"{accuracy_table(rows)}"
     )

@@ -213,5 +213,5 @@ TINY = Settings(
     samples=2,
 )
 
-RECIPES = {"full": FULL, "tiny": TINY}
+SIZES = {"full": FULL, "tiny": TINY}
 """`full` is the needle model's; `tiny` learns nothing in a second, to see every step of the way."""

@@ -14,18 +14,19 @@ from bench.needle.corpus import PACKAGES, load_corpus
 from bench.needle.pace import Clock, OutOfTime
 from bench.needle.prepare import CORPUS, WORK
 from bench.needle.run import Run, require_flash
-from bench.needle.settings import RECIPES, Settings
+from bench.needle.settings import SIZES, Settings
 from bench.terminal import one_line_errors, require_packages
-from flexprefill_fa.loading import UsageError, resolve_device
+from flexprefill_fa.loading import UsageError, first_line, resolve_device
 from flexprefill_fa.rows import Row
 
 
 def train(
     out: Annotated[Path, typer.Option(help="The work folder: corpus, checkpoint, curve, accuracies, model.")] = WORK,
     minutes: Annotated[
-        float | None, typer.Option(min=1, help="Stop with a checkpoint before so many minutes are over.")
+        float | None,
+        typer.Option(min=3, help="Stop with a checkpoint before so many minutes are over."),
     ] = None,
-    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "full",
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "full",
     steps_scale: Annotated[float, typer.Option(help="Times as many steps in each stage.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the first weights and of what is drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cuda, cuda:N or, for a try of 'tiny', cpu.")] = "cuda",
@@ -40,7 +41,7 @@ def train(
     """
     clock = Clock(minutes)
     with one_line_errors():
-        settings = _settings(recipe, steps_scale, seed)
+        settings = _settings(size, steps_scale, seed)
         require_packages(*PACKAGES)
         where = resolve_device(device)
         require_flash(where)
@@ -58,13 +59,22 @@ def train(
     except ArithmeticError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    write_card(run.model, rows, settings, corpus)
+    except (torch.OutOfMemoryError, OSError) as error:
+        typer.echo(f"error: {first_line(error)}; the checkpoint is of step {run.saved_step}", err=True)
+        raise typer.Exit(2) from error
+    write_card(run.model, rows, settings, corpus, _told(steps_scale, seed))
     typer.echo(accuracy_table(rows))
     typer.echo(f"the model is in {run.model}")
     missed = missed_goals(settings, rows)
     if missed:
         typer.echo(f"error: {', '.join(missed)}; try another --seed, or --steps-scale 1.5", err=True)
         raise typer.Exit(1)
+
+
+def _told(steps_scale: float, seed: int) -> str:
+    """The options that make the same run."""
+    told = [f"--steps-scale {steps_scale:g}"] if steps_scale != 1 else []
+    return " ".join([*told, *([f"--seed {seed}"] if seed else [])])
 
 
 def missed_goals(settings: Settings, rows: Sequence[Row]) -> list[str]:
@@ -77,12 +87,12 @@ def missed_goals(settings: Settings, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _settings(recipe: str, steps_scale: float, seed: int) -> Settings:
-    if recipe not in RECIPES:
-        raise UsageError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+def _settings(size: str, steps_scale: float, seed: int) -> Settings:
+    if size not in SIZES:
+        raise UsageError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     if not steps_scale > 0:
         raise UsageError(f"steps-scale must be above 0, got {steps_scale}")
-    return RECIPES[recipe].scaled(steps_scale, seed)
+    return SIZES[size].scaled(steps_scale, seed)
 
 
 def check_memory(settings: Settings, device: torch.device) -> None:
