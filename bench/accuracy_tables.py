@@ -91,8 +91,8 @@ def _table_of(rows: Sequence[Row]) -> TaskTable:
         prompts = {row["prompts_sha256"] for row in rows if row["length"] == length}
         if len(prompts) > 1:
             raise ValueError(
-                f"accuracy rows of {rows[0]['task']} at {length} tokens must be of the same prompts to stand beside each "
-                f"other, got prompts_sha256 {', '.join(sorted(found[:10] for found in prompts))}"
+                f"accuracy rows of {rows[0]['task']} at {length} tokens must be of the same prompts to stand beside "
+                f"each other, got prompts_sha256 {', '.join(sorted(found[:10] for found in prompts))}"
             )
     lines: dict[str, dict[int | None, Row]] = {}
     for row in sorted(rows, key=lambda row: row["selector"] != DENSE):

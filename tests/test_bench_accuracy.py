@@ -21,7 +21,8 @@ def row(task: str, length: int, accuracy: float, **fields: Any) -> dict[str, Any
         "task_version": 1.0,
         "length": length, "selector": "dense", "settings": {}, "mean_correction": False, "accuracy": accuracy,
         "density": 1.0, "recall": 1.0, "recall_min": 1.0, "measured_prompts": 2, "torch": "2", "triton": "3",
-        "flash_attn_4": None, "python": "3.12.3", "tokenizer_sha256": "a", "prompts_sha256": "p", "transformers": "5", "lm_eval": "0.4", "commit": "c",
+        "python": "3.12.3", "tokenizer_sha256": "a", "prompts_sha256": "p",
+        "flash_attn_4": None, "transformers": "5", "lm_eval": "0.4", "commit": "c",
         "timing": {"prefill_ms": 10.0, "date": "d"},
     }  # fmt: skip
     return known | fields

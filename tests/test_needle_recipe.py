@@ -384,7 +384,7 @@ def test_train_says_what_it_does_and_writes_a_card(
     assert losses(work) == losses(whole_run)
     card = (work / "model" / "README.md").read_text()
     assert "| vt | 0.000 |" in card and "python -m bench.needle.train" in card and "{" not in card
-    assert "\nQuestions of each task: 2 at 700 tokens. " in card
+    assert "\nQuestions of each task: 2 at 700 tokens.\n" in card
     assert "seed 0, 4 steps (" in card and "| 256 | 2 | 2 |\n| 640 | 2 | 2 |\n\n" in card
     assert command(train, *arguments).exit_code == 0  # nothing left to do
 
@@ -498,7 +498,7 @@ def test_the_card_says_how_many_questions_each_length_had(corpus: Corpus, tmp_pa
     write_card(tmp_path, rows, FULL, corpus)
     card = (tmp_path / "README.md").read_text()
     said = "512 at 4,096, 8,192, 16,384 tokens; 256 at 32,768 tokens; 128 at 65,536 tokens"
-    assert f"\nQuestions of each task: {said}. X, torch 2, Python 3.12.3, commit abc, 2026-11-23.\n" in card
+    assert f"\nQuestions of each task: {said}.\nX, torch 2, Python 3.12.3, commit abc, 2026-11-23.\n" in card
     assert all(f"| {stage.length:,} | {stage.rows} | {stage.steps:,} |" in card for stage in FULL.stages)
     assert "{" not in card and max(map(len, card.splitlines())) < 125
 

@@ -43,7 +43,8 @@ trained on:
 
 {accuracies}
 
-Questions of each task: {samples}. {conditions}.
+Questions of each task: {samples}.
+{conditions}.
 
 ## What it cannot do
 
