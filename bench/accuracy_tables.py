@@ -79,7 +79,7 @@ def task_tables(rows: Iterable[Row]) -> list[TaskTable]:
 
 
 def _cell(row: Row) -> str:
-    return _key(row, (*_CONDITIONS, "length", "selector", "settings", "mean_correction"))
+    return _key(row, (*_CONDITIONS, "length", "selector", "settings", "mean_correction", "dense_layers"))
 
 
 def _key(row: Row, names: Sequence[str]) -> str:
@@ -106,6 +106,8 @@ def _name(row: Row) -> str:
     """The selector and the settings that are not its usual ones."""
     told = [f"{name} {value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
     told += ["mean correction"] if row["mean_correction"] else []
+    dense = ", ".join(map(str, row["dense_layers"]))
+    told += [f"layer{'s' if len(row['dense_layers']) > 1 else ''} {dense} dense"] if dense else []
     return ", ".join([row["selector"], *told])
 
 

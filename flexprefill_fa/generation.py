@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +93,7 @@ def measure_sparse(
     progress: WorkProgress,
     *,
     mean_correction: bool = False,
+    dense_layers: Sequence[int] = (),
     repeats: int = 1,
     recall: bool = False,
 ) -> Measurement:
@@ -101,25 +102,24 @@ def measure_sparse(
     Args:
         model, input_ids, max_new_tokens, progress, repeats: as for `measure_dense`.
         config: a selector's config.
-        mean_correction: as for `enable_sparse_prefill`.
+        mean_correction, dense_layers: as for `enable_sparse_prefill`.
         recall: measure recall too, in one more prefill that computes exact attention.
 
     Raises:
         UsageError: if the integration refuses the model, or none of its layers runs sparse.
     """
     warm_ids = input_ids[:, : max(WARM_UP_TOKENS, 2 * config.dense_tokens)]
+    options: dict[str, Any] = {"mean_correction": mean_correction, "dense_layers": dense_layers}
     with ExitStack() as stack:
         with refusal_in_one_line():
-            handle = stack.enter_context(
-                enable_sparse_prefill(model, config, mean_correction=mean_correction, statistics="density")
-            )
+            handle = stack.enter_context(enable_sparse_prefill(model, config, statistics="density", **options))
             check_some_sparse(model)
             _, first = generate_greedily(model, warm_ids, 1, progress, "compiling sparse")
         _, second = generate_greedily(model, warm_ids, 1, progress, "warming up sparse")
         token_ids, seconds = _timed(model, input_ids, max_new_tokens, progress, "sparse", repeats)
         kept = dict(handle.statistics)
     if recall and kept:
-        with enable_sparse_prefill(model, config, mean_correction=mean_correction, statistics="recall") as handle:
+        with enable_sparse_prefill(model, config, statistics="recall", **options) as handle:
             generate_greedily(model, input_ids, 1, progress, "measuring recall against exact attention")
             kept = dict(handle.statistics)
     layers = tuple(_report(layer, kept[layer]) for layer in sorted(kept))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,11 +233,32 @@ def make_config(selector: str, **options: Any) -> Any:
         raise UsageError(first_line(error)) from error
 
 
-def selector_config(spec: str) -> tuple[Any, bool]:
-    """The config of a spec such as `flashprefill:alpha=0.1+mean_correction=true`, and whether to correct by means.
+@dataclass(frozen=True)
+class Choice:
+    """How prompts are read.
 
-    Returns:
-        The config, None for "dense"; and the mean_correction that the spec asks for.
+    Attributes:
+        config: the selector with its settings; None: dense.
+        mean_correction, dense_layers: as for `enable_sparse_prefill`.
+    """
+
+    config: Any
+    mean_correction: bool = False
+    dense_layers: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The selector's name, or "dense"."""
+        return DENSE if self.config is None else self.config.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `enable_sparse_prefill` is given beside the config."""
+        return {"mean_correction": self.mean_correction, "dense_layers": self.dense_layers}
+
+
+def parse_choice(spec: str) -> Choice:
+    """What a spec such as `flashprefill:alpha=0.1+mean_correction=true+dense_layers=0/4` asks for.
 
     Raises:
         UsageError: for an unknown selector, a field that it does not have, or a value out of range.
@@ -244,11 +267,15 @@ def selector_config(spec: str) -> tuple[Any, bool]:
     if name == DENSE:
         if options:
             raise UsageError(f"{DENSE} has no settings, got {spec!r}")
-        return None, False
+        return Choice(None)
     correction = options.pop("mean_correction", False)
+    dense_layers = str(options.pop("dense_layers", ""))
+    if not re.fullmatch(r"(-?\d+(/-?\d+)*)?", dense_layers):
+        raise UsageError(f"dense_layers must be layer indices such as 0/4, got {dense_layers!r} in selector {spec!r}")
     if not isinstance(correction, bool):
         raise UsageError(f"mean_correction must be true or false, got {correction!r} in selector {spec!r}")
-    return make_config(name, **options), correction
+    layers = tuple(int(layer) for layer in dense_layers.split("/") if layer)
+    return Choice(make_config(name, **options), correction, layers)
 
 
 def _value(text: str) -> Any:

@@ -15,14 +15,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from flexprefill_fa.loading import selector_config
+from flexprefill_fa.loading import Choice, parse_choice
 
-from .transformers import SparsePrefill, collect_statistics, enable_sparse_prefill
+from .transformers import SparsePrefill, collect_statistics, describe_sparse_prefill, enable_sparse_prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from flexprefill_fa.masks import SelectorConfig
 
 _CACHED_PROMPTS = 1024  # of 4 bytes a token
 
@@ -35,8 +33,12 @@ class FlexPrefillLM(_Base):
 
     Args:
         pretrained: a model folder, a name, or a `PreTrainedModel`, as for `HFLM`.
-        selector: "dense", `name` or `name:field=value+field=value`; mean_correction=true is a field of every selector.
+        selector: "dense", `name` or `name:field=value+field=value`; mean_correction=true and
+            dense_layers=0/4 are fields of every selector.
         options: of `HFLM`.
+
+    Attributes:
+        dense_layers: how many layers the present choice made dense.
 
     Raises:
         UsageError: for a selector that does not exist or a setting that it refuses.
@@ -44,17 +46,17 @@ class FlexPrefillLM(_Base):
     """
 
     def __init__(self, pretrained: str | PreTrainedModel, selector: str = "flexprefill", **options: Any) -> None:
-        config, mean_correction = selector_config(selector)
+        choice = parse_choice(selector)
         super().__init__(pretrained, **options)
         # Sorting requests by length encodes every prompt once more, and one run asks the same of several selectors.
         encode = super().tok_encode
         self._encoded = functools.lru_cache(_CACHED_PROMPTS)(lambda *text, **more: array("i", encode(*text, **more)))
         self._sparse: SparsePrefill | None = None
         self._densities: list[Tensor] = []
-        self.use(config, mean_correction=mean_correction)
+        self.use(choice)
 
-    def use(self, config: SelectorConfig | None, *, mean_correction: bool = False) -> None:
-        """Read prompts with another selector from now on; None is dense. Forgets the densities.
+    def use(self, choice: Choice) -> None:
+        """Read prompts in another way from now on. Forgets the densities.
 
         Raises:
             TypeError, ValueError: for a model that sparse prefill cannot serve.
@@ -63,14 +65,17 @@ class FlexPrefillLM(_Base):
             self._sparse.disable()
             self._sparse = None
         self._densities = []
-        if config is not None:
+        self.dense_layers = 0
+        if choice.config is not None:
             model: Any = self.model
-            self._sparse = enable_sparse_prefill(model, config, mean_correction=mean_correction)
+            self._sparse = enable_sparse_prefill(model, choice.config, **choice.options)
+            layers = len(describe_sparse_prefill(model))
+            self.dense_layers = len({layer % layers for layer in choice.dense_layers})
 
     def density(self) -> float:
         """Kept blocks / causal blocks of all prompts since `use`; a prompt that ran dense counts as 1.
 
-        The mean over the layers that ran sparse, and their heads.
+        The mean over the heads of the layers that ran sparse, and of those that the choice made dense.
 
         Raises:
             ValueError: if no prompt was read.
@@ -112,7 +117,8 @@ class FlexPrefillLM(_Base):
             except ValueError:  # every layer ran dense: the prompts are short
                 self._densities.append(dense)
             else:
-                self._densities.append(density.nanmean((0, 2)))
+                sparse, others = len(density), self.dense_layers
+                self._densities.append((sparse * density.nanmean((0, 2)) + others) / (sparse + others))
         return result
 
 

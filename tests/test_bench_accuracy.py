@@ -19,7 +19,8 @@ def row(task: str, length: int, accuracy: float, **fields: Any) -> dict[str, Any
         "kind": "accuracy", "model": "m", "model_sha256": "0123456789abcdef", "gpu": "X", "dtype": "bfloat16",
         "seed": 0, "samples": 100, "chat_template": False, "metric": "string_match", "task": f"needle_{task}",
         "task_version": 1.0,
-        "length": length, "selector": "dense", "settings": {}, "mean_correction": False, "accuracy": accuracy,
+        "length": length, "selector": "dense", "settings": {}, "mean_correction": False, "dense_layers": [],
+        "accuracy": accuracy,
         "density": 1.0, "recall": 1.0, "recall_min": 1.0, "measured_prompts": 2, "torch": "2", "triton": "3",
         "python": "3.12.3", "tokenizer_sha256": "a", "prompts_sha256": "p",
         "flash_attn_4": None, "transformers": "5", "lm_eval": "0.4", "commit": "c",
@@ -118,3 +119,11 @@ def test_answers_to_other_prompts_do_not_stand_beside_each_other() -> None:
     with pytest.raises(ValueError, match=r"needle_vt at 4096 tokens must be of the same prompts .* p, qqqqqqqqqq"):
         accuracy_tables([row("vt", 4096, 1.0), other])
     accuracy_tables([row("vt", 4096, 1.0), {**other, "length": 8192}])
+
+
+def test_dense_layers_are_a_line_of_their_own() -> None:
+    kept = [{**sparse("vt", 4096, 1.0, 0.6), "dense_layers": layers} for layers in ([4], [0, 5])]
+    text = accuracy_tables([row("vt", 4096, 1.0), sparse("vt", 4096, 0.5, 0.4), *kept])
+    assert "| flexprefill, gamma 0.9 | **0.50** (0.40) |" in text
+    assert "| flexprefill, gamma 0.9, layer 4 dense | 1.00 (0.60) |" in text
+    assert "| flexprefill, gamma 0.9, layers 0, 5 dense | 1.00 (0.60) |" in text

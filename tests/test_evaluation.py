@@ -43,10 +43,10 @@ def but_timing(rows: list[Row]) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model of one layer with room for 2,048 positions."""
+    """An untrained model of two layers with room for 2,048 positions."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    sizes: dict[str, Any] = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": 0}
     folder = tmp_path_factory.mktemp("short")
     LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=2048)).save_pretrained(folder)
@@ -71,12 +71,13 @@ def test_rows_resume_repeat_and_carry_their_conditions(tmp_path: Path, monkeypat
     for row in (dense, flex):
         assert row["kind"] == "accuracy" and row["task"] == "needle_single" and row["length"] == LENGTH
         assert (
-            row["task_version"] == 3.0
+            row["task_version"] == 4.0
             and row["limit"] == row["samples"] == 2
             and row["truncated"] == 0
             and row["seed"] == 0
             and row["dtype"] == "float32"
             and not row["mean_correction"]
+            and row["dense_layers"] == []
         )
         assert len(row["model_sha256"]) == 64 and row["model"] == MODEL_DIR.name
         assert row["timing"]["prefill_ms"] > 0 and row["prompts_sha256"] == dense["prompts_sha256"]
@@ -110,16 +111,20 @@ def test_lm_evals_own_task_runs_sparse(short_model: Path, tmp_path: Path) -> Non
         out,
         *("--tasks", "niah_single_1", "--samples", "1", "--lengths", "2048,4096", "--measured-prompts", "0"),
         *("--selector", "flexprefill:gamma=0.3+min_budget=128", "--json"),
+        *("--selector", "flexprefill:gamma=0.3+min_budget=128+dense_layers=-1"),
         model=short_model,
     )
     assert result.exit_code == 2, "4,096 tokens are too many for this model"
     assert result.stderr.count("length must be at most 2048, the model's position range, got 4096") == 1
     rows = read(out)  # of what could be asked
-    assert [json.loads(line) for line in result.stdout.splitlines()] == rows and len(rows) == 1
-    row = rows[0]
+    assert [json.loads(line) for line in result.stdout.splitlines()] == rows and len(rows) == 2
+    row, half = rows
     assert row["task"] == "niah_single_1" and row["length"] == 2048 and row["metric"] == "2048"
     assert row["task_version"] == 1.0
-    assert row["density"] < 0.9, "the prompt ran dense"
+    assert row["density"] < 0.75, "the prompt ran dense"
+    assert half["density"] == pytest.approx((row["density"] + 1) / 2, abs=0.05), "a dense layer counts as such"
+    assert half["dense_layers"] == [-1] and row["dense_layers"] == []
+    assert "dense_layers=-1" in result.stderr
     assert row["timing"]["prefill_ms"] is None
 
 
@@ -160,6 +165,8 @@ def test_mistakes_are_told_in_one_line(short_model: Path, tmp_path: Path) -> Non
     assert_refused(evaluate(out, "--chat-template"), "chat template")
     assert_refused(evaluate(out, "--tasks", "openllm"), "openllm", "one by one")
     assert_refused(evaluate(out, "--selector", "flashprefill:mean_correction=2"), "true or false")
+    assert_refused(evaluate(out, "--selector", "flashprefill:dense_layers=1-2"), "such as 0/4, got '1-2'")
+    assert_refused(evaluate(out, "--selector", "flashprefill:dense_layers=2", model=short_model), "0 to 1", "layer 2")
     assert_refused(evaluate(out, "--include-path", str(tmp_path / "none")), "no folder")
     assert_refused(evaluate(tmp_path), "is a folder")
     assert_refused(evaluate(out, model=tmp_path / "none"), "no model folder")

@@ -22,7 +22,7 @@ from flexprefill_fa.evaluation import ACCURACY_KIND
 from flexprefill_fa.evaluation.harness import Answers, Tasks, ask, has_budget
 from flexprefill_fa.generation import Measurement, measure_dense, measure_sparse
 from flexprefill_fa.integrations.lm_eval import FlexPrefillLM
-from flexprefill_fa.loading import DENSE, UsageError
+from flexprefill_fa.loading import Choice, UsageError
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.rows import Row, environment, package_version
 
@@ -33,19 +33,6 @@ _OUTCOMES = (
 """The fields of a row that are found out, and the model's name; all others say whether a cell is done already."""
 
 _REPEATS = 5  # of each timed prefill
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A selector with its settings (None: dense), and whether its attention is corrected by means."""
-
-    config: Any
-    mean_correction: bool = False
-
-    @property
-    def name(self) -> str:
-        """The selector's name, or "dense"."""
-        return DENSE if self.config is None else self.config.name
 
 
 @dataclass(frozen=True)
@@ -172,6 +159,7 @@ class Evaluation:
             "selector": choice.name,
             "settings": {} if choice.config is None else dataclasses.asdict(choice.config),
             "mean_correction": choice.mean_correction,
+            "dense_layers": list(choice.dense_layers),
         }
 
     def run(self, cell: Cell) -> Row:
@@ -182,7 +170,7 @@ class Evaluation:
         """
         start = time.perf_counter()
         try:
-            self._lm.use(cell.choice.config, mean_correction=cell.choice.mean_correction)
+            self._lm.use(cell.choice)
         except (TypeError, ValueError) as error:
             raise UsageError(str(error)) from error
         try:
@@ -195,9 +183,9 @@ class Evaluation:
                 self._plan.seed,
                 self._plan.chat_template,
             )
-            density = self._lm.density()
+            density, dense_layers = self._lm.density(), self._lm.dense_layers
         finally:
-            self._lm.use(None)
+            self._lm.use(Choice(None))
         asked = self._asked.setdefault((cell.known["task"], cell.length), answers.prompts_sha256)
         if asked != answers.prompts_sha256:
             raise UsageError(
@@ -206,6 +194,7 @@ class Evaluation:
             )
         measured = self._measure(cell.choice, answers)
         recalls = [layer.recall for one in measured for layer in one.layers if layer.recall is not None]
+        recalls += [1.0] * (dense_layers * len(measured) if recalls else 0)
         lowest = [layer.lowest_recall for one in measured for layer in one.layers if layer.lowest_recall is not None]
         timing = {
             "prefill_ms": round(1e3 * statistics.median(one.prefill_seconds for one in measured), 3)
@@ -243,8 +232,8 @@ class Evaluation:
                 if choice.config is None:
                     found.append(measure_dense(model, ids, 1, quiet, repeats=_REPEATS))
                 else:
-                    options: dict[str, Any] = {"mean_correction": choice.mean_correction, "repeats": _REPEATS}
-                    found.append(measure_sparse(model, ids, choice.config, 1, quiet, recall=True, **options))
+                    options = {**choice.options, "repeats": _REPEATS, "recall": True}
+                    found.append(measure_sparse(model, ids, choice.config, 1, quiet, **options))
             except torch.OutOfMemoryError:
                 return []
         return found

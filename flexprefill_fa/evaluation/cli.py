@@ -17,10 +17,10 @@ from flexprefill_fa.loading import (
     first_line,
     load_model,
     one_line_errors,
+    parse_choice,
     require_kernels,
     resolve_device,
     resolve_dtype,
-    selector_config,
     token_count,
 )
 from flexprefill_fa.progress import WorkProgress
@@ -38,8 +38,8 @@ def evaluate(
     selector: Annotated[
         list[str] | None,
         typer.Option(
-            help="dense, or name:field=value+field=value, where mean_correction=true is a field too. May be repeated; "
-            "default: dense and flexprefill."
+            help="dense, or name:field=value+field=value, where mean_correction=true and dense_layers=0/4 are fields "
+            "too. May be repeated; default: dense and flexprefill."
         ),
     ] = None,
     lengths: Annotated[
@@ -82,7 +82,7 @@ def evaluate(
         from flexprefill_fa.evaluation.harness import Tasks, require_lm_eval
 
         require_lm_eval()
-        choices = dict.fromkeys(selector_config(spec) for spec in (selector or ["dense", "flexprefill"]))
+        choices = dict.fromkeys(parse_choice(spec) for spec in (selector or ["dense", "flexprefill"]))
         numbers = tuple(sorted({token_count(item.strip()) for item in lengths.split(",")}))
         where, precision = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
@@ -94,13 +94,13 @@ def evaluate(
             network, tokenizer = load_model(model, precision, where)
         if chat_template and not tokenizer.chat_template:
             raise UsageError(f"--chat-template needs a tokenizer with a chat template, that of {model} has none")
-        from flexprefill_fa.evaluation.cells import Choice, Evaluation, EvaluationPlan, count_cells
+        from flexprefill_fa.evaluation.cells import Evaluation, EvaluationPlan, count_cells
         from flexprefill_fa.integrations.lm_eval import FlexPrefillLM
 
         plan = EvaluationPlan(
             lengths=numbers,
             samples=samples,
-            choices=tuple(Choice(config, correction) for config, correction in choices),
+            choices=tuple(choices),
             seed=seed,
             chat_template=chat_template,
             measured_prompts=measured_prompts,
@@ -157,7 +157,9 @@ def _model_name(path: str) -> str:
 def _settings(row: Row) -> str:
     """The settings that are not the selector's usual ones."""
     shown = [f"{name}={value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
-    return " ".join([*shown, *(["mean_correction"] if row["mean_correction"] else [])])
+    shown += ["mean_correction"] if row["mean_correction"] else []
+    shown += [f"dense_layers={'/'.join(map(str, row['dense_layers']))}"] if row["dense_layers"] else []
+    return " ".join(shown)
 
 
 def _line(row: Row) -> str:
