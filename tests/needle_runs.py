@@ -9,7 +9,9 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus
+from bench.needle.formats import EVALUATED
 from bench.needle.pace import Clock
 from bench.needle.run import Run
 from bench.needle.settings import TINY, Settings
@@ -22,6 +24,12 @@ FILES = 12
 
 def run_of(folder: Path, corpus: Corpus, settings: Settings = TINY, minutes: float | None = None) -> Run:
     return Run(settings, corpus, folder, CPU, Clock(minutes), False, lambda line: None)
+
+
+def source_drawn(builder: Builder) -> bytes:
+    """A piece of the text that a builder's sequences are made of, as bytes of uint16 like a corpus's parts."""
+    batch = builder.build(1, 700, EVALUATED["single"], torch.Generator().manual_seed(0))
+    return batch.tokens[batch.source].numpy().astype("uint16").tobytes()
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:

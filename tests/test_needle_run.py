@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from needle_runs import CPU, losses, run_of
+from needle_runs import CPU, losses, run_of, source_drawn
 
 from bench.needle import learning
 from bench.needle.batches import Builder
@@ -165,6 +165,26 @@ def test_a_stage_that_leaves_a_task_unlearnt_is_warned_of(
     assert [task for stage, task in there if stage == "stage 1"] == ["single", "multivalue", "multiquery", "vt"]
     expected = [("stage 0", "single"), ("stage 1", "single"), ("stage 1", "multiquery")]
     assert warnings == [f" {stage} leaves {task} at {found[task]:.3f}" for stage, task in expected]
+
+
+def test_what_is_trained_on_is_apart_from_what_is_asked(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, asked = set(), set()
+
+    def training(network: Network, optimizer: Any, builder: Builder, *arguments: Any) -> learning.Outcome:
+        trained.add(source_drawn(builder))
+        return learning.take_step(network, optimizer, builder, *arguments)
+
+    def measuring(network: Network, builder: Builder, task: str, *arguments: Any) -> Accuracy:
+        asked.add(source_drawn(builder))
+        return Accuracy(1, 1, 2)
+
+    monkeypatch.setattr("bench.needle.run.take_step", training)
+    monkeypatch.setattr("bench.needle.run.measure", measuring)
+    run_of(tmp_path, corpus).finish()
+    assert trained and all(text in corpus.train.tobytes() for text in trained)
+    assert asked and all(text in corpus.held_out.tobytes() for text in asked)
 
 
 def test_a_row_of_the_curve_is_a_mean(corpus: Corpus, whole_run: Path, tmp_path: Path) -> None:
