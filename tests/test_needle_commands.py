@@ -14,17 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from needle_runs import CPU, FILES, command, losses, refused
+from needle_runs import CPU, FILES, command, losses, refused, source_drawn
 
+from bench.needle import learning
 from bench.needle.batches import Builder
+from bench.needle.corpus import Corpus, encode
 from bench.needle.evaluate import evaluate
 from bench.needle.evaluation import Accuracy
+from bench.needle.formats import EVALUATED
 from bench.needle.network import Network
 from bench.needle.prepare import prepare
 from bench.needle.release import load_release
 from bench.needle.run import require_flash
 from bench.needle.settings import FULL, SIZES, TINY, Goal
-from bench.needle.source import held_out_files
+from bench.needle.source import ascii_text, held_out_files
 from bench.needle.train import check_memory, train
 from bench.paths import ROOT
 from flexprefill_fa.loading import UsageError
@@ -60,6 +63,32 @@ def test_train_says_what_it_does_and_writes_a_card(
     assert json.loads(shown.stdout) == row
 
 
+def test_the_card_of_a_run_with_options_names_them(work: Path) -> None:
+    tiny = ("--out", str(work), "--size", "tiny", "--device", "cpu")
+    result = command(train, *tiny, "--steps-scale", "0.5", "--seed", "3")
+    assert result.exit_code == 0 and "2 steps, " in result.stdout, result.output
+    card = (work / "model" / "README.md").read_text()
+    assert "\n    python -m bench.needle.train --steps-scale 0.5 --seed 3\n" in card
+    assert "seed 3, 2 steps (" in card and "| 256 | 2 | 1 |\n| 640 | 2 | 1 |\n\n" in card
+    assert {row["seed"] for row in read(work / "accuracy.jsonl") if row["stage"] == "model"} == {3}
+
+
+def test_evaluate_asks_about_text_that_is_held_out(
+    corpus: Corpus, whole_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measuring(network: Network, builder: Builder, task: str, length: int, samples: int, seed: int) -> Accuracy:
+        asked.append(source_drawn(builder))
+        return Accuracy(1, 1, samples)
+
+    monkeypatch.setattr("bench.needle.evaluate.measure", measuring)
+    result = command(evaluate, "--model", str(whole_run / "model"), "--device", "cpu", "--lengths", "700")
+    assert result.exit_code == 0, result.output
+    held_out = encode(corpus.tokenizer, [ascii_text(file) for file in held_out_files()]).tobytes()
+    assert len(asked) == len(EVALUATED) and all(text in held_out for text in asked)
+
+
 def test_a_model_that_misses_its_goals_is_written_and_fails(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the cells, one is below the goal of its length, one at it; the other length has no goal to miss."""
     wanted = (Goal(700, 2, 0.5), Goal(900, 2, 0.0))
@@ -86,6 +115,49 @@ def test_too_little_time_is_a_stop(work: Path, monkeypatch: pytest.MonkeyPatch) 
     result = command(train, "--out", str(work), "--size", "tiny", "--device", "cpu", "--minutes", "3")
     assert result.exit_code == 3
     assert "stopped at step 0 of 4: the same command goes on from there" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nOf the allocated"), "error: CUDA out of memory."),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
+    ],
+    ids=["memory", "disk"],
+)
+def test_what_runs_out_in_a_step_is_one_line(
+    error: Exception, said: str, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second step of the second stage of two, with a checkpoint after the first stage."""
+
+    def failing(*arguments: Any) -> learning.Outcome:
+        if arguments[-1] == 3:
+            raise error
+        return learning.take_step(*arguments)
+
+    monkeypatch.setattr("bench.needle.run.take_step", failing)
+    result = command(train, "--out", str(work), "--size", "tiny", "--device", "cpu")
+    refused(result, said, "; the checkpoint is of step 2")
+
+
+def test_a_time_in_which_no_step_fits_is_refused(work: Path) -> None:
+    result = command(train, "--out", str(work), "--size", "tiny", "--device", "cpu", "--minutes", "1")
+    assert result.exit_code == 2 and "--minutes" in result.stderr, result.output
+    assert [file.name for file in work.iterdir()] == ["corpus"]
+
+
+def test_what_cannot_be_done_is_refused_before_it_takes_time(whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unwanted(*arguments: Any) -> Any:
+        raise AssertionError("this takes time")
+
+    monkeypatch.setattr("bench.needle.evaluate.held_out_files", lambda: held_out_files()[:FILES])
+    monkeypatch.setattr("bench.needle.evaluate.measure", unwanted)
+    monkeypatch.setattr("bench.needle.corpus.train_tokenizer", unwanted)
+    arguments = ("--model", str(whole_run / "model"), "--device", "cpu")
+    refused(command(evaluate, *arguments, "--lengths", "700", "--out", "/dev/null/x/r.jsonl"), "Not a directory")
+    message = "lengths must be at most ", ", the tokens of held-out text, got 400000"
+    refused(command(evaluate, *arguments, "--lengths", "700,400000"), *message)
+    refused(command(prepare, "--out", "/dev/null/x"), "Not a directory")
 
 
 def test_mistakes_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
