@@ -1,9 +1,11 @@
-"""Common to all tests: Triton by its interpreter where there is no GPU, fixed seeds, the needle model."""
+"""Common to all tests: Triton by its interpreter without a GPU, fixed seeds, needle model and recipe."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
     from vllm_stubs import FakeVllm
+
+    from bench.needle.corpus import Corpus
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,3 +74,40 @@ def needle_model() -> PreTrainedModel:
 
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32, attn_implementation="sdpa")
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Of a few files; tests leave its folder as they found it."""
+    from needle_runs import FILES
+
+    from bench.needle.corpus import build_corpus
+
+    return build_corpus(tmp_path_factory.mktemp("work") / "corpus", 131072, files=FILES)
+
+
+@pytest.fixture
+def work(tmp_path: Path, corpus: Corpus) -> Path:
+    """A work folder with a corpus."""
+    shutil.copytree(corpus.folder, tmp_path / "corpus")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def whole_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a needle run that nothing stopped; tests leave it as they found it."""
+    from needle_runs import run_of
+
+    from bench.needle.formats import EVALUATED
+    from flexprefill_fa.digests import model_sha256
+
+    folder = tmp_path_factory.mktemp("whole")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tests' own fixture comes later
+    rows = run_of(folder, corpus).finish()
+    assert [(row["task"], row["length"]) for row in rows] == [(task, 700) for task in EVALUATED]
+    assert {(row["kind"], row["model_sha256"], row["seed"]) for row in rows} == {
+        ("needle", model_sha256(folder / "model"), 0)
+    }
+    torch.set_num_threads(threads)
+    return folder

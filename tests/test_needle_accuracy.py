@@ -1,0 +1,155 @@
+"""The needle model's accuracies: how answers are counted, and how the card and the tables tell them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from needle_runs import CPU
+
+from bench.needle import MODEL_DIR
+from bench.needle.batches import Batch, Builder
+from bench.needle.card import conditions_of, write_card
+from bench.needle.corpus import Corpus
+from bench.needle.evaluation import measure, predictions
+from bench.needle.formats import EVALUATED
+from bench.needle.network import Network
+from bench.needle.run_tables import run_tables
+from bench.needle.settings import FULL, TINY
+from flexprefill_fa.digests import model_sha256
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_predictions_are_greedy_decoding(corpus: Corpus) -> None:
+    """Of a network that says something else at every place, from the tokens before the place alone."""
+    network = Network(TINY.shape)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    builder = Builder(corpus.tokenizer, corpus.held_out, CPU)
+    batch = builder.build(2, 450, EVALUATED["multiquery"], torch.Generator().manual_seed(0), questions_last=True)
+    with torch.no_grad():
+        said = predictions(network, batch)
+        assert said.shape == batch.places.shape
+        for tokens, places, words in zip(batch.tokens, batch.places, said, strict=True):
+            assert len(set(words.tolist())) > 20
+            for place, word in zip(places, words, strict=True):
+                assert word == network.logits(network(tokens[None, :place]))[0, -1].argmax()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "exact", "parts"),
+    [("digit", 3 / 4, 1 - 1 / (4 * (4 * 7 + 3))), ("word", 3 / 4, 1.0), ("end", 1.0, 1.0)],  # 4 numbers, 3 names
+    ids=["digit", "word", "end"],
+)
+def test_an_answer_counts_where_all_of_it_is_right(
+    wrong: str, exact: float, parts: float, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token of one of four answers is wrong: a digit of its numbers, a word between them, or what ends it."""
+
+    def all_but_one(network: Network, batch: Batch) -> torch.Tensor:
+        filled = batch.weights == 1
+        at = {"digit": filled & batch.scored, "word": ~filled & batch.scored, "end": ~batch.scored}[wrong]
+        said = batch.targets
+        said[2, at.nonzero()[0]] += 1
+        return said
+
+    monkeypatch.setattr("bench.needle.evaluation.predictions", all_but_one)
+    found = measure(Network(TINY.shape), Builder(corpus.tokenizer, corpus.held_out, CPU), "multivalue", 700, 4)
+    assert (found.exact, found.parts, found.samples) == (exact, pytest.approx(parts), 4)
+
+
+def test_each_question_is_another(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in batches of two, of which the last is smaller; the same seed asks the same."""
+    asked: list[tuple[int, ...]] = []
+
+    def noting(network: Network, batch: Batch) -> torch.Tensor:
+        assert batch.tokens.shape[0] <= 2
+        asked.extend(map(tuple, batch.tokens.tolist()))
+        return batch.targets
+
+    monkeypatch.setattr("bench.needle.evaluation._TOKENS_AT_ONCE", 1500)
+    monkeypatch.setattr("bench.needle.evaluation.predictions", noting)
+    network, builder = Network(TINY.shape), Builder(corpus.tokenizer, corpus.held_out, CPU)
+    for seed in (0, 1, 0):
+        assert measure(network, builder, "vt", 700, 5, seed).exact == 1
+    assert len(set(asked[:10])) == 10
+    assert asked[10:] == asked[:5]
+
+
+def test_the_card_says_how_many_questions_each_length_had(corpus: Corpus, tmp_path: Path) -> None:
+    facts = {"gpu": "X", "torch": "2", "python": "3.12.3", "commit": "abc", "date": "2026-11-23"}
+    rows = [
+        {"task": task, "length": goal.length, "samples": goal.samples, "exact": 0.9, "parts": 1.0, **facts}
+        for goal in FULL.goals
+        for task in EVALUATED
+    ]
+    write_card(tmp_path, rows, FULL, corpus)
+    card = (tmp_path / "README.md").read_text()
+    said = "512 at 4,096, 8,192, 16,384 tokens; 256 at 32,768 tokens; 128 at 65,536 tokens"
+    assert f"\nQuestions of each task: {said}.\nX, torch 2, Python 3.12.3, commit abc, 2026-11-23.\n" in card
+    assert all(f"| {stage.length:,} | {stage.rows} | {stage.steps:,} |" in card for stage in FULL.stages)
+    assert "{" not in card and max(map(len, card.splitlines())) < 125
+    assert "    python -m bench.needle.prepare\n    python -m bench.needle.train\n" in card
+
+
+def test_the_card_says_how_to_make_the_same_model(corpus: Corpus, tmp_path: Path) -> None:
+    other = replace(corpus, facts={**corpus.facts, "seed": 5})
+    row = {"task": "vt", "length": 700, "samples": 2, "exact": 0.9, "parts": 1.0}
+    write_card(tmp_path, [row], replace(TINY, seed=3), other, options="--seed 3")
+    card = (tmp_path / "README.md").read_text()
+    assert "    python -m bench.needle.prepare --seed 5\n    python -m bench.needle.train --seed 3\n" in card
+    assert "\nAdamW, bfloat16, seed 3, 4 steps (" in card
+
+
+def test_conditions_that_differ_are_all_named() -> None:
+    first = {"gpu": "X", "torch": "2", "python": "3.12.3", "commit": "abc", "date": "2026-11-23"}
+    rows = [first, {**first, "commit": "def", "date": "2026-11-24"}, first]
+    assert conditions_of(rows) == "X, torch 2, Python 3.12.3, commit abc, def, 2026-11-23, 2026-11-24"
+    assert conditions_of([{"gpu": None, "torch": "2"}]) == "torch 2"
+
+
+def test_a_table_for_each_model_and_the_shipped_one_is_marked() -> None:
+    facts = {"kind": "needle", "seed": 0, "gpu": "X", "torch": "2", "commit": "abc", "date": "2026-11-23"}
+    cells = [("vt", 4096, 512, 0.5), ("vt", 8192, 128, 0.25), ("single", 4096, 512, 1.0), ("vt", 4096, 512, 0.75)]
+    rows = [
+        {"task": task, "length": length, "samples": samples, "exact": exact, "model_sha256": model, **facts}
+        for model in ("f" * 64, model_sha256(MODEL_DIR))
+        for task, length, samples, exact in cells
+    ]
+    shipped, other = run_tables(rows).split("\n\n**")
+    assert "| vt | 0.750 | 0.250 |" in other and "| single | 1.000 | - |" in other
+    assert "ffffffffff" in other and "bench/needle/model" not in other
+    assert "512 at 4,096 tokens; 128 at 8,192 tokens. X, torch 2, commit abc" in other
+    assert "(`bench/needle/model`)" in shipped and "| vt | 0.750 | 0.250 |" in shipped
+
+
+CELL = {"task": "vt", "length": 700, "samples": 8, "exact": 0.25, "commit": "abc", "date": "2026-11-23"}
+SAME = {"model_sha256": "f" * 64, "asked_sha256": "a", "seed": 0, "gpu": "X", "torch": "2", "python": "3.12.3"}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_rows_of_other_conditions_are_another_table(name: str) -> None:
+    other = {**SAME, name: 1 if name == "seed" else "e" * 64}
+    rows = [{**CELL, **SAME}, {**CELL, **other, "exact": 0.5}]
+    both = run_tables(rows)
+    assert both.count("**SHA-256 ") == 2 and "| vt | 0.250 |" in both and "| vt | 0.500 |" in both
+    assert run_tables([rows[0], {**rows[1], name: SAME[name]}]).count("**SHA-256 ") == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "counts"),
+    [
+        ([(512, 0.25), (128, 0.5)], "0.250"),
+        ([(128, 0.5), (512, 0.25)], "0.250"),
+        ([(128, 0.25), (128, 0.5)], "0.500"),
+        ([(512, 0.5), (512, 0.25), (128, 0.75)], "0.250"),
+    ],
+)
+def test_of_rows_about_the_same_the_one_with_most_questions_counts(found: list[tuple[int, float]], counts: str) -> None:
+    table = run_tables([{**CELL, **SAME, "samples": samples, "exact": exact} for samples, exact in found])
+    assert f"| vt | {counts} |" in table
+    assert f"Questions of each task: {max(samples for samples, _ in found)} at 700 tokens." in table
