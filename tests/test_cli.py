@@ -89,7 +89,7 @@ def test_generate_json_compares_sparse_with_dense(prompt_file: Path) -> None:
     sparse = report["sparse"]
     assert 0 < sparse["density"] < 0.95
     assert [layer["layer"] for layer in sparse["layers"]] == list(range(6))
-    assert all(0.5 < layer["lowest_recall"] <= layer["recall"] <= 1 for layer in sparse["layers"])
+    assert all(0.2 < layer["lowest_recall"] <= layer["recall"] <= 1 for layer in sparse["layers"])
     assert report["speedup"] == pytest.approx(report["dense"]["prefill_seconds"] / sparse["prefill_seconds"])
     assert "density" not in report["dense"]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def test_sparse_answers_at_8k(needle_model: PreTrainedModel, needle_tokenizer: Tokenizer) -> None:
-    config = FlexPrefillConfig(gamma=0.9, min_budget=512)
+    config = FlexPrefillConfig(gamma=0.95, min_budget=512)
     densities = []
     for seed in range(2):
         prompt = build_prompt(needle_tokenizer, 8192, seed=seed)
@@ -34,4 +34,4 @@ def test_sparse_answers_at_8k(needle_model: PreTrainedModel, needle_tokenizer: T
                 dense = needle_model(ids, logits_to_keep=1).logits[:, -1]
             assert (out.logits[0] - dense).abs().max() > 1e-3, "the prefill was dense"
     density = torch.cat(densities).mean()
-    assert density < 0.75, f"density {density:.2f}"
+    assert density < 0.4, f"density {density:.2f}"
