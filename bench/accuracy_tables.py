@@ -119,13 +119,17 @@ def accuracy_tables(rows: Iterable[Row]) -> str:
 def _markdown(table: TaskTable) -> str:
     longest = table.lengths[-1]
     ends = list(dict.fromkeys((table.lengths[0], longest)))
-    header = ["selector", *(tokens_of(length) for length in table.lengths), f"recall at {tokens_of(longest)}"]
-    header += [f"prefill at {tokens_of(length)}" for length in ends]
+    header = ["selector", *(tokens_of(length) for length in table.lengths)]
+    measured = any(row["measured_prompts"] for row in table.rows())
+    if measured:
+        header += [f"recall at {tokens_of(longest)}", *(f"prefill at {tokens_of(length)}" for length in ends)]
     body = []
     for line in table.lines:
         cells = [_accuracy(line.by_length.get(length), table.row(DENSE, length)) for length in table.lengths]
-        times = [_time(line.by_length.get(length), table.row(DENSE, length)) for length in ends]
-        body.append([line.name, *cells, _recall(line.by_length.get(longest)), *times])
+        if measured:
+            cells.append(_recall(line.by_length.get(longest)))
+            cells += [_time(line.by_length.get(length), table.row(DENSE, length)) for length in ends]
+        body.append([line.name, *cells])
     return f"{_caption(table)}\n\n{markdown_table(header, body)}"
 
 
@@ -176,16 +180,19 @@ def _caption(table: TaskTable) -> str:
     rows = table.rows()
     row = rows[0]
     versions = ", ".join(f"{title} {distinct(rows, name)}" for name, title in VERSIONS if distinct(rows, name))
-    measured = " and ".join(sorted({str(row["measured_prompts"]) for row in rows}))
+    measured = " and ".join(sorted({str(row["measured_prompts"]) for row in rows if row["measured_prompts"]}))
+    timed = (
+        f" Recall as the mean over heads (the worst head); prefill time of an uncompiled model on {measured} prompts "
+        "one by one, in ms and against dense, selection included; small models are held up by launches."
+    )
     dates = ", ".join(dict.fromkeys(row["timing"]["date"] for row in rows))
     return (
         f"**{table.title}** ({row['metric']}), {row['samples']} samples a cell, {drawing_of(row)}, "
         f"model {model_of(row)}. "
         f"Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
-        f"Recall as the mean over heads (the worst head). {row['gpu']}, {row['dtype']}, {versions}, "
+        f"{row['gpu']}, {row['dtype']}, {versions}, "
         f"transformers {distinct(rows, 'transformers')}, lm-eval {distinct(rows, 'lm_eval')}, commit "
-        f"{distinct(rows, 'commit')}, {dates}; prefill time of an uncompiled model on {measured} "
-        "prompts one by one, in ms and against dense, selection included; small models are held up by launches."
+        f"{distinct(rows, 'commit')}, {dates}.{timed if measured else ''}"
     )
 
 

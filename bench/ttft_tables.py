@@ -53,7 +53,8 @@ def _true_densities(rows: Iterable[Row]) -> dict[str, list[float]]:
     """By selector, settings and length: the densities that the tasks of a trained model came to."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        if row["kind"] == ACCURACY_KIND and not row["mean_correction"] and row["density"] is not None:
+        plain = row["kind"] == ACCURACY_KIND and not row["mean_correction"] and not row["dense_layers"]
+        if plain and row["density"] is not None:
             found.setdefault(_key(row, ("selector", "settings", "length")), []).append(row["density"])
     return found
 

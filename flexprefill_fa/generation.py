@@ -42,7 +42,7 @@ class Measurement:
         token_ids: the new tokens, greedy.
         prefill_seconds: from the prompt to the first new token, median of the warm runs.
         compile_seconds: what the first sparse prefill took longer than the second; None for dense.
-        layers: per attention layer; empty for dense, and for a prompt that was too short to run sparse.
+        layers: per attention layer that ran sparse; empty for dense, and for a prompt that was too short to run sparse.
     """
 
     token_ids: list[int]
@@ -52,7 +52,7 @@ class Measurement:
 
     @property
     def density(self) -> float | None:
-        """Kept blocks / causal blocks over all layers and heads."""
+        """Kept blocks / causal blocks over the heads of all layers that ran sparse."""
         return statistics.fmean(layer.density for layer in self.layers) if self.layers else None
 
 

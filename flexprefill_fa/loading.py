@@ -274,7 +274,7 @@ def parse_choice(spec: str) -> Choice:
         raise UsageError(f"dense_layers must be layer indices such as 0/4, got {dense_layers!r} in selector {spec!r}")
     if not isinstance(correction, bool):
         raise UsageError(f"mean_correction must be true or false, got {correction!r} in selector {spec!r}")
-    layers = tuple(int(layer) for layer in dense_layers.split("/") if layer)
+    layers = tuple(sorted({int(layer) for layer in dense_layers.split("/") if layer}))
     return Choice(make_config(name, **options), correction, layers)
 
 

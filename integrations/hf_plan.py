@@ -19,6 +19,7 @@ from flexprefill_fa.validation import MAX_HEAD_DIM
 from .hf_ranks import check_ranks
 
 PLAN_ATTRIBUTE = "_sparse_prefill_plan"
+AS_ASKED = "as asked"
 WHOLE_PROMPT = "it attends to the whole prompt"
 
 
@@ -240,7 +241,7 @@ def describe(model: PreTrainedModel, index: int, module: nn.Module, plan: LayerP
     if window is not None:
         return LayerDescription(index, "window", "; ".join([f"a sliding window of {window} tokens", *extras]))
     if plan.config is None:
-        return LayerDescription(index, "dense", "; ".join(["as asked", *extras]))
+        return LayerDescription(index, "dense", "; ".join([AS_ASKED, *extras]))
     if plan.mean_correction:
         extras.append("dropped blocks count by their means")
     why = "; ".join([WHOLE_PROMPT, *extras])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flexprefill_fa.loading import Choice, parse_choice
 
+from .hf_plan import AS_ASKED
 from .transformers import SparsePrefill, collect_statistics, describe_sparse_prefill, enable_sparse_prefill
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class FlexPrefillLM(_Base):
         options: of `HFLM`.
 
     Attributes:
-        dense_layers: how many layers the present choice made dense.
+        made_dense: how many layers the present choice made dense.
 
     Raises:
         UsageError: for a selector that does not exist or a setting that it refuses.
@@ -65,12 +66,17 @@ class FlexPrefillLM(_Base):
             self._sparse.disable()
             self._sparse = None
         self._densities = []
-        self.dense_layers = 0
+        self.made_dense = 0
         if choice.config is not None:
             model: Any = self.model
             self._sparse = enable_sparse_prefill(model, choice.config, **choice.options)
-            layers = len(describe_sparse_prefill(model))
-            self.dense_layers = len({layer % layers for layer in choice.dense_layers})
+            found = describe_sparse_prefill(model)
+            if all(layer.runs != "sparse" for layer in found):
+                self._sparse.disable()
+                self._sparse = None
+                why = f"layer {found[0].layer} runs {found[0].runs}: {found[0].why}"
+                raise ValueError(f"{choice.name} must leave a layer that runs sparse, but {why}")
+            self.made_dense = sum(layer.why.startswith(AS_ASKED) for layer in found)
 
     def density(self) -> float:
         """Kept blocks / causal blocks of all prompts since `use`; a prompt that ran dense counts as 1.
@@ -117,7 +123,7 @@ class FlexPrefillLM(_Base):
             except ValueError:  # every layer ran dense: the prompts are short
                 self._densities.append(dense)
             else:
-                sparse, others = len(density), self.dense_layers
+                sparse, others = len(density), self.made_dense
                 self._densities.append((sparse * density.nanmean((0, 2)) + others) / (sparse + others))
         return result
 

@@ -326,7 +326,7 @@ def test_tables_name_the_densities_of_a_trained_model() -> None:
     ]
     accuracy = [
         {"kind": "accuracy", "selector": "flexprefill", "settings": settings, "length": 4096, "density": density,
-         "mean_correction": False} for density in (0.59, 0.63)
+         "mean_correction": False, "dense_layers": layers} for density, layers in ((0.59, []), (0.63, []), (0.7, [4]))
     ]  # fmt: skip
     table = ttft_tables(rows, accuracy)
     assert "| 4,096 | dense SDPA | - | - | 100 | 1.00x | 0.80x | - | - | 40% | - | 20.0 |" in table

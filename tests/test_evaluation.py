@@ -167,6 +167,9 @@ def test_mistakes_are_told_in_one_line(short_model: Path, tmp_path: Path) -> Non
     assert_refused(evaluate(out, "--selector", "flashprefill:mean_correction=2"), "true or false")
     assert_refused(evaluate(out, "--selector", "flashprefill:dense_layers=1-2"), "such as 0/4, got '1-2'")
     assert_refused(evaluate(out, "--selector", "flashprefill:dense_layers=2", model=short_model), "0 to 1", "layer 2")
+    both = ("--selector", "dense", "--selector", "flashprefill:dense_layers=0/1")
+    assert_refused(evaluate(out, *both, model=short_model), "must leave a layer that runs sparse", "as asked")
+    assert not out.exists() or out.read_bytes() == b"", "refused before the dense cell"
     assert_refused(evaluate(out, "--include-path", str(tmp_path / "none")), "no folder")
     assert_refused(evaluate(tmp_path), "is a folder")
     assert_refused(evaluate(out, model=tmp_path / "none"), "no model folder")

@@ -68,7 +68,7 @@ def test_the_card_of_a_run_with_options_names_them(work: Path) -> None:
     result = command(train, *tiny, "--steps-scale", "0.5", "--seed", "3")
     assert result.exit_code == 0 and "2 steps, " in result.stdout, result.output
     card = (work / "model" / "README.md").read_text()
-    assert "\n    python -m bench.needle.train --steps-scale 0.5 --seed 3\n" in card
+    assert "\n    python -m bench.needle.train --size tiny --steps-scale 0.5 --seed 3\n" in card
     assert "seed 3, 2 steps (" in card and "| 256 | 2 | 1 |\n| 640 | 2 | 1 |\n\n" in card
     assert {row["seed"] for row in read(work / "accuracy.jsonl") if row["stage"] == "model"} == {3}
 

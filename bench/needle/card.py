@@ -50,8 +50,7 @@ Questions of each task: {samples}.
 
 Anything else. It was trained on no other wording of the questions, no other names, no numbers of other lengths, no
 question about what the text does not hold, and nothing beyond {longest} tokens; what it says to those was not measured.
-It does not follow instructions, and writes no program worth running. Its training text, which it read about a hundred
-times, it partly knows by heart.
+It does not follow instructions, and writes no program worth running. It read its training text many times over.
 
 ## How it was made
 

@@ -62,7 +62,7 @@ def train(
     except (torch.OutOfMemoryError, OSError) as error:
         typer.echo(f"error: {first_line(error)}; the checkpoint is of step {run.saved_step}", err=True)
         raise typer.Exit(2) from error
-    write_card(run.model, rows, settings, corpus, _told(steps_scale, seed))
+    write_card(run.model, rows, settings, corpus, _told(size, steps_scale, seed))
     typer.echo(accuracy_table(rows))
     typer.echo(f"the model is in {run.model}")
     missed = missed_goals(settings, rows)
@@ -71,9 +71,10 @@ def train(
         raise typer.Exit(1)
 
 
-def _told(steps_scale: float, seed: int) -> str:
-    """The options that make the same run."""
-    told = [f"--steps-scale {steps_scale:g}"] if steps_scale != 1 else []
+def _told(size: str, steps_scale: float, seed: int) -> str:
+    """The options that make the same run, where they are not the usual ones."""
+    told = [f"--size {size}"] if size != "full" else []
+    told += [f"--steps-scale {steps_scale:g}"] if steps_scale != 1 else []
     return " ".join([*told, *([f"--seed {seed}"] if seed else [])])
 
 

@@ -75,11 +75,16 @@ class Evaluation:
         plan: how.
         model: what to call the model in rows.
         folder: where the model is.
+
+    Raises:
+        UsageError: where sparse prefill refuses the model or a choice.
     """
 
     def __init__(self, lm: FlexPrefillLM, tasks: Tasks, plan: EvaluationPlan, model: str, folder: str | Path):
         self._lm, self._tasks, self._plan = lm, tasks, plan
         self._folder, self._name = Path(folder).resolve(), model
+        for choice in (*plan.choices, Choice(None)):
+            self._use(choice)  # what the model refuses is told before anything is asked
         self._versions = {name: tasks.version(name) for name in tasks.names}
         self._asked: dict[tuple[str, int | None], str] = {}  # task and length -> the hash of the prompts
         where = {name: value for name, value in environment(lm.device).items() if name != "date"}
@@ -142,7 +147,8 @@ class Evaluation:
 
     @staticmethod
     def _identity(row: Row) -> Row:
-        return {key: value for key, value in row.items() if key not in _OUTCOMES}
+        # Rows from before layers could stay dense do not have the field.
+        return {key: value for key, value in {"dense_layers": [], **row}.items() if key not in _OUTCOMES}
 
     def _metadata(self, length: int) -> dict[str, Any]:
         plan = self._plan
@@ -162,6 +168,12 @@ class Evaluation:
             "dense_layers": list(choice.dense_layers),
         }
 
+    def _use(self, choice: Choice) -> None:
+        try:
+            self._lm.use(choice)
+        except (TypeError, ValueError) as error:
+            raise UsageError(str(error)) from error
+
     def run(self, cell: Cell) -> Row:
         """Ask the questions of a cell, then measure prefill time and recall on its first prompts.
 
@@ -169,10 +181,7 @@ class Evaluation:
             UsageError: where sparse prefill refuses the model, or earlier rows of the task were asked other questions.
         """
         start = time.perf_counter()
-        try:
-            self._lm.use(cell.choice)
-        except (TypeError, ValueError) as error:
-            raise UsageError(str(error)) from error
+        self._use(cell.choice)
         try:
             answers = ask(
                 self._lm,
@@ -183,7 +192,7 @@ class Evaluation:
                 self._plan.seed,
                 self._plan.chat_template,
             )
-            density, dense_layers = self._lm.density(), self._lm.dense_layers
+            density, made_dense = self._lm.density(), self._lm.made_dense
         finally:
             self._lm.use(Choice(None))
         asked = self._asked.setdefault((cell.known["task"], cell.length), answers.prompts_sha256)
@@ -194,7 +203,7 @@ class Evaluation:
             )
         measured = self._measure(cell.choice, answers)
         recalls = [layer.recall for one in measured for layer in one.layers if layer.recall is not None]
-        recalls += [1.0] * (dense_layers * len(measured) if recalls else 0)
+        recalls += [1.0] * (made_dense * sum(bool(one.layers) for one in measured))
         lowest = [layer.lowest_recall for one in measured for layer in one.layers if layer.lowest_recall is not None]
         timing = {
             "prefill_ms": round(1e3 * statistics.median(one.prefill_seconds for one in measured), 3)
