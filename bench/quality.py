@@ -91,6 +91,7 @@ def quality_rows(plan: QualityPlan, length: int, failed: Callable[[str], None]) 
     """
     captured = capture_layers(length, plan.layers, dtype=plan.dtype, device=plan.device, seed=plan.seed)
     conditions: Row = {"kind": KIND, "device": plan.device.type, **environment(plan.device), "length": length}
+    conditions["model_sha256"] = model_sha256(MODEL_DIR)
     for layer in plan.layers:
         on_device = torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext()
         inputs = Inputs(*captured.pop(layer))
@@ -103,7 +104,6 @@ def quality_rows(plan: QualityPlan, length: int, failed: Callable[[str], None]) 
                 "head_dim": inputs.query.shape[-1],
                 "dtype": str(plan.dtype).removeprefix("torch."),
                 "workload": "needle",
-                "model_sha256": model_sha256(MODEL_DIR),
                 "layer": layer,
                 "seed": plan.seed,
                 "dense_error": _four_digits(exact.head_errors(_dense(inputs)).mean().item()),

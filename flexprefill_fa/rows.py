@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from flexprefill_fa.files import write_whole
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 """The folder that holds `bench/` where this package is used from a checkout."""
 
@@ -97,9 +99,9 @@ def drop_unfinished(path: Path) -> None:
     try:
         json.loads(last)
     except ValueError:
-        _replace(path, data[: -len(last)])
+        write_whole(path, data[: -len(last)])
     else:
-        _replace(path, data + b"\n")
+        write_whole(path, data + b"\n")
 
 
 def keep(path: Path, wanted: Callable[[Row], bool]) -> None:
@@ -115,19 +117,9 @@ def keep(path: Path, wanted: Callable[[Row], bool]) -> None:
         return
     drop_unfinished(path)
     if kept := [row for row in read(path) if wanted(row)]:
-        _replace(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
     else:
         path.unlink()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> list[Row]:

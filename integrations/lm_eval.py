@@ -15,6 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from flexprefill_fa.generation import check_some_sparse
 from flexprefill_fa.loading import Choice, parse_choice
 
 from .hf_plan import AS_ASKED
@@ -69,14 +70,14 @@ class FlexPrefillLM(_Base):
         self.made_dense = 0
         if choice.config is not None:
             model: Any = self.model
-            self._sparse = enable_sparse_prefill(model, choice.config, **choice.options)
-            found = describe_sparse_prefill(model)
-            if all(layer.runs != "sparse" for layer in found):
-                self._sparse.disable()
-                self._sparse = None
-                why = f"layer {found[0].layer} runs {found[0].runs}: {found[0].why}"
-                raise ValueError(f"{choice.name} must leave a layer that runs sparse, but {why}")
-            self.made_dense = sum(layer.why.startswith(AS_ASKED) for layer in found)
+            sparse = enable_sparse_prefill(model, choice.config, **choice.options)
+            try:
+                check_some_sparse(model)
+            except ValueError as error:
+                sparse.disable()
+                raise ValueError(f"{choice.name} must leave a layer that runs sparse: {error}") from error
+            self._sparse = sparse
+            self.made_dense = sum(layer.why.startswith(AS_ASKED) for layer in describe_sparse_prefill(model))
 
     def density(self) -> float:
         """Kept blocks / causal blocks of all prompts since `use`; a prompt that ran dense counts as 1.

@@ -270,7 +270,7 @@ def test_places_that_cannot_be_written(prompt: Path, tmp_path: Path, monkeypatch
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(Exception, match="No space left on device"):
         write_atomically(tmp_path / "report.html", "page")
 

@@ -10,6 +10,7 @@ from bench.needle.corpus import Corpus
 from bench.needle.formats import CHAIN, EVALUATED, MOST
 from bench.needle.settings import Settings
 from bench.needle.tokenization import NAMES
+from bench.tables import distinct, markdown_table
 from flexprefill_fa.rows import Row
 
 _CARD = """\
@@ -109,22 +110,16 @@ def accuracy_table(rows: Sequence[Row]) -> str:
     """A Markdown table of exact accuracies, a line for each task."""
     lengths = sorted({row["length"] for row in rows})
     found = {(row["task"], row["length"]): f"{row['exact']:.3f}" for row in rows}
-    lines = [
-        "| task | " + " | ".join(f"{length:,} tokens" for length in lengths) + " |",
-        "| --- |" + " --- |" * len(lengths),
-    ]
-    for task in EVALUATED:
-        lines.append(f"| {task} | " + " | ".join(found.get((task, length), "-") for length in lengths) + " |")
-    return "\n".join(lines)
+    header = ["task", *(f"{length:,} tokens" for length in lengths)]
+    return markdown_table(
+        header, [[task, *(found.get((task, length), "-") for length in lengths)] for task in EVALUATED]
+    )
 
 
 def conditions_of(rows: Sequence[Row]) -> str:
     """Where the accuracies were measured; where versions, commits or dates differ, each is named."""
-    told = []
-    for name, word in {"gpu": "", "torch": "torch ", "python": "Python ", "commit": "commit ", "date": ""}.items():
-        values = dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None)
-        told += [f"{word}{', '.join(values)}"] if values else []
-    return ", ".join(told)
+    words = {"gpu": "", "torch": "torch ", "python": "Python ", "commit": "commit ", "date": ""}
+    return ", ".join(f"{word}{values}" for name, word in words.items() if (values := distinct(rows, name)))
 
 
 def questions_of(rows: Sequence[Row]) -> str:
@@ -140,9 +135,9 @@ def questions_of(rows: Sequence[Row]) -> str:
 
 def _stage_table(settings: Settings) -> str:
     """A Markdown table of the stages, a line for each."""
-    lines = ["| tokens of a sequence | sequences of a step | steps |", "| --- | --- | --- |"]
-    lines += [f"| {stage.length:,} | {stage.rows} | {stage.steps:,} |" for stage in settings.stages]
-    return "\n".join(lines)
+    header = ["tokens of a sequence", "sequences of a step", "steps"]
+    lines = [[f"{stage.length:,}", str(stage.rows), f"{stage.steps:,}"] for stage in settings.stages]
+    return markdown_table(header, lines)
 
 
 def _descriptions() -> dict[str, tuple[str, str]]:

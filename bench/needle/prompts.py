@@ -1,8 +1,8 @@
 """The needle task: 7-digit numbers hidden in real Python source, and a question about one of them.
 
-The source is what the model was not trained on of the running interpreter's standard library, more than half a million
-tokens in Python 3.11, so a prompt is a function of the Python version and the seed. The phrases are those the model was
-trained on, token for token; every key is one token, `#word`.
+The source is what the model was not trained on of the running interpreter's standard library, some 245,000 tokens in
+Python 3.11, so a prompt is a function of the Python version and the seed. The phrases are those the model was trained
+on, token for token; every key is one token, `#word`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from flexprefill_fa.files import write_whole
 from flexprefill_fa.loading import UsageError
 
 
@@ -31,11 +32,7 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         UsageError: if it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise UsageError(f"cannot write the report to {path}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
