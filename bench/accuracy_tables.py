@@ -112,22 +112,23 @@ def _name(row: Row) -> str:
 
 
 def accuracy_tables(rows: Iterable[Row]) -> str:
-    """One table per task: accuracy and density at each length, recall at the longest, prefill time at both ends."""
+    """One table per task: accuracy and density at each length; where prompts were measured, recall at the longest such
+    length and prefill time at both ends."""
     return "\n\n".join(_markdown(table) for table in task_tables(rows))
 
 
 def _markdown(table: TaskTable) -> str:
-    longest = table.lengths[-1]
-    ends = list(dict.fromkeys((table.lengths[0], longest)))
     header = ["selector", *(tokens_of(length) for length in table.lengths)]
-    measured = any(row["measured_prompts"] for row in table.rows())
+    timed = {row["length"] for row in table.rows() if row["measured_prompts"]}
+    measured = [length for length in table.lengths if length in timed]
+    ends = list(dict.fromkeys((measured[0], measured[-1]))) if measured else []
     if measured:
-        header += [f"recall at {tokens_of(longest)}", *(f"prefill at {tokens_of(length)}" for length in ends)]
+        header += [f"recall at {tokens_of(ends[-1])}", *(f"prefill at {tokens_of(length)}" for length in ends)]
     body = []
     for line in table.lines:
         cells = [_accuracy(line.by_length.get(length), table.row(DENSE, length)) for length in table.lengths]
         if measured:
-            cells.append(_recall(line.by_length.get(longest)))
+            cells.append(_recall(line.by_length.get(ends[-1])))
             cells += [_time(line.by_length.get(length), table.row(DENSE, length)) for length in ends]
         body.append([line.name, *cells])
     return f"{_caption(table)}\n\n{markdown_table(header, body)}"

@@ -96,6 +96,16 @@ def test_a_table_for_each_task() -> None:
     assert "| flexprefill, gamma 0.9 | **0.95** (0.60) | 0.88 (0.30) | 0.900 (0.50) | 5.0 (2.0x) | 5.0 (2.0x) |" in vt
 
 
+def test_recall_and_times_are_of_the_lengths_that_were_measured() -> None:
+    bare = {"measured_prompts": 0, "recall": None, "recall_min": None, "timing": {"prefill_ms": None, "date": "d"}}
+    longer = [row("vt", 16384, 1.0) | bare, sparse("vt", 16384, 1.0, 0.2) | bare]
+    text = accuracy_tables([*ROWS, *longer]).split("**needle_vt version 1.0**")[1]
+    wanted = "| selector | 4,096 | 8,192 | 16,384 | recall at 8,192 | prefill at 4,096 | prefill at 8,192 |"
+    assert wanted in text
+    assert "| 0.88 (0.30) | 1.00 (0.20) | 0.900 (0.50) | 5.0 (2.0x) | 5.0 (2.0x) |" in text
+    assert "recall" not in accuracy_tables([one | bare for one in ROWS])
+
+
 def test_versions_of_a_task_are_not_mixed() -> None:
     text = accuracy_tables([row("vt", 4096, 0.5), sparse("vt", 4096, 0.4, 0.3) | {"task_version": None}])
     first, second = text.split("**needle_vt**")
