@@ -30,7 +30,7 @@ from bench.vllm_cli import vllm
 from flexprefill_fa.loading import UsageError, resolve_dtype
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.reporting import open_console
-from flexprefill_fa.rows import Row, append, read
+from flexprefill_fa.rows import Row, append, read, require_appendable
 
 app = typer.Typer(
     help="Benchmarks. Their rows go to bench/results/, and the README's tables are rendered from those.",
@@ -97,6 +97,7 @@ def attention(
         for length, share in itertools.product(wanted, plan.densities):
             block_count(length, share)
         check_memory(plan, wanted)
+        require_appendable(out)
 
     def rows_of(length: int) -> Iterator[Row]:
         return LengthBenchmark(plan, length, plain(console)).rows()
@@ -153,6 +154,7 @@ def tune(
             raise UsageError(f"head-dims must be whole numbers from 16 to 256, got {head_dims!r}")
         if not torch.cuda.is_available():
             raise UsageError("tiles are tuned on a CUDA GPU, and there is none")
+        require_appendable(out)
         rows = []
         for row in tuning_rows(dims, length, precision, repeats):
             rows.append(row)

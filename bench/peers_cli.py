@@ -19,7 +19,7 @@ from bench.spec import parse_lengths, parse_list, parse_selector
 from bench.terminal import one_line_errors, plain, record
 from flexprefill_fa.loading import UsageError
 from flexprefill_fa.reporting import open_console
-from flexprefill_fa.rows import Row
+from flexprefill_fa.rows import Row, require_appendable
 
 
 def peers(
@@ -77,6 +77,7 @@ def peers(
         )
         wanted = parse_lengths(lengths)
         check_memory(plan, wanted)
+        require_appendable(out)
     found = _look_for_peers(package, modules, [config.name for config in plan.configs], plain(console))
     benches: dict[int, PeerBenchmark] = {}  # their inputs stay in memory for the peers, who come after every length
 

@@ -18,7 +18,7 @@ from bench.terminal import one_line_errors
 from flexprefill_fa.loading import UsageError, first_line, require_kernels, resolve_device, resolve_dtype
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.reporting import open_console
-from flexprefill_fa.rows import Row, append
+from flexprefill_fa.rows import Row, append, require_appendable
 
 
 def quality(
@@ -51,6 +51,7 @@ def quality(
 
     with one_line_errors():
         plan = _plan(selectors, layers, mean_correction, dtype, device, seed)
+        require_appendable(out)
         try:
             for length in parse_lengths(lengths):
                 with WorkProgress(console).task(f"{length} tokens", plan.steps()) as advance:

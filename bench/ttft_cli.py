@@ -26,7 +26,7 @@ from flexprefill_fa.loading import (
     resolve_dtype,
 )
 from flexprefill_fa.reporting import open_console
-from flexprefill_fa.rows import Row, append
+from flexprefill_fa.rows import Row, append, require_appendable
 
 _LENGTHS = "4096,8192,16384,32768,65536,131072,262144"
 _SELECTORS = "flexprefill,flashprefill,streaming_llm,vertical_slash"
@@ -118,6 +118,8 @@ def ttft(
                 needed = prefill_bytes(shape, length, chunk, precision, ranks.device, ranks.world_size)
                 if problem := shortage(needed * ranks.sharing_memory, free):
                     raise UsageError(f"{length} tokens: {problem}")
+            if rank == 0:
+                require_appendable(out)
             for row in ttft_rows(plan, ranks, note):
                 rows.append(row)
                 note(ttft_line(row))

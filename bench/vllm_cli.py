@@ -18,7 +18,7 @@ from bench.vllm_engine import EngineError
 from bench.vllm_tables import vllm_tables
 from flexprefill_fa.loading import UsageError, first_line
 from flexprefill_fa.reporting import open_console
-from flexprefill_fa.rows import Row, append
+from flexprefill_fa.rows import Row, append, require_appendable
 
 
 def vllm(
@@ -48,6 +48,7 @@ def vllm(
             raise UsageError("vLLM is measured on a CUDA GPU, and there is none")
         if only != "gather" and importlib.util.find_spec("vllm") is None:
             raise UsageError("vLLM is not installed: pip install 'flexprefill-fa[vllm]'")
+        require_appendable(out)
     try:
         for row in load_rows(plan, plain(console)):
             rows.append(row)

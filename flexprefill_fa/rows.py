@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flexprefill_fa.files import write_whole
+from flexprefill_fa.loading import UsageError, first_line
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 """The folder that holds `bench/` where this package is used from a checkout."""
@@ -84,6 +85,22 @@ def append(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def require_appendable(path: Path) -> None:
+    """Make a file of rows where it is missing, so that one that cannot be written is told before anything is measured.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if path.is_dir():
+        raise UsageError(f"rows must go to a file of JSON lines, {path} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot add rows to {path}: {first_line(error)}") from error
 
 
 def drop_unfinished(path: Path) -> None:

@@ -25,7 +25,7 @@ from flexprefill_fa.loading import (
 )
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.reporting import changed_settings, open_console
-from flexprefill_fa.rows import Row, append, drop_unfinished, read
+from flexprefill_fa.rows import Row, append, drop_unfinished, read, require_appendable
 
 _COLUMNS = ("task", "tokens", "selector", "settings", "accuracy", "density", "recall", "prefill ms")
 
@@ -135,13 +135,9 @@ def evaluate(
 
 
 def _rows_before(out: Path) -> list[Row]:
-    """The rows that are in a file already; makes it, and shows that rows can be added, before anything is measured."""
-    if out.is_dir():
-        raise UsageError(f"--out must be a file of JSON lines, {out} is a folder")
+    """The rows that are in a file already."""
+    require_appendable(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8"):
-            pass
         drop_unfinished(out)
         return read(out)
     except (OSError, ValueError) as error:
