@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -157,6 +158,20 @@ def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iter
             torch.cuda.empty_cache()
 
 
+def kernels_of(probe: Tensor, block_size: int, *, offset_in_graph: bool) -> str:
+    """The kernel that sparse prefill takes, or that of the first chunk and that of the others.
+
+    Args:
+        probe: a tensor of the queries' device, dtype and head_dim.
+        block_size: of the selector.
+        offset_in_graph: whether the model is compiled and the prompt in chunks: those after the first then compute
+            their offset in the graph, which rules a kernel out.
+    """
+    offsets = [False, True] if offset_in_graph else [False]
+    found = [resolve_backend("auto", probe, block_size, position_in_graph=offset) for offset in offsets]
+    return ", then ".join(dict.fromkeys(found))
+
+
 class _ModelBenchmark:
     def __init__(self, plan: TtftPlan, model: PreTrainedModel, ranks: Ranks) -> None:
         self.plan = plan
@@ -186,7 +201,8 @@ class _ModelBenchmark:
         row = {**self._same, **attention.fields(), "length": length, "chunk": self._chunk(length), "compiled": compiled}
         if attention.config is not None:
             probe = torch.empty(1, 1, 1, self._same["head_dim"], dtype=self.plan.dtype, device=self.ranks.device)
-            row["backend"] = resolve_backend("auto", probe, attention.config.block_size)
+            offset = compiled and row["chunk"] is not None
+            row["backend"] = kernels_of(probe, attention.config.block_size, offset_in_graph=offset)
         return row
 
     def _chunk(self, length: int) -> int | None:
@@ -220,23 +236,29 @@ class _ModelBenchmark:
                 row |= {"warm_up": True, "first_s": round(first, 3)}
                 count = self.ranks.least(max(1, min(plan.repeats, int(plan.seconds / warm))))
             self._ran.add((attention, compiled))
-            laps.forget()
             if stand_in is not None:
                 stand_in.forget()
             if self.cuda:
                 torch.cuda.reset_peak_memory_stats(self.ranks.device)
-            seconds = [self._pass(tokens) for _ in range(count)]
-            row |= summarise([1e3 * second for second in seconds], "wall clock").fields("ttft_ms")
+            passes, attending, selecting = [], [], []
+            for _ in range(count):
+                laps.forget()
+                passes.append(1e3 * self._pass(tokens))
+                attending.append(laps.total_ms())
+                if stand_in is not None:
+                    selecting.append(stand_in.selecting.total_ms())
+                    stand_in.selecting.forget()
+            row |= summarise(passes, "wall clock").fields("ttft_ms")
             row["repeats"] = count
             if self.cuda:
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated(self.ranks.device) / 2**30, 2)
             if not compiled:
-                row["attention_ms"] = round(laps.total_ms() / count, 3)
+                row["attention_ms"] = round(statistics.median(attending), 3)
         if stand_in is None:
             return row
         row |= {
             "density": round(stand_in.kept_density(), 5) if stand_in.calls else None,
-            "select_ms": round(stand_in.selecting.total_ms() / count, 3),
+            "select_ms": round(statistics.median(selecting), 3),
         }
         expected = count * plan.config.num_hidden_layers * -(-length // (row["chunk"] or length))
         if stand_in.calls != expected:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
+from bench.needle import MODEL_DIR
 from bench.report import number
 from bench.tables import KERNEL_NAMES, VERSIONS, distinct, markdown_table
+from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.evaluation import ACCURACY_KIND
 from flexprefill_fa.reporting import changed_settings
 from flexprefill_fa.rows import Row, latest
@@ -20,7 +22,7 @@ def ttft_tables(rows: Iterable[Row], accuracy: Iterable[Row]) -> str:
 
     Args:
         rows: of `python -m bench ttft`.
-        accuracy: of `flexprefill eval`, for the densities that selectors come to in a trained model.
+        accuracy: of `flexprefill eval`, for the densities that selectors come to in the needle model.
     """
     groups: dict[str, list[Row]] = {}
     last = latest((row for row in rows if row["kind"] == "ttft"), _measured)
@@ -50,11 +52,13 @@ def _measured(row: Row) -> str:
 
 
 def _true_densities(rows: Iterable[Row]) -> dict[str, list[float]]:
-    """By selector, settings and length: the densities that the tasks of a trained model came to."""
+    """By selector, settings and length: the densities that the tasks of this checkout's needle model came to."""
     found: dict[str, list[float]] = {}
+    needle = model_sha256(MODEL_DIR)
     for row in rows:
-        plain = row["kind"] == ACCURACY_KIND and not row["mean_correction"] and not row["dense_layers"]
-        if plain and row["density"] is not None:
+        if row["kind"] != ACCURACY_KIND or row["model_sha256"] != needle:
+            continue
+        if row["density"] is not None and not row["mean_correction"] and not row["dense_layers"]:
             found.setdefault(_key(row, ("selector", "settings", "length")), []).append(row["density"])
     return found
 
@@ -80,7 +84,7 @@ def _yardsticks(rows: Sequence[Row]) -> dict[str, set[str]]:
     found = {"x SDPA": {"sdpa"}}
     if "sdpa_flash" in kernels:
         found["x SDPA flash"] = {"sdpa_flash"}
-    if kernels != {"sdpa"}:  # else the best one is SDPA, which has its column
+    if kernels - {"sdpa"}:  # else the best one is SDPA, which has its column
         found["x best dense"] = kernels
     return found
 
@@ -168,7 +172,8 @@ def _caption(rows: Sequence[Row]) -> str:
         f"{row['head_dim']}, {row['dtype']}{shared}; `generate` of one token.{replaced} What a selector keeps in the "
         "small needle model, which is trained, is another number: the times hold at the stated density. Speed-ups over "
         f"uncompiled SDPA ({choices}){best}, uncompiled over uncompiled, compiled over compiled{over_one}. Shares are "
-        "of the uncompiled time, gaps between launches included; the peak is what PyTorch allocated, weights included. "
+        "of the uncompiled time, gaps between launches included, and selection is part of attention; the peak is what "
+        "PyTorch allocated, weights included. "
         f"{row['gpu']}, {versions}, transformers {distinct(rows, 'transformers')}, commit {distinct(rows, 'commit')}, "
         f"{distinct(rows, 'date')}; medians of up to {max(row.get('repeats', 1) for row in rows)} passes by wall clock."
     )

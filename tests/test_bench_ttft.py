@@ -16,12 +16,15 @@ from typer.testing import CliRunner, Result
 import bench.ttft_cli
 from bench.cli import app
 from bench.memory import prefill_bytes
+from bench.needle import MODEL_DIR
 from bench.paths import RESULTS
 from bench.shapes import SHAPES, model_config, parameter_count
 from bench.stand_in import StandIn
+from bench.ttft import kernels_of
 from bench.ttft_ranks import Ranks, build_model
 from bench.ttft_tables import ttft_tables
 from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, select_blocks, sparse_prefill_attention
+from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.integrations.transformers import enable_sparse_prefill
 from flexprefill_fa.loading import DTYPES, UsageError
 from flexprefill_fa.rows import read
@@ -124,6 +127,16 @@ def test_a_prompt_in_chunks_selects_for_each_chunk(tmp_path: Path) -> None:
     (row,) = read(out)
     assert row["chunk"] == 1280 and row["selector"] == "flexprefill"
     assert row["density"] == pytest.approx(0.5, abs=0.05)  # drawn block by block where a chunk sees earlier keys
+
+
+def test_compiled_chunks_name_the_kernel_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first chunk computes no offset in its graph, the others do; on a GPU that may be two kernels."""
+    probe = torch.empty(1, 1, 1, 64)
+    assert kernels_of(probe, 128, offset_in_graph=True) == kernels_of(probe, 128, offset_in_graph=False) == "CPU"
+    found = {False: "FLASH", True: "TRITON"}
+    monkeypatch.setattr("bench.ttft.resolve_backend", lambda *_, position_in_graph: found[position_in_graph])
+    assert kernels_of(probe, 128, offset_in_graph=True) == "FLASH, then TRITON"
+    assert kernels_of(probe, 128, offset_in_graph=False) == "FLASH"
 
 
 def test_a_selector_that_keeps_every_block_is_left_out(tmp_path: Path) -> None:
@@ -324,9 +337,11 @@ def test_tables_name_the_densities_of_a_trained_model() -> None:
         | {"kernel": None, "selector": "flexprefill", "settings": settings, "synthetic_density": 0.05, "density": 0.05}
         | {"compiled": False, "ttft_ms": 40.0, "attention_ms": 10.0, "select_ms": 2.0, "peak_gib": 21.5, "repeats": 1},
     ]
+    needle = model_sha256(MODEL_DIR)
     accuracy = [
         {"kind": "accuracy", "selector": "flexprefill", "settings": settings, "length": 4096, "density": density,
-         "mean_correction": False, "dense_layers": layers} for density, layers in ((0.59, []), (0.63, []), (0.7, [4]))
+         "mean_correction": False, "dense_layers": layers, "model_sha256": model}
+        for density, layers, model in ((0.59, [], needle), (0.63, [], needle), (0.7, [4], needle), (0.9, [], "another"))
     ]  # fmt: skip
     table = ttft_tables(rows, accuracy)
     assert "| 4,096 | dense SDPA | - | - | 100 | 1.00x | 0.80x | - | - | 40% | - | 20.0 |" in table
