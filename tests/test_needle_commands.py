@@ -16,7 +16,7 @@ import pytest
 import torch
 from needle_runs import CPU, FILES, command, losses, refused, source_drawn
 
-from bench.needle import learning
+from bench.needle import MODEL_DIR, learning
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus, encode
 from bench.needle.evaluate import evaluate
@@ -155,6 +155,7 @@ def test_what_cannot_be_done_is_refused_before_it_takes_time(whole_run: Path, mo
     monkeypatch.setattr("bench.needle.corpus.train_tokenizer", unwanted)
     arguments = ("--model", str(whole_run / "model"), "--device", "cpu")
     refused(command(evaluate, *arguments, "--lengths", "700", "--out", "/dev/null/x/r.jsonl"), "Not a directory")
+    refused(command(evaluate, *arguments, "--lengths", "700,300"), "lengths must be at least ", ", got 300")
     message = "lengths must be at most ", ", the tokens of held-out text, got 400000"
     refused(command(evaluate, *arguments, "--lengths", "700,400000"), *message)
     refused(command(prepare, "--out", "/dev/null/x"), "Not a directory")
@@ -165,10 +166,14 @@ def test_mistakes_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> N
     if not torch.cuda.is_available():
         refused(command(train, "--out", str(work)), "finds no CUDA GPU here")
     refused(command(train, *tiny[:2], "--size", "huge"), "size must be one of full, tiny, got 'huge'")
-    refused(command(train, *tiny, "--steps-scale", "0"), "steps-scale must be above 0")
+    for scale in ("0", "inf", "nan"):
+        refused(command(train, *tiny, "--steps-scale", scale), "steps-scale must be a number above 0")
     refused(command(train, "--out", str(work / "none"), *tiny[2:]), "no corpus", "python -m bench.needle.prepare")
     refused(command(evaluate, "--model", str(work)), f"no needle model in {work}")
     refused(command(evaluate, "--tasks", "single,double"), "tasks must be of", "got 'double'")
+    shutil.copytree(MODEL_DIR, work / "broken")
+    (work / "broken" / "tokenizer.json").write_bytes(b"{")
+    refused(command(evaluate, "--model", str(work / "broken")), "tokenizer.json cannot be read")
     with monkeypatch.context() as patch:
         patch.setattr("bench.needle.corpus.all_forms", lambda: [])
         refused(command(train, *tiny), "made by another version", "python -m bench.needle.prepare")

@@ -235,3 +235,11 @@ def test_stops_come_after_whole_rows(corpus: Corpus, tmp_path: Path) -> None:
     assert sorted(set(stops)) == [0, *ends]
     assert [row["step"] for row in losses(tmp_path / "whole")] == ends
     assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("part", ["train", "held_out"])
+def test_too_little_text_is_refused_before_training(part: str, corpus: Corpus, tmp_path: Path) -> None:
+    short = replace(corpus, **{part: getattr(corpus, part)[:400]})
+    what = {"train": "training", "held_out": "held-out"}[part]
+    with pytest.raises(UsageError, match=rf"the corpus must have more than \d+ tokens of {what} text, got 400"):
+        run_of(tmp_path, short)

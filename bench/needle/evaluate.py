@@ -21,7 +21,7 @@ from bench.needle.source import ascii_text, held_out_files
 from bench.spec import parse_lengths, parse_list
 from bench.terminal import one_line_errors, require_packages
 from flexprefill_fa.loading import UsageError, resolve_device
-from flexprefill_fa.rows import append
+from flexprefill_fa.rows import append, require_appendable
 
 _OTHERS = 128  # questions at lengths that no goal names
 _LENGTHS = ",".join(str(goal.length) for goal in FULL.goals)
@@ -53,11 +53,14 @@ def evaluate(
         asked = parse_lengths(lengths)
         if max(asked) > len(text):
             raise UsageError(f"lengths must be at most {len(text)}, the tokens of held-out text, got {max(asked)}")
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.touch()
         counts = {goal.length: goal.samples for goal in FULL.goals}
         builder, facts = Builder(tokenizer, text, where), accuracy_facts(model, text, seed, where)
+        for task in chosen:
+            if min(asked) < (least := builder.least_length(EVALUATED[task])):
+                raise UsageError(f"lengths must be at least {least} tokens for {task}, got {min(asked)}")
+        if out is not None:
+            require_appendable(out)
+        typer.echo(f"on {where}", err=True)
         rows = []
         with attention_kernel(where):
             for length in asked:

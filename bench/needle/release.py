@@ -33,13 +33,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of such a folder.
 
     Raises:
-        UsageError: where there is none.
+        UsageError: where there is none, or a broken one.
     """
     from tokenizers import Tokenizer
 
     if not (folder / "tokenizer.json").is_file():
         raise UsageError(f"no needle model in {folder}: tokenizer.json is missing")
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the package raises no narrower one
+        raise UsageError(f"no needle model in {folder}: tokenizer.json cannot be read ({error})") from error
 
 
 def load_release(folder: Path, device: torch.device) -> Network:

@@ -46,7 +46,8 @@ class Run:
         say: shows a line.
 
     Raises:
-        UsageError: for a checkpoint of another run, or a tokenizer with which a stage's sequences are too short.
+        UsageError: for a checkpoint of another run, a tokenizer with which a stage's sequences are too short, or too
+            little text.
     """
 
     def __init__(
@@ -108,11 +109,19 @@ class Run:
         return self._rows_of(FINISHED)
 
     def _check_stages(self) -> None:
-        """Another tokenizer may take more tokens for the same words."""
+        """Another tokenizer may take more tokens for the same words, and another library may be short."""
+        trained = max(stage.length for stage in self._settings.stages)
+        evaluated = max(trained, *(goal.length for goal in self._settings.goals))
+        for what, text, longest in (
+            ("training", self._corpus.train, trained),
+            ("held-out", self._corpus.held_out, evaluated),
+        ):
+            if len(text) <= longest:
+                raise UsageError(f"the corpus must have more than {longest} tokens of {what} text, got {len(text)}")
         for stage in self._settings.stages:
             mixes = [mix for step in range(MOST) for mix, _ in stage.mixes_at(step)]
             least = max(map(self._training.least_length, mixes))
-            if least > min(stage.length, len(self._corpus.train)):
+            if least > stage.length:
                 raise UsageError(
                     f"with this corpus what sequences of {stage.length} tokens shall hold takes {least}: "
                     "change their mixes in bench/needle/settings.py"

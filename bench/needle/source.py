@@ -46,7 +46,10 @@ def is_held_out(file: Path) -> bool:
 
 @functools.cache
 def held_out_files() -> tuple[Path, ...]:
-    """The files that were kept from training, for evaluation, and whose text is like no training file's."""
+    """The files that were kept from training, for evaluation, without those that are long tables or prose.
+
+    A few of their lines stand in training files too, where one module of the library was copied from another.
+    """
     library = _library()
     return tuple(
         file

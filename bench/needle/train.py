@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +29,7 @@ def train(
     ] = None,
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "full",
     steps_scale: Annotated[float, typer.Option(help="Times as many steps in each stage.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first weights and of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the first weights and of what is drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cuda, cuda:N or, for a try of 'tiny', cpu.")] = "cuda",
     compile: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the layers; by default on a GPU.")
@@ -67,7 +68,8 @@ def train(
     typer.echo(f"the model is in {run.model}")
     missed = missed_goals(settings, rows)
     if missed:
-        typer.echo(f"error: {', '.join(missed)}; try another --seed, or --steps-scale 1.5", err=True)
+        again = "try another --seed or --steps-scale 1.5, prepared and trained in a folder of its own (--out)"
+        typer.echo(f"error: {', '.join(missed)}; {again}", err=True)
         raise typer.Exit(1)
 
 
@@ -91,8 +93,8 @@ def missed_goals(settings: Settings, rows: Sequence[Row]) -> list[str]:
 def _settings(size: str, steps_scale: float, seed: int) -> Settings:
     if size not in SIZES:
         raise UsageError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-    if not steps_scale > 0:
-        raise UsageError(f"steps-scale must be above 0, got {steps_scale}")
+    if not 0 < steps_scale < math.inf:
+        raise UsageError(f"steps-scale must be a number above 0, got {steps_scale}")
     return SIZES[size].scaled(steps_scale, seed)
 
 
