@@ -31,14 +31,15 @@ def _cell(tables: Sequence[TaskTable], name: str, length: int | None) -> str:
     if not rows:
         return "-"
     worst = min(rows, key=lambda row: row["accuracy"])
-    mean = f"{statistics.fmean(row['accuracy'] for row in rows):.2f}"
-    text = f"**{mean}**" if any(_is_below(table, name, length) for table in tables) else mean
+    asked = sum(table.row(DENSE, length) is not None for table in tables)
+    # A mean over fewer tasks would not compare with the others.
+    whole = len(rows) >= asked
+    text = f"{statistics.fmean(row['accuracy'] for row in rows):.2f}" if whole else f"{len(rows)} of {asked} tasks"
+    if any(_is_below(table, name, length) for table in tables):
+        text = f"**{text}**"
     if worst["accuracy"] < 1:
         text += f", {worst['task'].removeprefix('needle_')} {worst['accuracy']:.2f}"
-    if name != DENSE:
-        text += f" ({statistics.fmean(row['density'] for row in rows):.2f})"
-    asked = sum(table.row(DENSE, length) is not None for table in tables)
-    return text if len(rows) >= asked else f"{text}, {len(rows)} of {asked} tasks"
+    return text if name == DENSE else f"{text} ({statistics.fmean(row['density'] for row in rows):.2f})"
 
 
 def _is_below(table: TaskTable, name: str, length: int | None) -> bool:
@@ -52,6 +53,7 @@ def _caption(tables: Sequence[TaskTable]) -> str:
     names = ", ".join(table.title for table in tables)
     return (
         f"**{model_of(row)}**, mean accuracy ({row['metric']}) on {names}, {row['samples']} samples a task and length, "
-        f"{drawing_of(row)}; then the worst task, and in brackets the mean density. Bold: more than {MARGIN} below "
-        f"dense on a task. {row['gpu']}, {row['dtype']}, commit {distinct(rows, 'commit')}."
+        f"{drawing_of(row)}; then the worst task, and in brackets the mean density. No mean where not all tasks were "
+        f"asked. Bold: more than {MARGIN} below dense on a task. {row['gpu']}, {row['dtype']}, commit "
+        f"{distinct(rows, 'commit')}."
     )

@@ -112,8 +112,10 @@ def _name(row: Row) -> str:
 
 
 def accuracy_tables(rows: Iterable[Row]) -> str:
-    """One table per task: accuracy and density at each length; where prompts were measured, recall at the longest such
-    length and prefill time at both ends."""
+    """One table per task: accuracy and density at each length, and recall and prefill time where prompts were measured.
+
+    Recall is that of the longest such length, times are of the shortest and the longest.
+    """
     return "\n\n".join(_markdown(table) for table in task_tables(rows))
 
 

@@ -122,7 +122,8 @@ def draw_accuracy(results: Path) -> Path | None:
         here = sparse_rows(table)
         for row in here:
             style = {"marker": markers[row["length"] or 0], "color": colours[row["selector"]]}
-            axes.plot(row["density"], row["accuracy"], markersize=5, alpha=0.8, **style)
+            filled = {"markerfacecolor": "none"} if row["dense_layers"] else {}
+            axes.plot(row["density"], row["accuracy"], markersize=5, alpha=0.8, **style, **filled)
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set(title=table.title, xlabel="density", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.05))
         axes.set_xticks(_DENSITY_TICKS, [f"{tick:.0%}" for tick in _DENSITY_TICKS])
@@ -134,6 +135,8 @@ def draw_accuracy(results: Path) -> Path | None:
         last.plot([], [], "o", color=colour, label=name)
     for length, marker in markers.items():
         last.plot([], [], marker, color="grey", label=f"{length:,} tokens" if length else "its own prompts")
+    if any(row["dense_layers"] for row in found):
+        last.plot([], [], "o", color="grey", markerfacecolor="none", label="with dense layers")
     figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     row = tables[0].rows()[0]
     figure.suptitle(f"{row['model']}, {row['gpu']}, {row['dtype']}, {row['samples']} samples a point", size=10)
