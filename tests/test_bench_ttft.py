@@ -285,11 +285,11 @@ def test_a_gpu_is_taken_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("row", unique_peaks(), ids=lambda row: f"{row['length']}-{row['chunk']}-{row['ranks']}")
 def test_the_memory_estimate_is_what_was_measured(row: dict[str, Any]) -> None:
-    """Compiled models take less: their feed-forward part is fused."""
+    """To a thousandth of the peak from below. Compiled models take less: their feed-forward part is fused."""
     config, dtype = model_config(row["shape"], row["layers"]), DTYPES[row["dtype"]]
     device = torch.device(row["device"])
     estimate = prefill_bytes(config, row["length"], row["chunk"], dtype, device, row["ranks"]) / 2**30
-    assert row["peak_gib"] - 0.005 <= estimate <= (1.1 if row["compiled"] else 1.03) * row["peak_gib"]
+    assert 0.999 * row["peak_gib"] <= estimate <= (1.1 if row["compiled"] else 1.03) * row["peak_gib"]
 
 
 def test_the_plain_selector_on_the_cpu_counts_as_memory() -> None:
