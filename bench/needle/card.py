@@ -65,7 +65,8 @@ AdamW, bfloat16, seed {seed}, {steps} steps (`bench/needle/settings.py`), from s
 
 {stages}
 
-Another Python version gives another corpus and other names. Library text: Python Software Foundation License.
+Another Python version gives another corpus and other names, and asks this model about text that it may have read, since
+modules move. Library text: Python Software Foundation License.
 """
 
 
