@@ -51,9 +51,10 @@ def quality(
 
     with one_line_errors():
         plan = _plan(selectors, layers, mean_correction, dtype, device, seed)
+        wanted = parse_lengths(lengths)
         require_appendable(out)
         try:
-            for length in parse_lengths(lengths):
+            for length in wanted:
                 with WorkProgress(console).task(f"{length} tokens", plan.steps()) as advance:
                     for row in quality_rows(plan, length, failed):
                         rows.append(row)

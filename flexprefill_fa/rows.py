@@ -88,17 +88,22 @@ def append(path: Path, row: Row) -> None:
 
 
 def require_appendable(path: Path) -> None:
-    """Make a file of rows where it is missing, so that one that cannot be written is told before anything is measured.
+    """Check that rows can be added to a file, so that one that cannot be written is told before anything is measured.
+
+    Its folder is made where it is missing, the file is not.
 
     Raises:
         UsageError: naming it.
     """
     if path.is_dir():
         raise UsageError(f"rows must go to a file of JSON lines, {path} is a folder")
+    there = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8"):
             pass
+        if not there:
+            path.unlink()
     except OSError as error:
         raise UsageError(f"cannot add rows to {path}: {first_line(error)}") from error
 
