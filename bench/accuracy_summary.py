@@ -39,7 +39,9 @@ def _cell(tables: Sequence[TaskTable], name: str, length: int | None) -> str:
         text = f"**{text}**"
     if worst["accuracy"] < 1:
         text += f", {worst['task'].removeprefix('needle_')} {worst['accuracy']:.2f}"
-    return f"{text} ({statistics.fmean(row['density'] for row in rows):.2f})" if whole and name != DENSE else text
+    if whole and name != DENSE:
+        text += f" ({statistics.fmean(row['density'] for row in rows):.2f})"
+    return text
 
 
 def _is_below(table: TaskTable, name: str, length: int | None) -> bool:

@@ -122,8 +122,8 @@ def draw_accuracy(results: Path) -> Path | None:
         here = sparse_rows(table)
         for row in here:
             style = {"marker": markers[row["length"] or 0], "color": colours[row["selector"]]}
-            filled = {"markerfacecolor": "none"} if row["dense_layers"] else {}
-            axes.plot(row["density"], row["accuracy"], markersize=5, alpha=0.8, **style, **filled)
+            hollow = {"markerfacecolor": "none"} if row["dense_layers"] else {}
+            axes.plot(row["density"], row["accuracy"], markersize=5, alpha=0.8, **style, **hollow)
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set(title=table.title, xlabel="density", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.05))
         axes.set_xticks(_DENSITY_TICKS, [f"{tick:.0%}" for tick in _DENSITY_TICKS])

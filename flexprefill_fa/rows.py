@@ -111,9 +111,13 @@ def require_appendable(path: Path) -> None:
 def drop_unfinished(path: Path) -> None:
     """Cut off a last line that was not written whole, because its writer was stopped; end a whole one.
 
+    Nothing is done where there is no file.
+
     Raises:
         OSError: if the file cannot be read or written.
     """
+    if not path.exists():
+        return
     data = path.read_bytes()
     last = data[data.rfind(b"\n") + 1 :]
     if not last:
@@ -135,13 +139,11 @@ def keep(path: Path, wanted: Callable[[Row], bool]) -> None:
         OSError: if the file cannot be read or written.
         ValueError: naming the line that is not a JSON object.
     """
-    if not path.exists():
-        return
     drop_unfinished(path)
     if kept := [row for row in read(path) if wanted(row)]:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def read(path: Path) -> list[Row]:

@@ -14,8 +14,9 @@ from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.rows import read
 
 ROWS = read(RESULTS / "needle.jsonl")
-SHIPPED = [row for row in ROWS if row["model_sha256"] == model_sha256(MODEL_DIR)]
-OTHER = [row for row in ROWS if row["model_sha256"] != model_sha256(MODEL_DIR)]
+MODEL = model_sha256(MODEL_DIR)
+SHIPPED = [row for row in ROWS if row["model_sha256"] == MODEL]
+OTHER = [row for row in ROWS if row["model_sha256"] != MODEL]
 CELLS = {(task, goal.length) for task in EVALUATED for goal in FULL.goals}
 
 

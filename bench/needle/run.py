@@ -111,7 +111,7 @@ class Run:
     def _check_stages(self) -> None:
         """Another tokenizer may take more tokens for the same words, and another library may be short."""
         trained = max(stage.length for stage in self._settings.stages)
-        evaluated = max(trained, *(goal.length for goal in self._settings.goals))
+        evaluated = max([trained, *(goal.length for goal in self._settings.goals)])
         for what, text, longest in (
             ("training", self._corpus.train, trained),
             ("held-out", self._corpus.held_out, evaluated),

@@ -138,8 +138,7 @@ def _rows_before(out: Path) -> list[Row]:
     """The rows that are in a file already, without a line that was not finished, which is cut off."""
     require_appendable(out)
     try:
-        if out.exists():
-            drop_unfinished(out)
+        drop_unfinished(out)
         return read(out)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot add rows to {out}: {first_line(error)}") from error
