@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from oracle_flexprefill import masked_attention
+from oracle_attention import masked_attention
 from torch import Tensor
 from transformers import (
     AttentionInterface,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import graphs, sdpa_error
-from oracle_flexprefill import masked_attention
+from oracle_attention import masked_attention
 from torch import Tensor
 from workloads import structured_qk
 

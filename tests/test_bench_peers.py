@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peer_packages import write
 from typer.testing import CliRunner, Result
 
 import bench.attention
@@ -20,7 +21,7 @@ from bench.cli import app
 from bench.inputs import make_inputs
 from bench.peer_rows import PeerBenchmark
 from bench.peer_tables import peer_line, peer_tables
-from bench.peers import density_of_ratio, find_peers, foreign_code, identity, load
+from bench.peers import density_of_ratio, find_peers
 from bench.planning import make_plan
 from bench.spec import parse_selector
 from flexprefill_fa import FlexPrefillConfig, sparse_prefill_attention
@@ -76,16 +77,6 @@ def nothing_stays() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     for name in [name for name in sys.modules if name.partition(".")[0] == "dense_peer"]:
         del sys.modules[name]
-
-
-def write(folder: Path, **files: str) -> None:
-    """Modules by their name, `__` for a folder."""
-    for name, text in files.items():
-        file = folder / (name.replace("__", "/") + ".py")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    for file in list(folder.rglob("*.py")):
-        (file.parent / "__init__.py").touch()
 
 
 @pytest.fixture
@@ -385,83 +376,6 @@ def test_what_is_missing_is_said(
     names = ["flexprefill"] if "--selectors" in options else ["flexprefill", "flashprefill"]
     assert [row["selector"] for row in ours] == [None, None, *names]
     assert len(peers) == (options == ("--package", "flash"))
-
-
-BOOM = "raise AssertionError('imported')\ndef flash_prefill(q):\n    pass\n"
-
-
-def test_functions_are_found_by_name_without_importing(tmp_path: Path) -> None:
-    other = BOOM.replace("flash_prefill", "flash_prefill_decode") + f'"""\n{BOOM}"""\n'
-    write(tmp_path / "one", deep__er__b=BOOM, a=other)
-    (only,) = find_peers(tmp_path / "one")
-    assert (only.module, only.implementation, only.root) == ("one.deep.er.b", "one", tmp_path.resolve())
-    write(tmp_path / "one", z=BOOM, __hidden=BOOM)
-    write(tmp_path / "one" / ".git", y=BOOM)
-    (nearest,) = find_peers(tmp_path)
-    assert nearest.module == "one.z" and [file.name for file in nearest.also] == ["b.py"]
-    (tmp_path / "one" / "z.py").write_text("")
-    (tmp_path / "one" / "__init__.py").write_text(BOOM)
-    assert find_peers(tmp_path / "one")[0].module == "one"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "try:\n    import triton\n    def flash_prefill(q):\n        pass\nexcept ImportError:\n    triton = None\n",
-        "try:\n    import triton\nexcept ImportError:\n    def flash_prefill(q):\n        pass\n",
-        "try:\n    import triton\nexcept ImportError:\n    pass\nelse:\n    def flash_prefill(q):\n        pass\n",
-        "try:\n    import triton\nfinally:\n    def flash_prefill(q):\n        pass\n",
-        "if True:\n    pass\nelif True:\n    if True:\n        def flash_prefill(q):\n            pass\n",
-    ],
-    ids=["try", "except", "else", "finally", "elif"],
-)
-def test_functions_are_found_under_guards(text: str, tmp_path: Path) -> None:
-    write(tmp_path / "one", a=text)
-    assert [peer.module for peer in find_peers(tmp_path)] == ["one.a"]
-    (tmp_path / "one" / "a.py").write_text("class A:\n    def flash_prefill(q):\n        pass\n")
-    assert find_peers(tmp_path) == []
-
-
-def test_a_package_comes_before_loose_files_and_tests_are_left_out(tmp_path: Path) -> None:
-    write(tmp_path / "kernels", ops__flash=BOOM, test_flash=BOOM, tests__copy=BOOM)
-    write(tmp_path / "tests", reference=BOOM)
-    (tmp_path / "tests" / "__init__.py").unlink()
-    for name in ("example.py", "test_flash.py", "flash_test.py"):
-        (tmp_path / name).write_text(BOOM)
-    (found,) = find_peers(tmp_path)
-    assert found.module == "kernels.ops.flash" and [file.name for file in found.also] == ["example.py"]
-    (asked,) = find_peers(tmp_path, ["reference", "nowhere"])
-    assert (asked.module, asked.root, asked.also) == ("reference", (tmp_path / "tests").resolve(), ())
-
-
-def test_only_files_are_read(tmp_path: Path) -> None:
-    write(tmp_path / "one", a=BOOM)
-    (found,) = find_peers(tmp_path)
-    before = identity(found, tmp_path)
-    (tmp_path / "one" / "link.py").symlink_to(tmp_path / "nowhere.py")
-    (tmp_path / "one" / "folder.py").mkdir()
-    assert find_peers(tmp_path) == [found] and identity(found, tmp_path) == before
-
-
-def test_the_digest_is_that_of_names_and_contents(tmp_path: Path) -> None:
-    write(tmp_path / "one", a=BOOM, b="")
-    (found,) = find_peers(tmp_path)
-    digests = [identity(found, tmp_path)["peer_digest"]]
-    (tmp_path / "one" / "b.py").write_text("x = 1\n")
-    digests.append(identity(found, tmp_path)["peer_digest"])
-    (tmp_path / "one" / "b.py").rename(tmp_path / "one" / "c.py")
-    digests.append(identity(found, tmp_path)["peer_digest"])
-    assert len(set(digests)) == 3
-    (tmp_path / "one" / "c.py").write_text("")
-    (tmp_path / "one" / "c.py").rename(tmp_path / "one" / "b.py")
-    assert identity(found, tmp_path)["peer_digest"] == digests[0]
-
-
-def test_a_name_that_is_taken_is_not_mistaken_for_the_peer(tmp_path: Path) -> None:
-    write(tmp_path / "bench", attention="def flash_prefill(q):\n    pass\n")
-    (found,) = find_peers(tmp_path)
-    with foreign_code(found), pytest.raises(ImportError, match=r"bench\.attention is .*not the attention\.py"):
-        load(found)
 
 
 def test_density_of_a_ratio() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from hf_models import prompt, tiny_model
-from oracle_flexprefill import masked_attention, oracle_select
+from oracle_attention import masked_attention
+from oracle_flexprefill import oracle_select
 from torch import Tensor
 from transformers import PreTrainedModel
 from workloads import structured_qk

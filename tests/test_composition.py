@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import relative_error
-from oracle_flexprefill import attention_probabilities
+from oracle_attention import attention_probabilities
 from torch import Tensor
 from workloads import blocky_qk
 

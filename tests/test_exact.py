@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle_flexprefill import attention_probabilities
+from oracle_attention import attention_probabilities
 from torch import Tensor
 from workloads import structured_qk
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import compiled_attention
-from oracle_flexprefill import masked_attention
+from oracle_attention import masked_attention
 from torch import Tensor
 from torch.nn.attention.flex_attention import (
     BlockMask,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from inspect_pages import read_data, read_maps, synthetic
-from oracle_flexprefill import attention_probabilities
+from oracle_attention import attention_probabilities
 from test_cli import assert_one_line_error, run, tiny_models  # noqa: F401 (a fixture)
 from tokenizers import Tokenizer
 from torch import Tensor

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comparison import compare_with_oracle
 from hf_models import recorded_layers
-from oracle_flexprefill import attention_probabilities
+from oracle_attention import attention_probabilities
 from workloads import random_qk, structured_qk
 
 from bench.needle.prompts import build_prompt

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle_flexprefill import attention_probabilities, recall
+from oracle_attention import attention_probabilities, recall
 from torch import Tensor
 from workloads import structured_qk
 

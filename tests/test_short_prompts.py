@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from compiled import graphs
-from oracle_flexprefill import attention_probabilities, masked_attention
+from oracle_attention import attention_probabilities, masked_attention
 from workloads import structured_qk
 
 from flexprefill_fa import FlexPrefillConfig, sparse_prefill_attention

@@ -1,0 +1,157 @@
+"""Rows of `python -m bench quality` as tables and as a plot."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.quality_points import Family, Point, at_density, families, labels, quality_groups
+from bench.quality_tables import correction_tables, selector_tables
+from bench.render import render_text
+from flexprefill_fa.rows import append
+
+
+def point(density: float, recall: float, error: float | None = None, corrected: float | None = None) -> Point:
+    return Point({}, density, recall, error, corrected)
+
+
+def test_interpolation_is_linear_in_log_density() -> None:
+    family = Family("any", {}, (point(0.1, 0.8, 0.4), point(0.4, 0.9, 0.2, 0.1), point(0.8, 0.98, None, 0.05)))
+    assert at_density(family, "recall", 0.2) == pytest.approx(0.85)
+    assert at_density(family, "recall", 0.1) == 0.8 and at_density(family, "recall", 0.8) == 0.98
+    assert at_density(family, "recall", 0.4 * 2**0.25) == pytest.approx(0.92)
+    assert at_density(family, "recall", 0.0999) is None and at_density(family, "recall", 0.801) is None
+    assert at_density(family, "error", 0.2) == pytest.approx(0.3) and at_density(family, "error", 0.5) is None
+    assert at_density(family, "corrected", 0.2) is None
+    assert at_density(family, "corrected", 0.4 * 2**0.5) == pytest.approx(0.075)
+    assert at_density(Family("any", {}, (point(0.2, 0.5),)), "recall", 0.2) == 0.5
+
+
+def quality_row(
+    selector: str, settings: dict[str, Any], density: float, recall: float, error: float, **fields: Any
+) -> dict[str, Any]:
+    conditions = {"kind": "quality", "device": "cuda", "gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0"}
+    conditions |= {"commit": "abc123", "date": "2026-11-22", "length": 8192, "batch": 1, "heads": 8, "kv_heads": 2}
+    conditions |= {"head_dim": 64, "dtype": "bfloat16", "workload": "needle", "layer": 0, "seed": 0}
+    conditions |= {"model_sha256": "0123456789abcdef"}
+    conditions |= {"backend": "TRITON", "mean_correction": False, "dense_error": 0.0021}
+    measured = {"selector": selector, "settings": settings, "density": density, "recall": recall}
+    measured |= {"error": error, "error_max": 2 * error}
+    return conditions | measured | fields
+
+
+def sweep(selector: str, knob: str, fixed: dict[str, Any], recalls: tuple[float, float], **fields: Any) -> list[Any]:
+    """Two layers of two settings at densities 10 and 40 %, with and without correction; errors 0.3 and 0.1."""
+    rows = []
+    for layer, shift in ((0, -0.01), (1, 0.01)):
+        for value, density, recall, error in ((0.05, 0.4, recalls[1], 0.1), (0.2, 0.1, recalls[0], 0.3)):
+            settings = {knob: value, **fixed}
+            found = (density * (1 + shift), recall + shift, error)
+            rows.append(quality_row(selector, settings, *found, layer=layer, **fields))
+            found = (density * (1 + shift), recall + shift, error / 2)
+            rows.append(quality_row(selector, settings, *found, layer=layer, mean_correction=True, **fields))
+    return rows
+
+
+PUBLISHED = {"tau": 0.1, "min_budget": 512, "variant": "published"}
+ROWS = [
+    *sweep("flexprefill", "gamma", PUBLISHED, (0.8, 0.96)),
+    *sweep("flexprefill", "gamma", PUBLISHED | {"variant": "paper"}, (0.81, 0.97)),
+    *sweep("flashprefill", "alpha", {"sink_blocks": 2}, (0.9, 0.94)),
+]
+
+
+def cells(table: str, *first: str) -> list[str]:
+    start = "| " + " | ".join(first) + " |"
+    (line,) = [line for line in table.splitlines() if line.startswith(start)]
+    return [cell.strip() for cell in line.strip("|").split("|")][len(first) :]
+
+
+def test_selectors_at_equal_densities() -> None:
+    table = selector_tables(ROWS)
+    caption = table.splitlines()[0]
+    for part in ("NVIDIA H200", "torch 2.11.0", "commit abc123", "8/2 heads", "bfloat16", "layers 0, 1", "0.0021"):
+        assert part in caption
+    published = cells(table, "8,192", "flexprefill variant=published")
+    assert published[:4] == ["-", "0.800", "0.880", "0.960"]
+    assert published[4:] == ["-", "**0.300** / **0.150**", "**0.200** / **0.100**", "**0.100** / **0.050**"]
+    assert cells(table, "8,192", "flexprefill variant=paper")[1:4] == ["0.810", "0.890", "**0.970**"]
+    assert cells(table, "8,192", "flashprefill")[1:4] == ["**0.900**", "**0.920**", "0.940"]
+    recall, error = [line for line in table.splitlines() if line.startswith("- ")]
+    assert "8,192 tokens, recall, FlexPrefill's published rule against simpler ones" in recall
+    assert "at 5% outside its sweep" in recall
+    assert "at 10% **beaten** (0.800) by flashprefill (0.900);" in recall
+    assert "at 40% not beaten (0.960)." in recall, "the paper's variant is no simpler rule"
+    assert "output error" in error and "beaten (0.300)" in error and "**beaten**" not in error
+
+
+def test_a_smaller_error_is_the_better_one() -> None:
+    rows = [row | {"error": row["error"] * (0.9 if row["selector"] == "flashprefill" else 1)} for row in ROWS]
+    table = selector_tables(rows)
+    assert "at 10% **beaten** (0.300) by flashprefill (0.270)" in table
+    assert cells(table, "8,192", "flashprefill")[5] == "**0.270** / **0.135**"
+    alone = selector_tables([row for row in ROWS if row["selector"] == "flashprefill"])
+    assert "| flashprefill |" in alone and "published rule" not in alone
+    assert "at 10% no simpler rule reaches this density (0.800)" in selector_tables(ROWS[:8])
+
+
+def test_without_the_pattern_test_the_published_rule_is_a_simpler_one() -> None:
+    table = selector_tables([*ROWS[:8], *sweep("flexprefill", "gamma", PUBLISHED | {"tau": 0}, (0.85, 0.9))])
+    assert "at 10% **beaten** (0.800) by flexprefill tau=0 (0.850)" in table
+
+
+def test_means_take_whole_sets_of_layers_alone() -> None:
+    (group,) = quality_groups([*ROWS, *ROWS[:1]])
+    assert len(group) == len(ROWS), "a later row takes an earlier one's place"
+    found = families(group, 8192)
+    assert labels(found) == ["flexprefill variant=published", "flexprefill variant=paper", "flashprefill"]
+    low, high = found[0].points
+    assert (low.density, low.recall, low.error, low.corrected) == pytest.approx((0.1, 0.8, 0.3, 0.15))
+    assert (high.settings["gamma"], high.density) == (0.05, pytest.approx(0.4))
+    half = [row for row in group if row is not group[-1]]  # layer 1, alpha 0.2, corrected
+    assert families(half, 8192)[2].points[0].corrected is None and families(half, 8192)[2].points[0].error is not None
+    third = [*group, *(row | {"layer": 2} for row in group if row["selector"] == "flashprefill")]
+    assert [family.selector for family in families(third, 8192)] == ["flashprefill"]
+    assert len(quality_groups([*ROWS, ROWS[0] | {"gpu": "NVIDIA H100"}])) == 2
+
+
+def test_mean_correction_table() -> None:
+    rows = [*ROWS, *sweep("flashprefill", "alpha", {"sink_blocks": 2}, (0.7, 0.9), length=32768)]
+    table = correction_tables(rows)
+    assert cells(table, "8,192", "flashprefill alpha=0.05")[:5] == ["0.400", "0.940", "0.100", "0.050", "0.500"]
+    assert cells(table, "8,192", "flashprefill alpha=0.05")[5:] == ["0.200", "0.100"]
+    assert cells(table, "8,192", "flashprefill alpha=0.2")[:5] == ["0.100", "0.900", "0.300", "0.150", "0.500"]
+    assert cells(table, "32,768", "flashprefill alpha=0.2")[1] == "0.700"
+    plain = [row for row in rows if not row["mean_correction"]]
+    assert cells(correction_tables(plain), "8,192", "flashprefill alpha=0.2")[2:5] == ["0.300", "-", "-"]
+    assert correction_tables(ROWS[:8]) == correction_tables([]) == selector_tables([]) == ""
+
+
+def test_render_round_trip_and_plot(tmp_path: Path) -> None:
+    names = ("quality-plot", "quality", "mean-correction")
+    markers = "\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in names)
+    assert render_text(markers, tmp_path) == markers
+    for row in ROWS:
+        append(tmp_path / "quality.jsonl", row)
+    once = render_text(markers, tmp_path)
+    assert "quality.png)" in once and "| with / without |" in once and "| recall at 10% |" in once
+    assert render_text(once, tmp_path) == once
+    append(tmp_path / "quality.jsonl", ROWS[0] | {"recall": 0.5})
+    assert render_text(once, tmp_path) != once
+    pytest.importorskip("matplotlib")
+    from bench.plots import draw_quality
+
+    path = draw_quality(tmp_path)
+    assert path == tmp_path / "quality.png"
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "quality.jsonl").unlink()
+    assert draw_quality(tmp_path) is None
+
+
+def test_rows_of_another_model_are_another_table() -> None:
+    rows = sweep("flashprefill", "alpha", {}, (0.7, 0.9))
+    others = [{**row, "model_sha256": "f" * 64, "recall": 0.5} for row in rows]
+    alone = selector_tables(rows)
+    assert "(SHA-256 0123456789)" in alone
+    assert selector_tables([*rows, *others]).startswith(alone)
+    assert "(SHA-256 ffffffffff)" in selector_tables([*rows, *others])
