@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
+from flexprefill_fa.autocast import as_sdpa_casts
 from flexprefill_fa.backends import kernel_options, resolve_backend
 from flexprefill_fa.block_mask import check_layout, needs_position
 from flexprefill_fa.cost_model import prefers_dense
@@ -67,6 +68,7 @@ def sparse_prefill_attention(
     check_value(key, value)
     check_scale(scale)
     check_mean_correction(mean_correction, mask_mod, score_mod, query.device)
+    query, key, value = as_sdpa_casts(query, key, value)
     starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
     resolved = resolve_backend(
         backend,
@@ -74,10 +76,10 @@ def sparse_prefill_attention(
         config.block_size,
         has_score_mod=score_mod is not None,
         has_mask_mod=mask_mod is not None,
-        position_in_graph=is_compiling() and needs_position(query, key, starts, lengths),
+        position_in_graph=is_dynamo_compiling() and needs_position(query, key, starts, lengths),
     )
     whole = not needs_position(query, key, starts, lengths)
-    if whole and not is_compiling():
+    if whole and not is_dynamo_compiling():
         dense = prefers_dense(query, key, config, resolved)
     else:
         dense = key.shape[2] <= config.dense_tokens and dense_mask_fits(query, key, starts, lengths)
@@ -110,7 +112,7 @@ def sparse_prefill_attention(
 
 
 def _say(what: str, query: Tensor, key: Tensor) -> None:
-    if not is_compiling():  # a logger would break the caller's graph
+    if not is_dynamo_compiling():  # a logger would break the caller's graph
         logger.debug("%s: %d queries, %d keys", what, query.shape[2], key.shape[2])
 
 
@@ -156,6 +158,7 @@ def block_sparse_attention(
     if mask_mod is not None and not selection.all_partial:
         raise ValueError("a mask_mod needs a selection made with all_partial=True, got one with full blocks")
     check_layout(selection)
+    query, key, value = as_sdpa_casts(query, key, value)
     starts, lengths = selection.starts, selection.lengths
     resolved = resolve_backend(
         backend,
@@ -163,7 +166,7 @@ def block_sparse_attention(
         selection.block_size,
         has_score_mod=score_mod is not None,
         has_mask_mod=mask_mod is not None,
-        position_in_graph=is_compiling() and needs_position(query, key, starts, lengths),
+        position_in_graph=is_dynamo_compiling() and needs_position(query, key, starts, lengths),
     )
     return run_attend(
         query,

@@ -135,6 +135,6 @@ def kernel_options(backend: str, query: Tensor, key: Tensor, block_size: int) ->
         options |= {"BLOCK_M": tile, "BLOCK_N": tile}
     elif half:
         options |= TRITON_TILES.get((compute_capability(query.device.index), head_dim), {})
-    if not torch.compiler.is_compiling() and query.shape[2] % _DIVISOR == 0 and key.shape[2] % _DIVISOR == 0:
+    if not torch.compiler.is_dynamo_compiling() and query.shape[2] % _DIVISOR == 0 and key.shape[2] % _DIVISOR == 0:
         options["IS_DIVISIBLE"] = True
     return options

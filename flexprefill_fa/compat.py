@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from flexprefill_fa.attention import sparse_prefill_attention
 from flexprefill_fa.backends import resolve_backend
@@ -83,7 +83,7 @@ def flex_prefill_attention(
     backend = "auto"
     if query.shape[2] > 1 and key.shape[2] > config.dense_tokens:
         # A named backend keeps the cost model out: the published function is sparse wherever it selects.
-        offset = is_compiling() and needs_position(query, key, None, None)
+        offset = is_dynamo_compiling() and needs_position(query, key, None, None)
         backend = resolve_backend("auto", query, block_size, position_in_graph=offset)
     found = sparse_prefill_attention(
         query,

@@ -30,7 +30,7 @@ def fastest_dense(query: Tensor) -> str:
     about as fast as FLASH, but plans for some 40 ms at each new length. A traced model, where the length is unknown,
     takes PyTorch's choice.
     """
-    if not query.is_cuda or torch.compiler.is_compiling() or query.shape[2] < _FLASH_TOKENS:
+    if not query.is_cuda or torch.compiler.is_dynamo_compiling() or query.shape[2] < _FLASH_TOKENS:
         return "sdpa"
     measured = compute_capability(query.device.index) == (9, 0)
     return "FLASH" if measured and flash_problem(query, _BLOCK_SIZE) is None else "sdpa"
@@ -134,7 +134,7 @@ def attention_with_extras(
     keys, values = (x.repeat_interleave(groups, 1) for x in (key, value))
     parts = []
     # A traced length is not compared with a number: all rows at once.
-    step = query.shape[2] if torch.compiler.is_compiling() else _ROWS_AT_ONCE
+    step = query.shape[2] if torch.compiler.is_dynamo_compiling() else _ROWS_AT_ONCE
     for first in range(0, query.shape[2], step):
         end = min(first + step, query.shape[2])
         scores = (query[:, :, first:end] @ keys.mT).float() * factor

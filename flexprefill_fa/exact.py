@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexprefill_fa.autocast import without_autocast
 from flexprefill_fa.grid import Grid, real_ranges
 
 SCORE_BYTES = 16 * 2**20
@@ -62,7 +63,8 @@ def exact_probabilities(
         real_row = (position >= start) & (position < end)  # [B, rows]
         masked = 0 if padded else (grid.offset + first) // block_size * block_size  # all see the columns before it
         for head in range(key.shape[1]):  # one kv group at a time: the scores stay small
-            scores = queries[:, head, :, first:last].flatten(1, 2) @ keys[:, head, :seen].mT
+            with without_autocast(query.device.type):
+                scores = queries[:, head, :, first:last].flatten(1, 2) @ keys[:, head, :seen].mT
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             scores = scores.unflatten(1, (groups, -1))  # [B, G, rows, keys]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexprefill_fa.grid import Grid, cdiv, real_ranges
-from flexprefill_fa.selection import scatter_lists
+from flexprefill_fa.selection import kept_table
 
 _UNSEEN = 2**31 - 1  # no position is this far
 
@@ -124,7 +124,7 @@ def with_means(
     bound, bias = F.pad(bound, (0, unused), value=_UNSEEN), F.pad(bias, (0, unused))
     slot = F.pad(torch.cat((torch.zeros_like(position), 1 + block)), (0, unused))
 
-    kept = scatter_lists(kv_num_blocks, kv_indices, blocks) | scatter_lists(full_kv_num_blocks, full_kv_indices, blocks)
+    kept = kept_table(kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, blocks)
     permit = F.pad(~kept, (1, 0), value=True)
     width = blocks + extra
     row_last = (grid.offset + (torch.arange(grid.q_blocks, device=device) + 1) * block_size).clamp(max=grid.kv_len) - 1

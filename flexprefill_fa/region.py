@@ -2,18 +2,24 @@
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.fx.experimental._config as fx_config
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, flex_attention
+from torch.compiler import is_dynamo_compiling
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
-from flexprefill_fa.block_mask import assemble, both, causal, causal_at, needs_position
+from flexprefill_fa.autocast import no_autocast
+from flexprefill_fa.block_mask import assemble, both, causal, causal_at, looked_up, needs_position
 from flexprefill_fa.grid import cdiv, positions, real_ranges
 from flexprefill_fa.masks.selector import SelectOperator, SelectorConfig
 from flexprefill_fa.mean_correction import correct_by_means, mean_mask, mean_score, with_means
+from flexprefill_fa.selection import kept_table
+from flexprefill_fa.uncompiled import attend_uncompiled
 from flexprefill_fa.validation import torch_version
 
 # Compiled variants per code object: settings of selectors, dtypes, head dims, padding forms, batch 1 or more, backends.
@@ -25,8 +31,26 @@ _RECOMPILE_LIMIT = 1024
 # 2.13 FlexAttention multiplies both by ln 2.
 _FLASH_LSE_IS_SCALED = torch_version() < (2, 13)
 
+_config_lock = threading.RLock()
+_T = TypeVar("_T")
+
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 Position = tuple[Tensor, Tensor, Tensor]
+
+
+@torch.compiler.assume_constant_result
+def reads_block_lists() -> bool:
+    """Whether the graph that is being traced goes to TorchInductor, whose kernels read the block lists.
+
+    Every other backend of `torch.compile` ("eager", "aot_eager", somebody's own) may run FlexAttention by its
+    definition, which evaluates the mask_mod alone.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return InstructionTranslator.current_tx().output.compiler_fn._compiler_name == "inductor"  # pyright: ignore
+    except (ImportError, AttributeError):
+        return False
 
 
 def attend(
@@ -50,17 +74,20 @@ def attend(
 
     `sinks` `[Hq]`, for CUDA: a score per head that takes its share of the softmax and gives no value.
     """
+    if not is_dynamo_compiling():  # torch.compile is switched off
+        return attend_uncompiled(
+            query, key, value, lists, starts, lengths, block_size=block_size, scale=scale, mask_mod=mask_mod,
+            score_mod=score_mod, mean_correction=mean_correction, sinks=sinks,
+        )  # fmt: skip
+    if not reads_block_lists():
+        options = {}
     if mean_correction and query.device.type == "cpu":
         return _attend_with_means(query, key, value, lists, starts, lengths, block_size, scale, options)
     if position is None and needs_position(query, key, starts, lengths):
         position = positions(query, key, starts, lengths)
     base = causal if position is None else causal_at(position)
-    block_mask = assemble(
-        *lists,
-        block_size=block_size,
-        mask_mod=base if mask_mod is None else both(base, mask_mod),
-        q_len=query.shape[2],
-        kv_len=key.shape[2],
+    block_mask = _block_mask(
+        lists, base if mask_mod is None else both(base, mask_mod), block_size, query.shape[2], key.shape[2]
     )
     arguments: dict[str, Any] = {
         "score_mod": score_mod,
@@ -83,6 +110,13 @@ def attend(
     return correct_by_means(query, key, value, out, lse, *lists, starts, lengths, scale, block_size)
 
 
+def _block_mask(lists: Lists, mask_mod: Callable[..., Tensor], block_size: int, q_len: int, kv_len: int) -> BlockMask:
+    """The BlockMask of per-head lists, for whatever compiles this trace."""
+    if not reads_block_lists():
+        mask_mod = looked_up(mask_mod, kept_table(*lists, cdiv(kv_len, block_size)), block_size)
+    return assemble(*lists, block_size=block_size, mask_mod=mask_mod, q_len=q_len, kv_len=kv_len)
+
+
 def _attend_with_means(
     query: Tensor,
     key: Tensor,
@@ -97,13 +131,8 @@ def _attend_with_means(
     """`attend` with the means as further keys, where the kernel gives no log-sum-exp."""
     found = with_means(query, key, value, *lists, starts, lengths, block_size)
     more_keys, more_values, extended, bias = found[0], found[1], found[2:6], found[10]
-    block_mask = assemble(
-        *extended,
-        block_size=block_size,
-        mask_mod=mean_mask(found[6], found[7], found[8], found[9], block_size),
-        q_len=query.shape[2],
-        kv_len=more_keys.shape[2],
-    )
+    mask_mod = mean_mask(found[6], found[7], found[8], found[9], block_size)
+    block_mask = _block_mask(extended, mask_mod, block_size, query.shape[2], more_keys.shape[2])
     out = flex_attention(  # pyright: ignore[reportCallIssue]
         query,
         more_keys,
@@ -190,16 +219,50 @@ def attend_causal(
     query: Tensor, key: Tensor, value: Tensor, *, block_size: int, scale: float | None, options: dict[str, Any]
 ) -> Tensor:
     """Dense causal attention of a whole prompt by FlexAttention, `[B, Hq, L, D]`. Only for tracing."""
+    if not is_dynamo_compiling():
+        gqa = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
     blocks = cdiv(query.shape[2], block_size)
     # Part of the graph on a GPU, one small kernel; FlexAttention's CPU kernel wants them in memory.
     lists = (_causal_lists_op if query.device.type == "cpu" else causal_lists)(query, blocks)
-    arguments: dict[str, Any] = {"block_size": block_size, "scale": scale, "options": options}
-    return attend(query, key, value, lists, None, None, None, mask_mod=None, score_mod=None, **arguments)
+    block_mask = assemble(*lists, block_size=block_size, mask_mod=causal, q_len=query.shape[2], kv_len=query.shape[2])
+    gqa = query.shape[1] != key.shape[1]
+    arguments: dict[str, Any] = {"scale": scale, "enable_gqa": gqa, "kernel_options": options or None}
+    out = flex_attention(query, key, value, block_mask=block_mask, **arguments)
+    assert isinstance(out, Tensor)
+    return out
 
 
-_compiled_attend = torch.compile(attend, fullgraph=True, dynamic=True)
-_compiled_select_and_attend = torch.compile(select_and_attend, fullgraph=True, dynamic=True)
-_compiled_attend_causal = torch.compile(attend_causal, fullgraph=True, dynamic=True)
+@contextlib.contextmanager
+def compile_limits() -> Iterator[None]:
+    """What every compiled call of ours runs under: room for variants, and equal sizes not taken for the same size.
+
+    One thread at a time: the compiler's settings belong to the process (up to torch 2.11), and so does its state.
+    """
+    with (
+        _config_lock,
+        torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=_RECOMPILE_LIMIT),
+        fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]  # added by torch
+    ):
+        yield
+
+
+def compiled(region: Callable[..., _T]) -> Callable[..., _T]:
+    """One graph for every length; where torch.compile is switched off by its settings, the region as it is."""
+    graph = torch.compile(region, fullgraph=True, dynamic=True)
+
+    def run(*arguments: Any, **named: Any) -> _T:
+        if torch._dynamo.config.disable:  # TORCH_COMPILE_DISABLE=1, where a graph does not run but raises
+            return region(*arguments, **named)
+        with compile_limits():
+            return graph(*arguments, **named)
+
+    return no_autocast(run)  # not a guard, which would be one more graph
+
+
+_compiled_attend = compiled(attend)
+_compiled_select_and_attend = compiled(select_and_attend)
+_compiled_attend_causal = compiled(attend_causal)
 
 
 def run_select_and_attend(
@@ -220,7 +283,7 @@ def run_select_and_attend(
     """
     place = _place(query, key, starts, lengths, arguments["options"])
     arguments["block_size"] = config.block_size
-    if torch.compiler.is_compiling():  # the caller's graph is the region
+    if is_dynamo_compiling():  # the caller's graph is the region
         return select_and_attend(query, key, value, *place, config.operator(), settings, **arguments)
     if arguments.get("mean_correction") and query.device.type == "cpu":
         # In one graph with the selection, the CPU's template garbles the names of its many sizes.
@@ -228,8 +291,7 @@ def run_select_and_attend(
         lists = config.operator()(query, key, *place[:2], settings, *options)
         return run_attend(query, key, value, lists[:4], *place[:2], **arguments), lists
     key, value = _apart(query, key, value)
-    with compile_limits():
-        return _compiled_select_and_attend(query, key, value, *place, config.operator(), settings, **arguments)
+    return _compiled_select_and_attend(query, key, value, *place, config.operator(), settings, **arguments)
 
 
 def run_attend(
@@ -243,20 +305,18 @@ def run_attend(
 ) -> Tensor:
     """`attend` on checked arguments, compiled as `run_select_and_attend` is."""
     place = _place(query, key, starts, lengths, arguments["options"])
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return attend(query, key, value, lists, *place, **arguments)
     key, value = _apart(query, key, value)
-    with compile_limits():
-        return _compiled_attend(query, key, value, lists, *place, **arguments)
+    return _compiled_attend(query, key, value, lists, *place, **arguments)
 
 
 def run_attend_causal(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
     """`attend_causal` on checked arguments, compiled as `run_select_and_attend` is."""
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return attend_causal(query, key, value, **arguments)
     key, value = _apart(query, key, value)
-    with compile_limits():
-        return _compiled_attend_causal(query, key, value, **arguments)
+    return _compiled_attend_causal(query, key, value, **arguments)
 
 
 def _place(
@@ -285,13 +345,3 @@ def _apart(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     if shared(query, value) or shared(key, value):
         value = value.clone()
     return (key.clone() if shared(query, key) else key), value
-
-
-@contextlib.contextmanager
-def compile_limits() -> Iterator[None]:
-    """What every compiled call of ours runs under: room for variants, and equal sizes not taken for the same size."""
-    with (
-        torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=_RECOMPILE_LIMIT),
-        fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]  # added by torch
-    ):
-        yield

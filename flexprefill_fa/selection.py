@@ -38,6 +38,24 @@ def scatter_lists(count: Tensor, indices: Tensor, width: int) -> Tensor:
     return dense[..., :width].contiguous()
 
 
+@torch.library.custom_op("flexprefill_fa::kept_table", mutates_args=())
+def kept_table(
+    kv_num_blocks: Tensor, kv_indices: Tensor, full_kv_num_blocks: Tensor, full_kv_indices: Tensor, width: int
+) -> Tensor:
+    """bool `[B, H, nq, width]`: True where a block is in either list.
+
+    An operator, because FlexAttention wants the tensors that a mask_mod captures in memory.
+    """
+    return scatter_lists(kv_num_blocks, kv_indices, width) | scatter_lists(full_kv_num_blocks, full_kv_indices, width)
+
+
+@kept_table.register_fake
+def _(
+    kv_num_blocks: Tensor, kv_indices: Tensor, full_kv_num_blocks: Tensor, full_kv_indices: Tensor, width: int
+) -> Tensor:
+    return kv_num_blocks.new_empty((*kv_num_blocks.shape, width), dtype=torch.bool)
+
+
 @dataclass(frozen=True, repr=False)
 class BlockSelection:
     """The blocks that a selector kept for one attention call, in FlexAttention's two lists.
@@ -94,10 +112,7 @@ class BlockSelection:
 
     def to_dense(self) -> Tensor:
         """bool `[B, Hq, nq, nk]`: True where a block is kept."""
-        width = self.grid.kv_blocks
-        return scatter_lists(self.kv_num_blocks, self.kv_indices, width) | scatter_lists(
-            self.full_kv_num_blocks, self.full_kv_indices, width
-        )
+        return kept_table(*self.lists, self.grid.kv_blocks)
 
     def real_rows(self) -> Tensor:
         """int64 `[B]`: the number of rows that hold a real query."""

@@ -52,7 +52,7 @@ def check_scale(scale: float | None, name: str = "scale") -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"{name} must be a number or None, got {type(scale).__name__}")
-    if torch.compiler.is_compiling():  # a number without a value yet
+    if torch.compiler.is_dynamo_compiling():  # a number without a value yet
         return
     if not math.isfinite(scale) or scale <= 0:
         raise ValueError(f"{name} must be a positive finite number, got {scale}")
@@ -138,12 +138,14 @@ def per_element(
             raise TypeError(f"{name} must be an integer tensor or a sequence of ints, got {type(value).__name__}")
         for item in value:
             check_integer(name, item, low)
-        value = torch.tensor(list(value), dtype=torch.int32)
+        value = torch.tensor(list(value), dtype=torch.int32, device="cpu")
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {value.dtype}")
     if value.shape != (batch,):
         raise ValueError(f"{name} must have shape [batch] = [{batch}], got {list(value.shape)}")
-    on_host = value.device.type == "cpu" and not torch.compiler.is_compiling()  # a traced tensor has no values yet
+    on_host = (
+        value.device.type == "cpu" and not torch.compiler.is_dynamo_compiling()
+    )  # a traced tensor has no values yet
     if on_host and ((value < low) | (value > high)).any():
         raise ValueError(f"{name} must be in [{low}, {high}], got {value.tolist()}")
     if value.device.type != "cpu" and value.device != device:
@@ -161,7 +163,7 @@ def check_padding(
     """`starts` (first real key position) and `lengths` (number of real keys) of each batch element, checked."""
     start = per_element("starts", starts, batch, device, 0, kv_len - 1)
     length = per_element("lengths", lengths, batch, device, 1, kv_len)
-    on_host = device.type == "cpu" and not torch.compiler.is_compiling()
+    on_host = device.type == "cpu" and not torch.compiler.is_dynamo_compiling()
     if on_host and start is not None and length is not None and (start + length > kv_len).any():
         raise ValueError(
             f"starts + lengths must not exceed the key length {kv_len}, got {start.tolist()} + {length.tolist()}"

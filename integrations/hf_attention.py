@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from flexprefill_fa.autocast import as_sdpa_casts
 from flexprefill_fa.backends import kernel_options, resolve_backend
 from flexprefill_fa.block_mask import both, needs_position
 from flexprefill_fa.dense import attention_with_extras, dense_attention, dense_mask_fits
@@ -64,6 +65,7 @@ def flexprefill_attention(
     Raises:
         ValueError: for a layer or a call that cannot be served, with what to do.
     """
+    query, key, value = _of_one_dtype(query, key, value)
     _check_call(module, position_bias, cache, is_causal, kwargs)
     if s_aux is not None:
         s_aux = own_part(s_aux)
@@ -100,6 +102,15 @@ def flexprefill_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As the model's own attention would cast them: autocast's dtype, else that of the projections, which value has.
+
+    Rotary embeddings and norms of some models leave queries and keys in fp32.
+    """
+    query, key, value = as_sdpa_casts(query, key, value)
+    return query.to(value.dtype), key.to(value.dtype), value
+
+
 def _check_call(
     module: nn.Module, position_bias: Tensor | None, cache: Any, is_causal: bool | None, kwargs: dict[str, Any]
 ) -> None:
@@ -128,7 +139,7 @@ _said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 def _say_dense(module: nn.Module, reason: str) -> None:
     """Once for each layer and reason; a traced model says nothing."""
-    if torch.compiler.is_compiling() or reason in (said := _said.setdefault(module, set())):
+    if torch.compiler.is_dynamo_compiling() or reason in (said := _said.setdefault(module, set())):
         return
     said.add(reason)
     logger.warning("%s runs dense: %s", _layer_name(module), reason)
@@ -159,7 +170,7 @@ def _prefill(
     kv_len = key.shape[2]
     windowed = window is not None
     # A traced model has no lengths to compare a window with.
-    if window is not None and not torch.compiler.is_compiling() and kv_len <= window:
+    if window is not None and not torch.compiler.is_dynamo_compiling() and kv_len <= window:
         window = None
     masks = []
     if prompt.packed:
@@ -206,7 +217,7 @@ def _prefill(
         size,
         has_score_mod=softcap is not None,
         has_mask_mod=mask_mod is not None,
-        position_in_graph=torch.compiler.is_compiling() and needs_position(query, key, starts, lengths),
+        position_in_graph=torch.compiler.is_dynamo_compiling() and needs_position(query, key, starts, lengths),
     )
     out, lists = run_select_and_attend(
         query,
@@ -310,7 +321,7 @@ def _capped(cap: Tensor) -> Callable[..., Tensor]:
 def _record(plan: LayerPlan, call: SparseCall) -> None:
     """Keep the statistics of a prefill, which stay on the GPU, and show it to the plan's observer."""
     selection = call.selection
-    if torch.compiler.is_compiling() and (plan.statistics == "recall" or plan.observer is not None):
+    if torch.compiler.is_dynamo_compiling() and (plan.statistics == "recall" or plan.observer is not None):
         what = "an observer of sparse prefill" if plan.observer else "statistics='recall' computes exact attention and"
         raise RuntimeError(f"{what} needs an uncompiled model")
     if plan.statistics is not None:

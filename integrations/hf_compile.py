@@ -57,7 +57,7 @@ class CompiledPrefill:
     def _is_prefill(self, arguments: dict[str, Any]) -> bool:
         from .transformers import NAME
 
-        if torch.compiler.is_compiling() or self._model.config._attn_implementation != NAME:
+        if torch.compiler.is_dynamo_compiling() or self._model.config._attn_implementation != NAME:
             return False
         found = (arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None)
         tokens = next(found, None)

@@ -76,7 +76,7 @@ class PromptMask:
 
 
 _INTERSECTION = and_masks(causal_mask_function).__code__
-_PACKED = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
+_PACKED = packed_sequence_mask_function(torch.zeros(1, 1, device="cpu")).__code__
 
 
 def _contains(function: Callable, code: Any) -> bool:
@@ -101,7 +101,7 @@ def _is_other(
         return True
     # Unions (images that see themselves both ways) carry another function's code. A traced function shows none, but
     # with a padding mask nothing else asks that the mask be made in any case.
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return attention_mask is not None and arguments.get("allow_is_causal_skip") is False
     return mask_function.__code__ is not _INTERSECTION
 
@@ -129,7 +129,7 @@ def flexprefill_mask(
             with a mask that is not served, and for a number of ranks that does not divide the heads (not in a compiled
             model).
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         check_config(kwargs.get("config"))
     window = kwargs.get("local_size")
 
@@ -149,7 +149,7 @@ def flexprefill_mask(
     if q_length < MIN_QUERY_TOKENS:
         return square_mask()
     if _is_other(mask_function, attention_mask, use_vmap, kwargs):
-        if not torch.compiler.is_compiling() and q_length * kv_length > MAX_DENSE_MASK_TOKENS**2:
+        if not torch.compiler.is_dynamo_compiling() and q_length * kv_length > MAX_DENSE_MASK_TOKENS**2:
             raise ValueError(
                 "this model asks for a mask that sparse prefill does not serve (it serves causal, sliding, "
                 f"padded and packed ones), of {q_length} x {kv_length} tokens: use attn_implementation='sdpa'"
@@ -158,7 +158,7 @@ def flexprefill_mask(
         kwargs["allow_is_causal_skip"] = False
         return square_mask()
     if isinstance(q_offset, Tensor):  # a static cache, before transformers 5.20 or so
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             raise ValueError(
                 "sparse prefill inside a compiled model does not serve static caches (the compiler does not "
                 "know how many tokens they hold): use a dynamic cache"
@@ -166,7 +166,7 @@ def flexprefill_mask(
         q_offset = int(q_offset)
     keys = q_offset + q_length - kv_offset
     packed = mask_function is not causal_mask_function and attention_mask is None and q_length == kv_length
-    if packed and not torch.compiler.is_compiling():
+    if packed and not torch.compiler.is_dynamo_compiling():
         packed = _contains(mask_function, _PACKED)
     padding = real_keys(attention_mask, kv_offset, keys)
     shorter = keys if keys != kv_length else None
@@ -182,7 +182,7 @@ def real_keys(attention_mask: Tensor | None, kv_offset: int, keys: int) -> Tenso
     if attention_mask is None:
         return None
     mask = attention_mask[:, kv_offset : kv_offset + keys].bool()
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return mask
     if mask.shape[1] < keys:
         mask = F.pad(mask, (0, keys - mask.shape[1]))

@@ -80,7 +80,8 @@ class PrefillStatistics:
             _check_shapes(layer, latest[layer], batch=latest[layers[0]].density.shape[:1], first=layers[0])
         density, js_distance, recall = _to_cpu([latest[layer] for layer in layers])
         # In fp32, as the selector compares; no distance is below the -1 of other selectors, and NaN is below no tau.
-        taus = torch.tensor([-1.0 if (value := tau[layer]) is None else value for layer in layers], dtype=torch.float32)
+        numbers = [-1.0 if (value := tau[layer]) is None else value for layer in layers]
+        taus = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         return cls(
             layers,
             tuple(selectors[layer] for layer in layers),
@@ -222,7 +223,7 @@ class PrefillStatistics:
         """A field's values, NaN where a JS distance stands for no test."""
         if field != "js_distance":
             return values
-        flex = torch.tensor([selector == FlexPrefillConfig.name for selector in self.selectors])
+        flex = torch.tensor([selector == FlexPrefillConfig.name for selector in self.selectors], device="cpu")
         tested = _tested(self.density, values) & flex[:, None, None]
         return values.masked_fill(~tested, math.nan)
 
@@ -264,7 +265,7 @@ def _to_cpu(kept: list[LayerStatistics]) -> Tensor:
             values: Tensor | None = getattr(layer, name)
             if values is not None:
                 parts.setdefault(values.device, []).append((number, row, values))
-    result = torch.full((len(FIELDS), len(kept), batch, heads), math.nan, dtype=torch.float32)
+    result = torch.full((len(FIELDS), len(kept), batch, heads), math.nan, dtype=torch.float32, device="cpu")
     for found in parts.values():
         together = torch.cat([values.flatten() for _, _, values in found]).cpu()
         pieces = together.split([values.numel() for _, _, values in found])

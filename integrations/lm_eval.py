@@ -112,7 +112,7 @@ class FlexPrefillLM(_Base):
 
     def _observed(self, prompts: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """Run a prefill of prompts `[B, n]` and keep what it kept."""
-        dense = torch.ones(len(prompts))
+        dense = torch.ones(len(prompts), device="cpu")
         if self._sparse is None:
             self._densities.append(dense)
             return run()

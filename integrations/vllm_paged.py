@@ -222,7 +222,7 @@ class DensityLog:
         if density.device.type != "cuda":
             return density, None, text
         event = torch.cuda.Event()
-        copied = torch.empty((), dtype=density.dtype, pin_memory=True).copy_(density, non_blocking=True)
+        copied = torch.empty((), dtype=density.dtype, device="cpu", pin_memory=True).copy_(density, non_blocking=True)
         event.record()
         return copied, event, text
 

@@ -128,10 +128,10 @@ def restrict(common: Any, requests: Sequence[int]) -> tuple[Any, Rows]:
         which: Rows = slice(first, last + 1)
         on_host: Rows = which
     else:
-        rows = _to_device(torch.cat([torch.arange(start, end) for start, end in spans]), device)
-        on_host = torch.tensor(requests)
+        rows = _to_device(torch.cat([torch.arange(start, end, device="cpu") for start, end in spans]), device)
+        on_host = torch.tensor(requests, device="cpu")
         which = _to_device(on_host, device)
-    start_loc_cpu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    start_loc_cpu = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
     kv_lens = take(common.seq_lens_cpu_upper_bound, on_host)
     changed = {
         "query_start_loc": _to_device(start_loc_cpu, device),

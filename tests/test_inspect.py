@@ -110,7 +110,7 @@ def test_an_observer_needs_an_uncompiled_model(monkeypatch: pytest.MonkeyPatch) 
     call = SparseCall(0, every_block(tensor, tensor, 128), tensor, tensor, 1, None)
     plan = default_plan()
     plan.observer = print
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
     with pytest.raises(RuntimeError, match="an observer of sparse prefill needs an uncompiled model"):
         _record(plan, call)
 

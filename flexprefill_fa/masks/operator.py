@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexprefill_fa.autocast import without_autocast
 from flexprefill_fa.grid import cdiv
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -47,7 +48,8 @@ def select_operator(
         zero_tails: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         config = config_class.from_settings(settings, block_size)
-        return plain(query, key, starts, lengths, config, scale, all_partial)
+        with without_autocast(query.device.type):
+            return plain(query, key, starts, lengths, config, scale, all_partial)
 
     devices = None if triton is None else "cpu"
     operator = torch.library.custom_op(f"flexprefill_fa::select_{name}", select, mutates_args=(), device_types=devices)

@@ -67,7 +67,7 @@ class VerticalSlashConfig:
 
     def settings(self) -> Tensor:
         """The numbers as float64 [2] on the CPU, the form the operator takes."""
-        return torch.tensor([self.vertical_size, self.slash_size], dtype=torch.float64)
+        return torch.tensor([self.vertical_size, self.slash_size], dtype=torch.float64, device="cpu")
 
     def operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         """The operator that runs the selection, see `select_vertical_slash`."""

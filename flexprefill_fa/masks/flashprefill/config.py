@@ -65,7 +65,7 @@ class FlashPrefillConfig:
     def settings(self) -> Tensor:
         """The numbers as float64 [4] on the CPU, the form the operator takes."""
         return torch.tensor(
-            [self.alpha, self.sink_blocks, self.window_blocks, self.last_full_blocks], dtype=torch.float64
+            [self.alpha, self.sink_blocks, self.window_blocks, self.last_full_blocks], dtype=torch.float64, device="cpu"
         )
 
     def operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:

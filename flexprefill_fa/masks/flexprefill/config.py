@@ -91,6 +91,7 @@ class FlexPrefillConfig:
                 VARIANTS.index(self.variant),
             ],
             dtype=torch.float64,
+            device="cpu",
         )
 
     def operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:

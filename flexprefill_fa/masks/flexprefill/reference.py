@@ -46,7 +46,7 @@ def coverage_prefix(scores: Tensor, threshold: float, *, keep_crossing: bool) ->
     """
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     total = ordered.cumsum(-1)
-    threshold32 = torch.tensor(threshold, dtype=torch.float32)
+    threshold32 = torch.tensor(threshold, dtype=torch.float32, device="cpu")
     count = (total < threshold32).sum(-1) + 1 if keep_crossing else (total <= threshold32).sum(-1)
     return count.clamp(max=scores.shape[-1]), order
 
