@@ -9,7 +9,7 @@ FlexAttention trusts its BlockMask. What it does not check, and what this file t
 - `compute_q_blocks=False`: the transposed lists serve the backward pass alone and cost time quadratic in blocks.
 - The head dimension of the lists is Hq (or 1), never Hkv.
 - `mask_mod` is a module-level function or closes over tensors: a captured Python number would be a new graph for
-  every value, and a trivial mask_mod makes one backend drop the lists.
+  every value, and a trivial mask_mod makes one backend drop the lists. It reads vectors by `item`.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,19 @@ from flexprefill_fa.selection import BlockSelection
 MaskMod = _mask_mod_signature
 
 
+def item(vector: Tensor, index: Tensor) -> Tensor:
+    """`vector[index]` of a captured vector, for an index that is within it.
+
+    On the CPU without the vector's size in the kernel, where a plain index compares with it: FlexAttention's template
+    garbles the names of sizes (`ks15`, where a name of its own is `ks1`), and the kernel does not compile. Which do
+    depends on where in the caller's code the tensors come from.
+    """
+    if vector.device.type != "cpu":
+        return vector[index]
+    # Of the operators that index, the one that neither checks its index nor lets it count from the end.
+    return torch.ops.aten._unsafe_masked_index(vector, index >= 0, [index], 0)
+
+
 def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     """The mask of an unpadded prompt without a cached prefix."""
     return q_idx >= kv_idx
@@ -34,7 +47,7 @@ def causal_at(position: tuple[Tensor, Tensor, Tensor]) -> MaskMod:
     offset, start, end = position
 
     def padded_causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (q_idx + offset[b] >= kv_idx) & (kv_idx >= start[b]) & (kv_idx < end[b])
+        return (q_idx + item(offset, b) >= kv_idx) & (kv_idx >= item(start, b)) & (kv_idx < item(end, b))
 
     return padded_causal
 
@@ -66,15 +79,38 @@ def looked_up(mask_mod: MaskMod, keep: Tensor, block_size: int) -> MaskMod:
     Uncompiled `flex_attention` ignores the block lists and evaluates the mask_mod alone: with this one it still
     computes the same attention.
     """
+    kept = _flat_lookup(keep) if keep.device.type == "cpu" else _lookup(keep)
 
     # Literal block sizes: a captured Python number would be a guard, a captured tensor a load for every pair.
     def selected_128(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask_mod(b, h, q_idx, kv_idx) & keep[b, h, q_idx // 128, kv_idx // 128]
+        return mask_mod(b, h, q_idx, kv_idx) & kept(b, h, q_idx // 128, kv_idx // 128)
 
     def selected_64(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask_mod(b, h, q_idx, kv_idx) & keep[b, h, q_idx // 64, kv_idx // 64]
+        return mask_mod(b, h, q_idx, kv_idx) & kept(b, h, q_idx // 64, kv_idx // 64)
 
     return selected_128 if block_size == 128 else selected_64
+
+
+def _lookup(keep: Tensor) -> MaskMod:
+    def kept(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return keep[b, h, row, column]
+
+    return kept
+
+
+def _flat_lookup(keep: Tensor) -> MaskMod:
+    """`_lookup` whose kernel knows no sizes: it reads the strides from memory, see `item`."""
+    flat, batch = keep.flatten(), keep.shape[0]
+    # One more than the batch: a vector of one item would be a graph of its own.
+    per_element, per_head, per_row = (
+        torch.full((batch + 1,), stride, dtype=torch.int64, device=keep.device) for stride in keep.stride()[:3]
+    )
+
+    def kept(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        first = b * item(per_element, b) + h * item(per_head, b)
+        return item(flat, first + row * item(per_row, b) + column)
+
+    return kept
 
 
 def assemble(
