@@ -171,7 +171,8 @@ class LengthBenchmark:
             goes_dense = backend == "auto" and prefers_dense(query, key, config, kernel)
 
             def total(backend: str = backend) -> Tensor:
-                return sparse_prefill_attention(query, key, value, config, backend=backend)
+                dense = "auto" if backend == "auto" else "never"
+                return sparse_prefill_attention(query, key, value, config, dense=dense, backend=backend)
 
             def attend(backend: str = backend, *, mean_correction: bool = False) -> Tensor:
                 return block_sparse_attention(

@@ -18,38 +18,41 @@ from bench.needle import MODEL_DIR
 from bench.needle.capture import capture_layers
 from bench.quality_points import KIND
 from bench.workloads import Inputs
-from flexprefill_fa import sparse_prefill_attention
+from flexprefill_fa import get_selector, selector_names, sparse_prefill_attention
 from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.loading import first_line
 from flexprefill_fa.rows import Row, environment
 
 BACKEND = {"cuda": "TRITON", "cpu": "CPU"}
-"""The kernel that runs, by device; named, so that attention never goes dense."""
+"""The kernel that runs, by device."""
 
-_GAMMAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-_ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
-_WINDOWS = (128, 512, 1024, 2048, 4096, 8192)
-_SIZES = (128, 512, 1024, 2048, 4096, 8192)
+# With little that is always kept: only so a prompt of a few thousand tokens reaches densities of 5 and 10 %.
+_LEAN = {
+    "flexprefill": [f"variant={variant}+min_budget=128" for variant in ("published", "paper")],
+    "flashprefill": ["sink_blocks=1+window_blocks=1+last_full_blocks=0"],
+}
+_OTHER = {
+    "flexprefill": [
+        f"variant={variant}+tau={tau}+min_budget=512" for variant in ("published", "paper") for tau in (0.1, 0)
+    ]
+}
 
-SWEEP = (
-    *(
-        f"flexprefill:variant={variant}+tau={tau}+gamma={gamma}+min_budget=512"
-        for variant in ("published", "paper")
-        for tau in (0.1, 0)
-        for gamma in _GAMMAS
-    ),
-    # With little that is always kept: only so a prompt of a few thousand tokens reaches densities of 5 and 10 %.
-    *(
-        f"flexprefill:variant={v}+gamma={gamma}+min_budget=128"
-        for v in ("published", "paper")
-        for gamma in (0.3, *_GAMMAS)
-    ),
-    *(f"flashprefill:alpha={alpha}" for alpha in _ALPHAS),
-    *(f"flashprefill:alpha={alpha}+sink_blocks=1+window_blocks=1+last_full_blocks=0" for alpha in _ALPHAS),
-    *(f"streaming_llm:sink=128+window={window}" for window in _WINDOWS),
-    *(f"vertical_slash:vertical_size={size}+slash_size={size}" for size in _SIZES),
-)
-"""Selectors and settings, from few blocks to many, as `bench.spec.parse_selector` reads them."""
+
+def sweep() -> list[str]:
+    """Selectors and settings, from few blocks to many, as `bench.spec.parse_selector` reads them."""
+    found = []
+    for name in selector_names():
+        fields = get_selector(name).sweep
+        settings = [
+            "+".join(f"{field}={value}" for field, value in zip(fields, values, strict=True))
+            for values in zip(*fields.values(), strict=True)
+        ]
+        found += [
+            f"{name}:{'+'.join(filter(None, (setting, others)))}"
+            for others in (*_OTHER.get(name, [""]), *_LEAN.get(name, []))
+            for setting in settings
+        ]
+    return found
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def measure(inputs: Inputs, exact: Exact, config: Any, backend: str, correction:
     """
     options: dict[str, Any] = {"mean_correction": True} if correction else {}
     out, selection = sparse_prefill_attention(
-        inputs.query, inputs.key, inputs.value, config, backend=backend, return_selection=True, **options
+        inputs.query, inputs.key, inputs.value, config, dense="never", backend=backend, return_selection=True, **options
     )
     problem = None if correction else verify(out, reference(inputs, selection)).problem
     errors = exact.head_errors(out)

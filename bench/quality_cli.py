@@ -11,7 +11,7 @@ import typer
 
 from bench.needle.capture import model_config
 from bench.paths import RESULTS
-from bench.quality import BACKEND, SWEEP, QualityPlan, quality_rows
+from bench.quality import BACKEND, QualityPlan, quality_rows, sweep
 from bench.quality_tables import quality_line, quality_summary
 from bench.spec import check_backends, parse_layers, parse_lengths, parse_list, parse_selector
 from bench.terminal import one_line_errors
@@ -76,7 +76,7 @@ def _plan(
     selectors: str | None, layers: str | None, correction: bool | None, dtype: str, device: str, seed: int
 ) -> QualityPlan:
     """The plan of a command line, checked before any work."""
-    specs = SWEEP if selectors is None else parse_list("selectors", selectors)
+    specs = sweep() if selectors is None else parse_list("selectors", selectors)
     configs = [parse_selector(spec) for spec in specs]
     where, precision = resolve_device(device), resolve_dtype(dtype)
     if precision is None:

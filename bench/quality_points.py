@@ -9,18 +9,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from flexprefill_fa import get_selector
 from flexprefill_fa.rows import Row, latest
 
 KIND = "quality"
 """Of the rows of `python -m bench quality`."""
-
-KNOBS = {
-    "flexprefill": ("gamma",),
-    "flashprefill": ("alpha",),
-    "streaming_llm": ("window",),
-    "vertical_slash": ("vertical_size", "slash_size"),
-}
-"""The settings that a sweep varies, by selector; rows that share the others form one family."""
 
 _GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "model_sha256")
 _PROMPT_KEYS = ("layer", "seed")  # what a point is the mean over, beside the heads
@@ -79,7 +72,8 @@ def families(rows: Sequence[Row], length: int) -> list[Family]:
     prompts = {_prompt(row) for row in here}
     members: dict[str, dict[str, list[Row]]] = {}
     for row in here:
-        fixed = {name: value for name, value in row["settings"].items() if name not in KNOBS.get(row["selector"], ())}
+        swept = get_selector(row["selector"]).sweep  # rows that share the other settings form one family
+        fixed = {name: value for name, value in row["settings"].items() if name not in swept}
         family = members.setdefault(json.dumps([row["selector"], fixed]), {})
         family.setdefault(json.dumps(row["settings"]), []).append(row)
     found = []

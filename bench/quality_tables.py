@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.quality_points import KNOBS, Family, at_density, families, labels, quality_groups
+from bench.quality_points import Family, at_density, families, labels, quality_groups
 from bench.report import number
 from bench.tables import conditions, markdown_table
+from flexprefill_fa import get_selector
 from flexprefill_fa.reporting import changed_settings
 from flexprefill_fa.rows import Row
 
@@ -17,7 +18,6 @@ DENSITIES = (0.05, 0.1, 0.2, 0.4)
 CORRECTED_ALPHAS = (0.05, 0.1, 0.2)
 """Of flashprefill, in the table about mean correction."""
 
-_SIMPLER = ("flashprefill", "streaming_llm", "vertical_slash")
 _DIGITS = ".3f"
 
 
@@ -131,8 +131,7 @@ def _is_published(family: Family) -> bool:
 def _is_simpler(family: Family) -> bool:
     """Another selector, or the published rule without its test for query-aware heads."""
     fixed = family.fixed
-    without_test = family.selector == "flexprefill" and fixed["variant"] == "published" and fixed["tau"] == 0
-    return family.selector in _SIMPLER or without_test
+    return family.selector != "flexprefill" or (fixed["variant"] == "published" and fixed["tau"] == 0)
 
 
 def _caption(group: Sequence[Row]) -> str:
@@ -151,7 +150,7 @@ def _caption(group: Sequence[Row]) -> str:
 def quality_line(row: Row) -> str:
     """A row for a log."""
     told = changed_settings(row["selector"], row["settings"])
-    told |= {name: row["settings"][name] for name in KNOBS.get(row["selector"], ())}
+    told |= {name: row["settings"][name] for name in get_selector(row["selector"]).sweep}
     who = f"{row['length']} tokens, layer {row['layer']}, {row['selector']} {_assignments(told)}"
     corrected = ", mean-corrected" if row["mean_correction"] else ""
     found = ", ".join(f"{name} {row[name]:{_DIGITS}}" for name in ("density", "recall", "error"))

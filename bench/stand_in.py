@@ -18,14 +18,14 @@ from torch import Tensor
 from bench.laps import Laps
 from bench.synthetic import block_count, chunk_selection, random_selection
 from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
-from flexprefill_fa.masks.operator import Lists, traced_lists
+from flexprefill_fa.masks.selector import Lists, Selector, traced_lists
 from flexprefill_fa.selection import BlockSelection
 
 _made: weakref.WeakValueDictionary[int, StandIn] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-class StandIn:
+class StandIn(Selector, name="stand_in", register=False):
     """A selector config around another one, which runs in full and is timed.
 
     Args:
@@ -44,6 +44,7 @@ class StandIn:
 
     def __init__(self, inner: Any, density: float | None, seed: int, device: torch.device) -> None:
         self.inner = inner
+        self.block_size = inner.block_size
         self.density = density
         self.seed = seed
         self.selecting = Laps(device)
@@ -52,11 +53,6 @@ class StandIn:
         self._causal = 0
         self._number = next(_numbers)
         _made[self._number] = self
-
-    @property
-    def block_size(self) -> int:
-        """Tokens per block."""
-        return self.inner.block_size
 
     @property
     def dense_tokens(self) -> int:
@@ -69,10 +65,11 @@ class StandIn:
 
     def settings(self) -> Tensor:
         """Its number, then the inner selector's: one compiled graph serves them all."""
-        return torch.cat((torch.tensor([self._number], dtype=torch.float64), self.inner.settings()))
+        return torch.cat((torch.tensor([self._number], dtype=torch.float64, device="cpu"), self.inner.settings()))
 
-    def operator(self) -> Any:
-        """As `SelectorConfig.operator`."""
+    @classmethod
+    def operator(cls) -> Any:
+        """As `Selector.operator`."""
         return _stand_in
 
     def forget(self) -> None:
@@ -96,7 +93,7 @@ class StandIn:
         """What the operator does."""
         self.calls += 1
         with self.selecting.lap():
-            lists = self.inner.operator()(query, key, starts, lengths, settings, *rest)
+            lists = self.inner.operator()(query, key, starts, lengths, settings, *rest)[:4]
         if self.density is not None:
             lists = self._replaced(lists, query.shape[2], key.shape[2])
         self._kept.append((lists[0] + lists[2]).sum())
@@ -118,7 +115,7 @@ class StandIn:
 
         partial = copied(chosen.kv_num_blocks, chosen.kv_indices)
         full = copied(chosen.full_kv_num_blocks, chosen.full_kv_indices)
-        return *partial, *full, lists[4].clone()
+        return *partial, *full
 
 
 @functools.cache
@@ -143,7 +140,6 @@ def _blocks(
         cut(found.kv_num_blocks, found.kv_indices),
         found.full_kv_num_blocks.to(device),
         cut(found.full_kv_num_blocks, found.full_kv_indices),
-        found.js_distance.to(device),
         q_len,
         kv_len,
         block_size,
@@ -168,11 +164,13 @@ def _stand_in(
     block_size: int,
     all_partial: bool,
     zero_tails: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stand_in = _made[int(settings[0])]
-    return stand_in.run(query, key, starts, lengths, settings[1:], scale, block_size, all_partial, zero_tails)
+    rest = (scale, block_size, all_partial, zero_tails)
+    count, indices, full_count, full_indices = stand_in.run(query, key, starts, lengths, settings[1:], *rest)
+    return count, indices, full_count, full_indices
 
 
 @_stand_in.register_fake
 def _(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
-    return traced_lists(query, key, block_size)
+    return traced_lists(query, key, block_size, 0)

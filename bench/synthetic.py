@@ -48,7 +48,6 @@ def random_selection(
         kv_indices=partial_indices,
         full_kv_num_blocks=full_count,
         full_kv_indices=full_indices,
-        js_distance=torch.zeros(batch, heads, device=device),
         q_len=length,
         kv_len=length,
         block_size=block_size,
@@ -87,9 +86,7 @@ def chunk_selection(
     drawn = torch.rand(1, heads, grid.q_blocks, grid.kv_blocks, generator=generator) < share
     keep = (drawn & visible) | always
     lists = [part.to(device) for blocks in (keep & ~full, keep & full) for part in index_lists(blocks)]
-    return BlockSelection(
-        lists[0], lists[1], lists[2], lists[3], torch.zeros(1, heads, device=device), q_len, kv_len, block_size
-    )
+    return BlockSelection(lists[0], lists[1], lists[2], lists[3], q_len, kv_len, block_size)
 
 
 def block_count(length: int, density: float, block_size: int = 128) -> int:

@@ -18,6 +18,7 @@ from bench.shapes import SHAPES, head_dim, model_config
 from bench.spec import parse_lengths, parse_list, parse_selector
 from bench.terminal import one_line_errors, plain
 from bench.ttft_tables import ttft_line, ttft_tables
+from flexprefill_fa import selector_names
 from flexprefill_fa.loading import (
     UsageError,
     require_kernels,
@@ -29,7 +30,7 @@ from flexprefill_fa.reporting import open_console
 from flexprefill_fa.rows import Row, append, require_appendable
 
 _LENGTHS = "4096,8192,16384,32768,65536,131072,262144"
-_SELECTORS = "flexprefill,flashprefill,streaming_llm,vertical_slash"
+_SELECTORS = ",".join(selector_names())
 
 
 def ttft(

@@ -13,7 +13,7 @@ from bench.synthetic import random_selection
 from bench.timing import Stopwatch
 from flexprefill_fa import BlockSelection
 from flexprefill_fa.loading import first_line
-from flexprefill_fa.region import run_attend
+from flexprefill_fa.region import Call, run_attend
 from flexprefill_fa.rows import Row, environment
 
 DENSITIES = (0.06, 0.25)
@@ -82,8 +82,7 @@ def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repea
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, options: dict[str, Any]) -> Tensor:
-    settings = {"block_size": _BLOCK, "scale": None, "mask_mod": None, "score_mod": None, "options": options}
-    return run_attend(query, key, value, selection.lists, None, None, **settings)
+    return run_attend(query, key, value, selection.lists, None, None, Call(_BLOCK, options=options))
 
 
 def best_tiles(rows: Sequence[Row]) -> dict[tuple[tuple[int, int], int], dict[str, int]]:

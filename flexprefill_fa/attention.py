@@ -1,30 +1,26 @@
 """Sparse prefill attention in one call: select, build the BlockMask, run compiled FlexAttention."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from flexprefill_fa import dispatch
 from flexprefill_fa.autocast import as_sdpa_casts
 from flexprefill_fa.backends import kernel_options, resolve_backend
 from flexprefill_fa.block_mask import check_layout, needs_position
-from flexprefill_fa.cost_model import prefers_dense
-from flexprefill_fa.dense import dense_attention, dense_mask_fits
-from flexprefill_fa.masks.selector import SelectorConfig, check_selector
-from flexprefill_fa.region import run_attend, run_select_and_attend
-from flexprefill_fa.selection import BlockSelection, check_selection, every_block
+from flexprefill_fa.masks.selector import Selector, check_selector
+from flexprefill_fa.region import Call, run_attend
+from flexprefill_fa.selection import BlockSelection, check_selection
 from flexprefill_fa.validation import check_mean_correction, check_padding, check_query_key, check_scale, check_value
-
-logger = logging.getLogger(__name__)
 
 
 def sparse_prefill_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    config: SelectorConfig,
+    config: Selector,
     *,
     scale: float | None = None,
     lengths: Tensor | Sequence[int] | None = None,
@@ -32,13 +28,14 @@ def sparse_prefill_attention(
     mask_mod: Callable[..., Tensor] | None = None,
     score_mod: Callable[..., Tensor] | None = None,
     mean_correction: bool = False,
+    dense: str = "auto",
     backend: str = "auto",
     return_selection: bool = False,
 ) -> Any:
     """Causal attention over the key blocks that a selector keeps.
 
     The first call of a kind (dtype, head dim, padding or none, batch 1 or more) compiles for some seconds; later ones
-    of any length reuse the graph. When backend is "auto" and there is no mask_mod or score_mod, single queries,
+    of any length reuse the graph. Where `dense` is "auto" and there is no mask_mod or score_mod, single queries,
     prompts short enough to keep every block, and whole prompts that the cost model expects to be faster dense run as
     dense attention; a debug log line says so.
 
@@ -54,7 +51,9 @@ def sparse_prefill_attention(
         score_mod: FlexAttention's score_mod. The selector does not see it.
         mean_correction: let each dropped block count with its mean key and value, see `mean_correction.py`. Not with
             a mask_mod or score_mod; on the CPU with torch 2.13 and newer.
-        backend: "auto", or "TRITON", "FLASH" or "CPU" to insist.
+        dense: "auto", or "never" to insist on the selector's blocks.
+        backend: the kernel, "TRITON", "FLASH" or "CPU"; "auto" takes the fastest one that runs, also for dense
+            attention.
         return_selection: also return the `BlockSelection` that was computed; where attention ran dense, every block.
 
     Returns:
@@ -70,50 +69,11 @@ def sparse_prefill_attention(
     check_mean_correction(mean_correction, mask_mod, score_mod, query.device)
     query, key, value = as_sdpa_casts(query, key, value)
     starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
-    resolved = resolve_backend(
-        backend,
-        query,
-        config.block_size,
-        has_score_mod=score_mod is not None,
-        has_mask_mod=mask_mod is not None,
-        position_in_graph=is_dynamo_compiling() and needs_position(query, key, starts, lengths),
+    request = dispatch.Request(
+        scale, starts, lengths, mask_mod, score_mod, mean_correction, dense=dense, backend=backend
     )
-    whole = not needs_position(query, key, starts, lengths)
-    if whole and not is_dynamo_compiling():
-        dense = prefers_dense(query, key, config, resolved)
-    else:
-        dense = key.shape[2] <= config.dense_tokens and dense_mask_fits(query, key, starts, lengths)
-    if (dense or query.shape[2] == 1) and backend == "auto" and mask_mod is None and score_mod is None:
-        _say("dense attention", query, key)
-        out = dense_attention(query, key, value, starts, lengths, scale)
-        if not return_selection:
-            return out
-        return out, every_block(query, key, config.block_size, starts, lengths)
-    _say(f"sparse attention by {resolved}", query, key)
-    options = kernel_options(resolved, query, key, config.block_size)
-    out, lists = run_select_and_attend(
-        query,
-        key,
-        value,
-        starts,
-        lengths,
-        config,
-        config.settings(),
-        scale=scale,
-        mask_mod=mask_mod,
-        score_mod=score_mod,
-        options=options,
-        mean_correction=mean_correction,
-    )
-    if not return_selection:
-        return out
-    lengths_of = query.shape[2], key.shape[2]
-    return out, BlockSelection(*lists, *lengths_of, config.block_size, starts, lengths, mask_mod is not None)
-
-
-def _say(what: str, query: Tensor, key: Tensor) -> None:
-    if not is_dynamo_compiling():  # a logger would break the caller's graph
-        logger.debug("%s: %d queries, %d keys", what, query.shape[2], key.shape[2])
+    out, selection, _ = dispatch.attend(query, key, value, config, request)
+    return (out, selection()) if return_selection else out
 
 
 def block_sparse_attention(
@@ -168,17 +128,6 @@ def block_sparse_attention(
         has_mask_mod=mask_mod is not None,
         position_in_graph=is_dynamo_compiling() and needs_position(query, key, starts, lengths),
     )
-    return run_attend(
-        query,
-        key,
-        value,
-        selection.lists,
-        starts,
-        lengths,
-        block_size=selection.block_size,
-        scale=scale,
-        mask_mod=mask_mod,
-        score_mod=score_mod,
-        options=kernel_options(resolved, query, key, selection.block_size),
-        mean_correction=mean_correction,
-    )
+    options = kernel_options(resolved, query, key, selection.block_size)
+    call = Call(selection.block_size, scale, mask_mod, score_mod, options, mean_correction)
+    return run_attend(query, key, value, selection.lists, starts, lengths, call)

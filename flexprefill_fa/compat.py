@@ -13,12 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from flexprefill_fa.attention import sparse_prefill_attention
-from flexprefill_fa.backends import resolve_backend
-from flexprefill_fa.block_mask import needs_position
-from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, StreamingLLMConfig, VerticalSlashConfig
+from flexprefill_fa.masks import FlexPrefillConfig, Selector, StreamingLLMConfig, VerticalSlashConfig
 from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import check_scale
 
@@ -80,18 +77,14 @@ def flex_prefill_attention(
         # transposed view of the heads does not compile on the CPU.
         heads = torch.arange(query.shape[1], device=query.device)
         query = query[:, heads.view(-1, kv_heads).T.flatten()]
-    backend = "auto"
-    if query.shape[2] > 1 and key.shape[2] > config.dense_tokens:
-        # A named backend keeps the cost model out: the published function is sparse wherever it selects.
-        offset = is_dynamo_compiling() and needs_position(query, key, None, None)
-        backend = resolve_backend("auto", query, block_size, position_in_graph=offset)
     found = sparse_prefill_attention(
         query,
         key,
         value,
         config,
         scale=softmax_scale,
-        backend=backend,
+        # The published function is sparse wherever it selects: the cost model stays out.
+        dense="auto" if query.shape[2] == 1 or key.shape[2] <= config.dense_tokens else "never",
         return_selection=return_computational_ratio,
     )
     out: Tensor = found[0] if return_computational_ratio else found
@@ -144,7 +137,7 @@ def _computational_ratio(selection: BlockSelection) -> float:
     return selection.kept_blocks().double().mean().item() / (grid.q_blocks * grid.kv_blocks)
 
 
-_PATTERNS: dict[str, tuple[Callable[..., SelectorConfig | None], dict[str, str]]] = {
+_PATTERNS: dict[str, tuple[Callable[..., Selector | None], dict[str, str]]] = {
     "default": (lambda: None, {}),
     "flex_prefill": (
         _flexprefill,
@@ -224,18 +217,19 @@ def patch_model(model: Any, pattern: str, config: Mapping[str, Any] | None = Non
     from flexprefill_fa.integrations.hf_plan import check_model
     from flexprefill_fa.integrations.transformers import NAME, SparsePrefill, enable_sparse_prefill
 
-    check_model(model)
+    layers = check_model(model)
     before = SparsePrefill.all_of(model)
     if chosen is not None:
         enable_sparse_prefill(model, chosen)
     for handle in before:
         handle.disable()
-    if chosen is None and model.config._attn_implementation == NAME:  # by its own doing: sparse with default settings
+    by_name: Any = [module.config for module in layers.values()]
+    if chosen is None and any(config._attn_implementation == NAME for config in by_name):  # sparse by their own doing
         enable_sparse_prefill(model, lambda layer: None)
     return model
 
 
-def _pattern_config(pattern: object, config: Mapping[str, Any] | None) -> SelectorConfig | None:
+def _pattern_config(pattern: object, config: Mapping[str, Any] | None) -> Selector | None:
     """The selector of a pattern and its settings, None for dense attention."""
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be one of {', '.join(_PATTERNS)}, got {type(pattern).__name__}")

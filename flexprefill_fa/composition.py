@@ -13,8 +13,8 @@ def union(first: BlockSelection, second: BlockSelection) -> BlockSelection:
     """The blocks that either selection keeps.
 
     Both must be for the same call. Blocks go to the partial list where a pair in them is masked, or all of them if
-    either selection was made with `all_partial=True`, as a mask_mod needs. js_distance is the first one's. Nothing is
-    read back from the GPU.
+    either selection was made with `all_partial=True`, as a mask_mod needs. The diagnostics are the first one's.
+    Nothing is read back from the GPU.
 
     Raises:
         TypeError: for what is not a selection.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexprefill_fa.backends import compute_capability
 from flexprefill_fa.grid import cdiv
-from flexprefill_fa.masks.selector import SelectorConfig
+from flexprefill_fa.masks.selector import Selector
 
 _BLOCK = 128
 
@@ -64,7 +64,7 @@ def predicted_ms(
     return dense, select + attend
 
 
-def prefers_dense(query: Tensor, key: Tensor, config: SelectorConfig, backend: str) -> bool:
+def prefers_dense(query: Tensor, key: Tensor, config: Selector, backend: str) -> bool:
     """Whether dense attention is expected to be faster than `backend` with this selector.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexprefill_fa.attention import sparse_prefill_attention
-from flexprefill_fa.masks.selector import SelectorConfig
+from flexprefill_fa.masks.selector import Selector
 from flexprefill_fa.validation import check_padding, check_query_key, check_value
 
 _WARM_UPS = 2  # the first call compiles
@@ -38,7 +38,7 @@ class PrefillGraph:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        config: SelectorConfig,
+        config: Selector,
         *,
         starts: Tensor | Sequence[int] | None = None,
         lengths: Tensor | Sequence[int] | None = None,

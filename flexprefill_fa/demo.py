@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flexprefill_fa.loading import UsageError, load_model
-from flexprefill_fa.masks import SelectorConfig
+from flexprefill_fa.masks import Selector
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.rows import CHECKOUT
 
@@ -35,7 +35,7 @@ class DemoResult:
 
 
 def run_demo(
-    config: SelectorConfig,
+    config: Selector,
     *,
     tokens: int,
     needles: int,

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from flexprefill_fa.integrations.transformers import describe_sparse_prefill, enable_sparse_prefill
 from flexprefill_fa.loading import UsageError, first_line
-from flexprefill_fa.masks import SelectorConfig
+from flexprefill_fa.masks import Selector
 from flexprefill_fa.progress import WorkProgress
 
 WARM_UP_TOKENS = 2048
@@ -88,7 +88,7 @@ def measure_dense(
 def measure_sparse(
     model: PreTrainedModel,
     input_ids: Tensor,
-    config: SelectorConfig,
+    config: Selector,
     max_new_tokens: int,
     progress: WorkProgress,
     *,
@@ -128,7 +128,7 @@ def measure_sparse(
 
 def check_some_sparse(model: Any) -> None:
     """A model with sparse prefill on of which at least one layer runs sparse, or a ValueError that says why not."""
-    layers = describe_sparse_prefill(model)
+    layers = [layer for layer in describe_sparse_prefill(model) if layer.layer is not None]
     if all(layer.runs != "sparse" for layer in layers):
         first = layers[0]
         raise ValueError(f"no layer of this model can run sparse; layer {first.layer} runs {first.runs}: {first.why}")

@@ -4,6 +4,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 from flexprefill_fa.autocast import no_autocast
 from flexprefill_fa.block_mask import assemble, both, causal, causal_at, looked_up, needs_position
 from flexprefill_fa.grid import cdiv, positions, real_ranges
-from flexprefill_fa.masks.selector import SelectOperator, SelectorConfig
+from flexprefill_fa.masks.selector import SelectOperator
 from flexprefill_fa.mean_correction import correct_by_means, mean_mask, mean_score, with_means
 from flexprefill_fa.selection import kept_table
 from flexprefill_fa.uncompiled import attend_uncompiled
@@ -34,8 +35,9 @@ _FLASH_LSE_IS_SCALED = torch_version() < (2, 13)
 _config_lock = threading.RLock()
 _T = TypeVar("_T")
 
-Lists = tuple[Tensor, Tensor, Tensor, Tensor]
+Lists = tuple[Tensor, ...]  # kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices
 Position = tuple[Tensor, Tensor, Tensor]
+Place = tuple[Tensor | None, Tensor | None, Position | None]  # starts, lengths, position
 
 
 @torch.compiler.assume_constant_result
@@ -53,50 +55,51 @@ def reads_block_lists() -> bool:
         return False
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lists: Lists,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    position: Position | None,
-    *,
-    block_size: int,
-    scale: float | None,
-    mask_mod: Callable[..., Tensor] | None,
-    score_mod: Callable[..., Tensor] | None,
-    options: dict[str, Any],
-    mean_correction: bool = False,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attention over the blocks in `lists`, `[B, Hq, Lq, D]`. Only for tracing, as `select_and_attend`.
+@dataclass(frozen=True)
+class Call:
+    """What travels with query, key and value into the attention.
 
-    `sinks` `[Hq]`, for CUDA: a score per head that takes its share of the softmax and gives no value.
+    Attributes:
+        block_size: tokens per block.
+        scale: score scale, None for 1/sqrt(D).
+        mask_mod, score_mod: the caller's, as FlexAttention's.
+        options: FlexAttention's kernel_options.
+        mean_correction: whether dropped blocks count by their means.
+        sinks: `[Hq]`, for CUDA: a score per head that takes its share of the softmax and gives no value.
     """
+
+    block_size: int
+    scale: float | None = None
+    mask_mod: Callable[..., Tensor] | None = None
+    score_mod: Callable[..., Tensor] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    mean_correction: bool = False
+    sinks: Tensor | None = None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, lists: Lists, place: Place, call: Call) -> Tensor:
+    """Attention over the blocks in `lists`, `[B, Hq, Lq, D]`. Only for tracing, as `select_and_attend`."""
+    starts, lengths, position = place
     if not is_dynamo_compiling():  # torch.compile is switched off
         return attend_uncompiled(
-            query, key, value, lists, starts, lengths, block_size=block_size, scale=scale, mask_mod=mask_mod,
-            score_mod=score_mod, mean_correction=mean_correction, sinks=sinks,
+            query, key, value, lists, starts, lengths, block_size=call.block_size, scale=call.scale,
+            mask_mod=call.mask_mod, score_mod=call.score_mod, mean_correction=call.mean_correction, sinks=call.sinks,
         )  # fmt: skip
-    if not reads_block_lists():
-        options = {}
-    if mean_correction and query.device.type == "cpu":
-        return _attend_with_means(query, key, value, lists, starts, lengths, block_size, scale, options)
+    options = call.options if reads_block_lists() else {}
+    if call.mean_correction and query.device.type == "cpu":
+        return _attend_with_means(query, key, value, lists, place, call, options)
     if position is None and needs_position(query, key, starts, lengths):
         position = positions(query, key, starts, lengths)
     base = causal if position is None else causal_at(position)
-    block_mask = _block_mask(
-        lists, base if mask_mod is None else both(base, mask_mod), block_size, query.shape[2], key.shape[2]
-    )
+    mask_mod = base if call.mask_mod is None else both(base, call.mask_mod)
     arguments: dict[str, Any] = {
-        "score_mod": score_mod,
-        "block_mask": block_mask,
-        "scale": scale,
+        "score_mod": call.score_mod,
+        "block_mask": _block_mask(lists, mask_mod, call.block_size, query.shape[2], key.shape[2]),
+        "scale": call.scale,
         "enable_gqa": query.shape[1] != key.shape[1],
         "kernel_options": options or None,
     }
-    if not mean_correction and sinks is None:
+    if not call.mean_correction and call.sinks is None:
         out = flex_attention(query, key, value, **arguments)
         assert isinstance(out, Tensor)  # flex_attention returns more only when asked to
         return out
@@ -105,9 +108,9 @@ def attend(
     lse = found.lse
     if options.get("BACKEND") == "FLASH" and _FLASH_LSE_IS_SCALED:
         lse = lse / math.log(2)
-    if sinks is not None:
-        return out * torch.sigmoid(lse - sinks.float()[:, None])[..., None].to(out.dtype)
-    return correct_by_means(query, key, value, out, lse, *lists, starts, lengths, scale, block_size)
+    if call.sinks is not None:
+        return out * torch.sigmoid(lse - call.sinks.float()[:, None])[..., None].to(out.dtype)
+    return correct_by_means(query, key, value, out, lse, *lists, starts, lengths, call.scale, call.block_size)
 
 
 def _block_mask(lists: Lists, mask_mod: Callable[..., Tensor], block_size: int, q_len: int, kv_len: int) -> BlockMask:
@@ -118,85 +121,44 @@ def _block_mask(lists: Lists, mask_mod: Callable[..., Tensor], block_size: int, 
 
 
 def _attend_with_means(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lists: Lists,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    block_size: int,
-    scale: float | None,
-    options: dict[str, Any],
+    query: Tensor, key: Tensor, value: Tensor, lists: Lists, place: Place, call: Call, options: dict[str, Any]
 ) -> Tensor:
     """`attend` with the means as further keys, where the kernel gives no log-sum-exp."""
-    found = with_means(query, key, value, *lists, starts, lengths, block_size)
+    found = with_means(query, key, value, *lists, *place[:2], call.block_size)
     more_keys, more_values, extended, bias = found[0], found[1], found[2:6], found[10]
-    mask_mod = mean_mask(found[6], found[7], found[8], found[9], block_size)
-    block_mask = _block_mask(extended, mask_mod, block_size, query.shape[2], more_keys.shape[2])
-    out = flex_attention(  # pyright: ignore[reportCallIssue]
-        query,
-        more_keys,
-        more_values,
-        score_mod=mean_score(bias),
-        block_mask=block_mask,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options=options or None,  # pyright: ignore[reportArgumentType]  # built by kernel_options()
-    )
+    mask_mod = mean_mask(found[6], found[7], found[8], found[9], call.block_size)
+    arguments: dict[str, Any] = {
+        "score_mod": mean_score(bias),
+        "block_mask": _block_mask(extended, mask_mod, call.block_size, query.shape[2], more_keys.shape[2]),
+        "scale": call.scale,
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "kernel_options": options or None,
+    }
+    out = flex_attention(query, more_keys, more_values, **arguments)
     assert isinstance(out, Tensor)
     return out
 
 
 def select_and_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    position: Position | None,
-    operator: SelectOperator,
-    settings: Tensor,
-    *,
-    block_size: int,
-    scale: float | None,
-    mask_mod: Callable[..., Tensor] | None,
-    score_mod: Callable[..., Tensor] | None,
-    options: dict[str, Any],
-    mean_correction: bool = False,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    query: Tensor, key: Tensor, value: Tensor, place: Place, operator: SelectOperator, settings: Tensor, call: Call
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Selection and attention as one region for `torch.compile(fullgraph=True)`; see `sparse_prefill_attention`.
 
     Only for tracing: run eagerly, FlexAttention would compute every block. The BlockMask is built inside the region,
     from the operator's outputs, so that one dynamic graph serves every length, and the settings come as a tensor, so
-    that it serves every setting. `position` is what `positions` returns, or None to compute it here where the mask
-    needs it: the FLASH kernel cannot read a tensor that the same graph computes, and the CPU kernel does not compile
-    with one of dynamic shape from outside.
+    that it serves every setting. The position in `place` is what `positions` returns, or None to compute it here where
+    the mask needs it: the FLASH kernel cannot read a tensor that the same graph computes, and the CPU kernel does not
+    compile with one of dynamic shape from outside.
 
     Returns:
-        The output `[B, Hq, Lq, D]` and the operator's index tensors and JS distances.
+        The output `[B, Hq, Lq, D]` and what the operator found.
     """
-    lists = operator(query, key, starts, lengths, settings, scale, block_size, mask_mod is not None, False)
-    out = attend(
-        query,
-        key,
-        value,
-        lists[:4],
-        starts,
-        lengths,
-        position,
-        block_size=block_size,
-        scale=scale,
-        mask_mod=mask_mod,
-        score_mod=score_mod,
-        options=options,
-        mean_correction=mean_correction,
-        sinks=sinks,
-    )
-    return out, lists
+    all_partial = call.mask_mod is not None
+    found = operator(query, key, *place[:2], settings, call.scale, call.block_size, all_partial, False)
+    return attend(query, key, value, found[:4], place, call), found
 
 
-def causal_lists(query: Tensor, blocks: int) -> Lists:
+def causal_lists(query: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Every causal block of a whole prompt, for all heads at once: the diagonal partial, the rest full."""
     row = torch.arange(blocks, dtype=torch.int32, device=query.device)
     full, diagonal = row.repeat(1, 1, blocks, 1), row[:, None].repeat(1, 1, 1, blocks)
@@ -271,44 +233,43 @@ def run_select_and_attend(
     value: Tensor,
     starts: Tensor | None,
     lengths: Tensor | None,
-    config: SelectorConfig,
+    operator: SelectOperator,
     settings: Tensor,
-    **arguments: Any,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    call: Call,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`select_and_attend` on checked arguments, compiled with as few graphs as possible.
 
     Two forms: a whole prompt without padding (plain causal mask), and everything else (a mask that reads offset and
     padding from a tensor). Sizes that happen to be equal are not taken for the same size (`use_duck_shape`): batch 2
     with 2 key heads would otherwise be a graph of its own.
     """
-    place = _place(query, key, starts, lengths, arguments["options"])
-    arguments["block_size"] = config.block_size
+    place = _place(query, key, starts, lengths, call.options)
     if is_dynamo_compiling():  # the caller's graph is the region
-        return select_and_attend(query, key, value, *place, config.operator(), settings, **arguments)
-    if arguments.get("mean_correction") and query.device.type == "cpu":
+        return select_and_attend(query, key, value, place, operator, settings, call)
+    if call.mean_correction and query.device.type == "cpu":
         # In one graph with the selection, the CPU's template garbles the names of its many sizes.
-        options = arguments["scale"], config.block_size, arguments["mask_mod"] is not None, False
-        lists = config.operator()(query, key, *place[:2], settings, *options)
-        return run_attend(query, key, value, lists[:4], *place[:2], **arguments), lists
+        all_partial = call.mask_mod is not None
+        found = operator(query, key, *place[:2], settings, call.scale, call.block_size, all_partial, False)
+        return run_attend(query, key, value, found[:4], *place[:2], call), found
     key, value = _apart(query, key, value)
-    return _compiled_select_and_attend(query, key, value, *place, config.operator(), settings, **arguments)
+    return _compiled_select_and_attend(query, key, value, place, operator, settings, call)
 
 
 def run_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lists: Lists,
+    lists: tuple[Tensor, ...],
     starts: Tensor | None,
     lengths: Tensor | None,
-    **arguments: Any,
+    call: Call,
 ) -> Tensor:
     """`attend` on checked arguments, compiled as `run_select_and_attend` is."""
-    place = _place(query, key, starts, lengths, arguments["options"])
+    place = _place(query, key, starts, lengths, call.options)
     if is_dynamo_compiling():
-        return attend(query, key, value, lists, *place, **arguments)
+        return attend(query, key, value, lists, place, call)
     key, value = _apart(query, key, value)
-    return _compiled_attend(query, key, value, lists, *place, **arguments)
+    return _compiled_attend(query, key, value, lists, place, call)
 
 
 def run_attend_causal(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
@@ -319,9 +280,7 @@ def run_attend_causal(query: Tensor, key: Tensor, value: Tensor, **arguments: An
     return _compiled_attend_causal(query, key, value, **arguments)
 
 
-def _place(
-    query: Tensor, key: Tensor, starts: Tensor | None, lengths: Tensor | None, options: dict[str, Any]
-) -> tuple[Tensor | None, Tensor | None, Position | None]:
+def _place(query: Tensor, key: Tensor, starts: Tensor | None, lengths: Tensor | None, options: dict[str, Any]) -> Place:
     """`starts`, `lengths` and `position` as the regions take them."""
     position = None
     if needs_position(query, key, starts, lengths):

@@ -1,6 +1,9 @@
 """BlockSelection: which key blocks each query block computes."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -66,25 +69,50 @@ class BlockSelection:
     Attributes:
         kv_num_blocks, kv_indices: the partial blocks, where the mask is evaluated.
         full_kv_num_blocks, full_kv_indices: the full blocks.
-        js_distance: float32 `[B, Hq]`, the Jensen-Shannon distance of FlexPrefill's pattern test (NaN: not defined
-            for that head); zeros where a selector has no such test.
         q_len, kv_len: lengths in tokens; queries are the last `q_len` of the keys.
         block_size: tokens per block.
         starts, lengths: int `[B]`, first real key and number of real keys of each element, None without padding.
         all_partial: whether every kept block is in the partial list, as a mask_mod that may mask anywhere needs.
+        diagnostics: float32 `[B, Hq]` by name, what the selector reported of each head.
     """
 
     kv_num_blocks: Tensor
     kv_indices: Tensor
     full_kv_num_blocks: Tensor
     full_kv_indices: Tensor
-    js_distance: Tensor
     q_len: int
     kv_len: int
     block_size: int
     starts: Tensor | None = None
     lengths: Tensor | None = None
     all_partial: bool = False
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        found: tuple[Tensor, ...],
+        names: Sequence[str],
+        query: Tensor,
+        key: Tensor,
+        block_size: int,
+        starts: Tensor | None = None,
+        lengths: Tensor | None = None,
+        all_partial: bool = False,
+    ) -> BlockSelection:
+        """What a selector's operator found for `[B, Hq, Lq, D]` and `[B, Hkv, Lkv, D]`; names: its diagnostics."""
+        reports = dict(zip(names, found[4:], strict=True))
+        place = (query.shape[2], key.shape[2], block_size, starts, lengths, all_partial)
+        return cls(found[0], found[1], found[2], found[3], *place, reports)
+
+    @property
+    def js_distance(self) -> Tensor:
+        """float32 `[B, Hq]`: the Jensen-Shannon distance of FlexPrefill's pattern test.
+
+        NaN where it is not defined for a head, zeros where a selector has no such test.
+        """
+        found = self.diagnostics.get("js_distance")
+        return torch.zeros_like(self.kv_num_blocks[..., 0], dtype=torch.float32) if found is None else found
 
     @property
     def lists(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,5 +212,4 @@ def every_block(
         return count.expand(-1, heads, -1).contiguous(), indices.expand(-1, heads, -1, -1).contiguous()
 
     partial, whole = per_head(visible & ~full), per_head(full)
-    distance = torch.zeros(batch, heads, device=query.device)
-    return BlockSelection(*partial, *whole, distance, grid.q_len, grid.kv_len, block_size, starts, lengths)
+    return BlockSelection(*partial, *whole, grid.q_len, grid.kv_len, block_size, starts, lengths)

@@ -28,7 +28,7 @@ def attend_uncompiled(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lists: tuple[Tensor, ...],
     starts: Tensor | None,
     lengths: Tensor | None,
     *,

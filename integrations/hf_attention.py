@@ -2,7 +2,7 @@
 
 Prompts of at least `MIN_QUERY_TOKENS` queries go to FlexAttention: sparse where the layer attends to everything, the
 window's blocks where it has one. What the layer adds is served with it: capped scores as a score_mod, attention sinks
-by the log-sum-exp. Decode steps and short chunks run dense.
+by the log-sum-exp. Decode steps, short chunks and layers that see only a prompt's last few queries run dense.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from flexprefill_fa import dispatch
 from flexprefill_fa.autocast import as_sdpa_casts
-from flexprefill_fa.backends import kernel_options, resolve_backend
-from flexprefill_fa.block_mask import both, needs_position
-from flexprefill_fa.dense import attention_with_extras, dense_attention, dense_mask_fits
-from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, StreamingLLMConfig
-from flexprefill_fa.region import run_select_and_attend
-from flexprefill_fa.selection import BlockSelection
+from flexprefill_fa.block_mask import both, item
+from flexprefill_fa.dense import attention_with_extras
+from flexprefill_fa.masks import StreamingLLMConfig
 from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM, check_query_key, check_value
 
 from .hf_mask import MIN_QUERY_TOKENS, PromptMask
@@ -37,7 +35,6 @@ from .hf_ranks import own_part
 logger = logging.getLogger(__name__)
 
 _DEFAULT_PLAN = default_plan()
-_EVERYTHING = {size: FlexPrefillConfig(gamma=1.0, block_size=size) for size in (64, 128)}
 
 
 def flexprefill_attention(
@@ -66,12 +63,21 @@ def flexprefill_attention(
         ValueError: for a layer or a call that cannot be served, with what to do.
     """
     query, key, value = _of_one_dtype(query, key, value)
-    _check_call(module, position_bias, cache, is_causal, kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # Of an encoder, such as a vision tower, in a model that has the implementation by name: nothing to select from.
+    encoder = not causal and softcap is None and s_aux is None and _is_of_sdpa(attention_mask)
+    _check_call(module, position_bias, cache, causal or encoder, kwargs)
+    if encoder:
+        _say_dense(module, "it is not causal")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False
+        )
     if s_aux is not None:
         s_aux = own_part(s_aux)
-    prompt = PromptMask.of(attention_mask) if query.shape[2] >= MIN_QUERY_TOKENS else None
+    short = query.shape[2] < MIN_QUERY_TOKENS  # though the prompt may not be: some layers see its last queries alone
+    prompt = None if short and attention_mask is None else PromptMask.of(attention_mask)
     if prompt is None:
-        if query.shape[2] >= MIN_QUERY_TOKENS:
+        if not short:
             _say_dense(module, "it was given an attention mask that sparse prefill does not serve")
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(
@@ -86,9 +92,9 @@ def flexprefill_attention(
         )
     if prompt.keys is not None:
         key, value = key[:, :, : prompt.keys], value[:, :, : prompt.keys]
-    if prompt.packed and position_ids is None:
+    if prompt.packed and (position_ids is None or position_ids.shape[-1] != key.shape[2]):
         raise ValueError(
-            f"{_layer_name(module)}: packed sequences need the model to pass position_ids to its attention"
+            f"{_layer_name(module)}: packed sequences need the model to pass position_ids of all keys to its attention"
         )
     plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE, None) or _DEFAULT_PLAN
     if prompt.windowed and sliding_window is None:  # some models leave their window to the mask
@@ -111,15 +117,20 @@ def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     return query.to(value.dtype), key.to(value.dtype), value
 
 
+def _is_of_sdpa(mask: Any) -> bool:
+    """Whether a mask is one that SDPA takes, none among them."""
+    return mask is None or (isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point()))
+
+
 def _check_call(
-    module: nn.Module, position_bias: Tensor | None, cache: Any, is_causal: bool | None, kwargs: dict[str, Any]
+    module: nn.Module, position_bias: Tensor | None, cache: Any, causal: bool, kwargs: dict[str, Any]
 ) -> None:
     problem = None
     if position_bias is not None:
         problem = "it adds a position bias to its scores"
     elif cache is not None:
         problem = "it uses a paged cache"
-    elif not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    elif not causal:
         problem = "it is not causal"
     elif kwargs.get("output_attentions"):
         problem = "output_attentions=True needs the attention weights, which are never computed"
@@ -175,7 +186,7 @@ def _prefill(
     masks = []
     if prompt.packed:
         assert position_ids is not None  # checked by the caller
-        masks.append(_same_sequence(_sequence_ids(position_ids, query.shape[0])))
+        masks.append(_same_sequence(*_sequence_ids(position_ids, query)))
     if window is not None:
         masks.append(_from(_window_starts(query, key, window)))
     mask_mod = functools.reduce(both, masks) if masks else None
@@ -187,57 +198,41 @@ def _prefill(
         problem = "its attention sinks need a log-sum-exp, which FlexAttention does not give on the CPU"
     else:
         problem = None
-    config = plan.config
-    sparse = config is not None and not windowed and problem is None and kv_len >= plan.min_prompt_tokens
+    short = query.shape[2] < MIN_QUERY_TOKENS
+    plain = softcap is None and sinks is None
     if problem is not None:
         _say_dense(module, problem)
+    if problem is not None or (short and not plain):
         return attention_with_extras(
             query, key, value, None, scaling, softcap=softcap, sinks=sinks, starts=starts, lengths=lengths,
             mask_mod=mask_mod,
         )  # fmt: skip
-    plain = softcap is None and sinks is None
-    if not sparse and window is None and plain and dense_mask_fits(query, key, starts, lengths, mask_mod):
-        return dense_attention(query, key, value, starts, lengths, scaling, mask_mod)
 
-    size = 128 if config is None else config.block_size
-    if window is not None:
-        chosen: SelectorConfig = StreamingLLMConfig(sink=0, window=window, block_size=size)
-    elif sparse and config is not None:
-        chosen = config
-    else:  # dense, without an n x n mask
-        chosen = _EVERYTHING[size]
-    if sparse and plan.mean_correction and mask_mod is not None:
+    size = 128 if plan.config is None else plan.config.block_size
+    asked = plan.config is not None and not windowed and not short
+    chosen = plan.config if asked else None
+    if window is not None and not short:
+        chosen = StreamingLLMConfig(sink=0, window=window, block_size=size)
+    if asked and plan.mean_correction and mask_mod is not None:
         raise ValueError(f"{_layer_name(module)}: mean_correction cannot be combined with packed sequences")
+    request = dispatch.Request(
+        scaling,
+        starts,
+        lengths,
+        mask_mod,
+        None if softcap is None else _capped(_score_caps(query, softcap)),
+        plan.mean_correction and asked,
+        sinks,
+        min_tokens=plan.min_prompt_tokens if asked else 1,
+        settings=plan.settings if asked else None,
+    )
     query, key, value = _padded_head_dims(query, key, value)
     check_query_key(query, key)
     check_value(key, value)
-    backend = resolve_backend(
-        "auto",
-        query,
-        size,
-        has_score_mod=softcap is not None,
-        has_mask_mod=mask_mod is not None,
-        position_in_graph=torch.compiler.is_dynamo_compiling() and needs_position(query, key, starts, lengths),
-    )
-    out, lists = run_select_and_attend(
-        query,
-        key,
-        value,
-        starts,
-        lengths,
-        chosen,
-        # A sparse layer's are made once: a traced model then takes them as an input, whatever their values.
-        plan.settings if sparse and plan.settings is not None else chosen.settings(),
-        scale=scaling,
-        mask_mod=mask_mod,
-        score_mod=None if softcap is None else _capped(_score_caps(query, softcap)),
-        options=kernel_options(backend, query, key, size),
-        mean_correction=sparse and plan.mean_correction,
-        sinks=sinks,
-    )
-    if sparse and (plan.statistics is not None or plan.observer is not None):
-        selection = BlockSelection(*lists, query.shape[2], key.shape[2], size, starts, lengths)
-        _record(plan, SparseCall(getattr(module, "layer_idx", -1), selection, query, key, scaling, softcap))
+    out, selection, sparse = dispatch.attend(query, key, value, chosen, request, size)
+    if sparse and asked and (plan.statistics is not None or plan.observer is not None):
+        layer = getattr(module, "layer_idx", -1)
+        _record(plan, SparseCall(layer, selection(), query, key, scaling, softcap))
     return out[..., :value_dim]
 
 
@@ -256,31 +251,37 @@ def _padded_head_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
 
 
 @torch.library.custom_op("flexprefill_fa::sequence_ids", mutates_args=())
-def _sequence_ids(position_ids: Tensor, batch: int) -> Tensor:
-    """int32 `[B, n]`: which packed sequence each token belongs to; a new one starts where positions do not go up by 1.
+def _sequence_ids(position_ids: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which packed sequence each token belongs to, int32 `[B * n]`, and where in it the queries and the keys of each
+    batch element begin, int32 `[B + 1]` each.
 
-    An operator, because FlexAttention wants the tensors that a mask_mod captures in memory.
+    A new sequence starts where positions do not go up by 1. An operator, because FlexAttention wants the tensors that
+    a mask_mod captures in memory.
     """
+    batch, _, q_len, _ = query.shape
     ids = position_ids.expand(batch, -1)
     new = torch.ones_like(ids, dtype=torch.bool)
     new[:, 1:] = ids.diff(dim=-1) != 1
-    return new.cumsum(-1).to(torch.int32)
+    keys = torch.arange(batch + 1, dtype=torch.int32, device=ids.device) * ids.shape[1]
+    return new.cumsum(-1).to(torch.int32).flatten(), keys + (ids.shape[1] - q_len), keys
 
 
 @_sequence_ids.register_fake
-def _(position_ids: Tensor, batch: int) -> Tensor:
-    return position_ids.new_empty((batch, position_ids.shape[-1]), dtype=torch.int32)
+def _(position_ids: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    vector = functools.partial(position_ids.new_empty, dtype=torch.int32)
+    rows = query.shape[0] + 1
+    return vector((query.shape[0] * position_ids.shape[-1],)), vector((rows,)), vector((rows,))
 
 
-def _same_sequence(sequence: Tensor) -> Callable[..., Tensor]:
+def _same_sequence(sequence: Tensor, queries: Tensor, keys: Tensor) -> Callable[..., Tensor]:
     def same_sequence(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return sequence[b, q_idx] == sequence[b, kv_idx]
+        return item(sequence, item(queries, b) + q_idx) == item(sequence, item(keys, b) + kv_idx)
 
     return same_sequence
 
 
 # Numbers that a mask_mod or score_mod needs come as tensors, for a traced number would not compile in either; of one
-# item, because the CPU's template garbles the names of sizes where a kernel has more than ten.
+# item, because the CPU's template garbles the names of sizes, see `block_mask.item`.
 @torch.library.custom_op("flexprefill_fa::window_starts", mutates_args=())
 def _window_starts(query: Tensor, key: Tensor, window: int) -> Tensor:
     """int32 `[1]`: the first position that query 0 sees, before the prompt where its window reaches further back."""

@@ -8,10 +8,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from flexprefill_fa.backends import BACKENDS
-from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig, get_selector
+from flexprefill_fa.masks import FlexPrefillConfig, Selector, get_selector, selector_names
 from flexprefill_fa.validation import check_integer
 
 SECTION = "sparse_prefill"
@@ -29,7 +29,6 @@ LEAST_PREFILL_TOKENS = 128
 FAILURES_IN_A_ROW = 3
 """Steps after which sparse attention that keeps failing is switched off."""
 _LOG_SECONDS = 60
-_SELECTORS = ("flexprefill", "flashprefill", "streaming_llm", "vertical_slash")
 _OWN = ("selector", "min_prefill_tokens", "min_prompt_tokens", "backend", "log_seconds")
 
 
@@ -47,7 +46,7 @@ class Settings:
         source: where the settings came from, in words.
     """
 
-    selector: SelectorConfig = dataclasses.field(default_factory=FlexPrefillConfig)
+    selector: Selector = dataclasses.field(default_factory=FlexPrefillConfig)
     min_prefill_tokens: int = _MIN_PREFILL_TOKENS
     min_prompt_tokens: int = _MIN_PROMPT_TOKENS
     backend: str = "auto"
@@ -113,7 +112,9 @@ def read_settings(
 
 def _check_top_level(additional_config: Mapping[Any, Any]) -> None:
     """Refuse what would be ignored: our settings in the wrong place, or under a misspelt key."""
-    ours = {field.name for name in _SELECTORS for field in dataclasses.fields(get_selector(name))} | set(_OWN)
+    ours = {
+        field.name for name in selector_names() for field in dataclasses.fields(cast(Any, get_selector(name)))
+    } | set(_OWN)
     for name in additional_config:
         misspelt = name != SECTION and difflib.get_close_matches(str(name).lower(), [SECTION], cutoff=0.8)
         if misspelt or name in ours:

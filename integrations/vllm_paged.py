@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from flexprefill_fa.attention import sparse_prefill_attention
-from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.grid import cdiv
 from flexprefill_fa.selection import BlockSelection
 
@@ -94,10 +93,15 @@ def attend_chunk(
     Returns:
         `[1, Hq, q_len, D]` and what was kept.
     """
-    # Named, for "auto" may run dense, and dense attention is the parent's business.
-    backend = resolve_backend(settings.backend, query, settings.selector.block_size)
     return sparse_prefill_attention(
-        query, key, value, settings.selector, scale=scale, backend=backend, return_selection=True
+        query,
+        key,
+        value,
+        settings.selector,
+        scale=scale,
+        dense="never",  # dense attention is the parent's business
+        backend=settings.backend,
+        return_selection=True,
     )
 
 

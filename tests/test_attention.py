@@ -28,7 +28,7 @@ class Case:
     kv_len: int
     heads: int
     kv_heads: int
-    variant: str = "published"
+    variant: Any = "published"
     padding: tuple[tuple[int, int], ...] | None = None
     batch: int = 1
     scale: float | None = None

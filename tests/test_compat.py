@@ -49,7 +49,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def test_it_is_the_published_selection_in_its_own_layout(batch: int, length: int, q_len: int) -> None:
     tensors = heads_first(length, batch=batch, q_len=q_len)
     config = FlexPrefillConfig(gamma=0.5, tau=0.1, min_budget=128)
-    expected, selection = sparse_prefill_attention(*tensors, config, backend="CPU", return_selection=True)
+    expected, selection = sparse_prefill_attention(*tensors, config, dense="never", return_selection=True)
     out, ratio = flex_prefill_attention(*heads_last(*tensors), 0.5, 0.1, return_computational_ratio=True)
     assert out.shape == (batch, q_len, 4, 32) and out.is_contiguous()
     torch.testing.assert_close(out.transpose(1, 2), expected, **CLOSE)
@@ -101,7 +101,7 @@ def test_what_keeps_every_block_is_plain_dense_attention(
     def no_selection(*_: object, **__: object) -> None:
         raise AssertionError("selected")
 
-    monkeypatch.setattr("flexprefill_fa.attention.run_select_and_attend", no_selection)
+    monkeypatch.setattr("flexprefill_fa.dispatch.run_select_and_attend", no_selection)
     tensors = heads_first(length, q_len=q_len)
     out = flex_prefill_attention(*heads_last(*tensors), 0.5)
     mask = torch.ones(q_len, length).tril(length - q_len).bool()
@@ -122,11 +122,11 @@ def test_compiled_in_a_graph_it_takes_the_kernel_that_auto_would(q_len: int, mon
     """Of fewer queries than keys, whose offset the graph computes, FLASH can serve none."""
     asked: list[bool] = []
 
-    def recorded(*arguments: Any, position_in_graph: bool = False) -> str:
+    def recorded(*arguments: Any, position_in_graph: bool = False, **more: Any) -> str:
         asked.append(position_in_graph)
-        return resolve_backend(*arguments, position_in_graph=position_in_graph)
+        return resolve_backend(*arguments, position_in_graph=position_in_graph, **more)
 
-    monkeypatch.setattr("flexprefill_fa.compat.resolve_backend", recorded)
+    monkeypatch.setattr("flexprefill_fa.dispatch.resolve_backend", recorded)
     tensors = heads_last(*heads_first(600, q_len=q_len))
     with torch.no_grad():
         flex_prefill_attention(*tensors, 0.5)
@@ -135,7 +135,7 @@ def test_compiled_in_a_graph_it_takes_the_kernel_that_auto_would(q_len: int, mon
 
 
 def test_long_prompts_stay_sparse_where_the_cost_model_would_go_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexprefill_fa.attention.prefers_dense", lambda *_: True)
+    monkeypatch.setattr("flexprefill_fa.dispatch.prefers_dense", lambda *_: True)
     tensors = heads_first(700)
     out, ratio = flex_prefill_attention(*heads_last(*tensors), 0.5, return_computational_ratio=True)
     assert ratio < 0.58

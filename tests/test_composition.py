@@ -50,8 +50,8 @@ def test_blocks_and_lists(place: dict[str, Any]) -> None:
             assert torch.equal(getattr(same, name), getattr(first, name)), name
     assert not torch.equal(union(first, second).to_dense(), intersection(first, second).to_dense())
     flex = select_blocks(query, key, FlexPrefillConfig(0.5, min_budget=1, block_size=64), **place)
-    assert union(flex, first).js_distance is flex.js_distance
-    assert union(first, flex).js_distance is first.js_distance
+    assert union(flex, first).diagnostics is flex.diagnostics
+    assert union(first, flex).diagnostics is first.diagnostics
     if "starts" in place:
         assert union(first, flex).starts is first.starts
 

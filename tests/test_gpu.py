@@ -1,7 +1,7 @@
 """On a CUDA GPU: the Triton kernels against the reference, and compiled attention against an fp64 oracle."""
 
 import itertools
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from flexprefill_fa.backends import flash_problem, resolve_backend
 from flexprefill_fa.cost_model import prefers_dense
 from flexprefill_fa.cuda_graphs import PrefillGraph
 from flexprefill_fa.dense import causal_attention
-from flexprefill_fa.masks.flexprefill import reference
+from flexprefill_fa.masks.flexprefill.config import Variant
+from flexprefill_fa.masks.selector import select_plain
 from flexprefill_fa.selection import BlockSelection
 
 pytestmark = pytest.mark.gpu
@@ -28,8 +29,8 @@ SETTINGS = [
 
 def by_reference(query, key, config, starts=None, lengths=None):
     """The reference's selection, on the GPU's own copy of the numbers."""
-    lists = reference.select(query, key, starts, lengths, config)
-    return BlockSelection(*lists, query.shape[2], key.shape[2], config.block_size, starts, lengths)
+    lists = select_plain(query, key, starts, lengths, config)
+    return BlockSelection.of(lists, config.diagnostics, query, key, config.block_size, starts, lengths)
 
 
 def assert_nearly_equal(got: BlockSelection, expected: BlockSelection) -> None:
@@ -48,7 +49,7 @@ def assert_nearly_equal(got: BlockSelection, expected: BlockSelection) -> None:
 @pytest.mark.parametrize("n", [4096, 32768, 65536])
 @pytest.mark.parametrize("variant", ["published", "paper"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"tau{s['tau']}")
-def test_selection_equals_the_reference(n: int, variant: str, settings: dict) -> None:
+def test_selection_equals_the_reference(n: int, variant: Any, settings: dict) -> None:
     heads, kv_heads = (16, 4) if n <= 8192 else (8, 2) if n <= 32768 else (4, 1)
     for make, dtype in itertools.product((random_qk, structured_qk), (torch.float32, torch.bfloat16)):
         query, key = (x.to("cuda", dtype) for x in make(1, heads, kv_heads, n, n, 128, seed=n))
@@ -73,7 +74,7 @@ def test_selection_of_every_head_dim(dtype: torch.dtype, head_dim: int) -> None:
 
 @pytest.mark.parametrize("q_len", [1, 127, 129, 1000, 3000])
 def test_selection_with_padding_and_prefix(q_len: int) -> None:
-    for variant in ("published", "paper"):
+    for variant in get_args(Variant):
         query, key = (x.cuda() for x in structured_qk(3, 4, 1, q_len, 3000, 64, seed=q_len))
         starts, lengths = torch.tensor([0, 130, 1], device="cuda"), torch.tensor([3000, 2870, 2200], device="cuda")
         config = FlexPrefillConfig(min_budget=256, variant=variant, tau=0.2)
@@ -109,7 +110,7 @@ def check_attention(case: tuple, backend: str) -> None:
     config = FlexPrefillConfig(gamma=0.8, min_budget=128, block_size=block_size)
     place = {"starts": starts, "lengths": lengths}
     out, selection = sparse_prefill_attention(
-        query, key, value, config, backend=backend, return_selection=True, **place
+        query, key, value, config, dense="never", backend=backend, return_selection=True, **place
     )
     assert torch.isfinite(out).all()
     assert selection.density().mean() < 0.95
@@ -152,7 +153,9 @@ def test_one_graph_serves_every_length() -> None:
         config = FlexPrefillConfig(gamma=gamma, min_budget=128)
         value = torch.randn_like(key)
         backend = resolve_backend("auto", query, 128)
-        out, selection = sparse_prefill_attention(query, key, value, config, backend=backend, return_selection=True)
+        out, selection = sparse_prefill_attention(
+            query, key, value, config, dense="never", backend=backend, return_selection=True
+        )
         assert selection.density().max() < 1
         expected, _, real = causal_oracle(query, key, value, selection)
         assert relative_error(out, expected, real) < 0.01
@@ -190,19 +193,21 @@ def test_selection_waits_for_nothing_and_can_be_captured(settings: dict, padded:
 
 @pytest.mark.parametrize("variant", ["published", "paper"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_warm_call_waits_for_nothing(variant: str, padded: bool) -> None:
+def test_a_warm_call_waits_for_nothing(variant: Any, padded: bool) -> None:
     """Selection and attention together never wait for the GPU."""
     query, key = (x.to("cuda", torch.bfloat16) for x in structured_qk(1, 4, 2, 3000, 3000, 128, seed=1))
     value = key.clone()
     config = FlexPrefillConfig(min_budget=256, gamma=0.8, variant=variant)
     backend = resolve_backend("auto", query, 128)
     place: dict[str, Any] = {"starts": torch.tensor([100], device="cuda")} if padded else {}
-    _, selection = sparse_prefill_attention(query, key, value, config, backend=backend, return_selection=True, **place)
+    _, selection = sparse_prefill_attention(
+        query, key, value, config, dense="never", backend=backend, return_selection=True, **place
+    )
     assert selection.density().mean() < 0.95
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sparse_prefill_attention(query, key, value, config, backend=backend, **place)
+        sparse_prefill_attention(query, key, value, config, dense="never", backend=backend, **place)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -219,11 +224,11 @@ def test_a_prefill_graph_follows_its_inputs(backend: str, padded: bool) -> None:
     config = FlexPrefillConfig(min_budget=256, gamma=0.8)
     values = [torch.randn_like(key) for _, key in (first, second)]
     place: dict[str, Any] = {"starts": [200], "lengths": [2500]} if padded else {}
-    graph = PrefillGraph(first[0], first[1], values[0], config, backend=backend, **place)
+    graph = PrefillGraph(first[0], first[1], values[0], config, dense="never", backend=backend, **place)
     poison = [torch.full((size,), 10**6, dtype=torch.int32, device="cuda") for size in (1, 2, 64, 4096) * 50]
     for (query, key), value in ((second, values[1]), (first, values[0])):
         expected, selection = sparse_prefill_attention(
-            query, key, value, config, backend=backend, return_selection=True, **place
+            query, key, value, config, dense="never", backend=backend, return_selection=True, **place
         )
         assert selection.density().mean() < 0.95
         real = slice(200, 2700) if padded else slice(None)
@@ -263,7 +268,7 @@ def test_the_cost_model_decides_what_auto_runs() -> None:
     assert prefers_dense(query, key, config, backend)
     dense = causal_attention(query, key, key.clone())
     automatic = sparse_prefill_attention(query, key, key.clone(), config)
-    explicit = sparse_prefill_attention(query, key, key.clone(), config, backend="TRITON")
+    explicit = sparse_prefill_attention(query, key, key.clone(), config, dense="never", backend="TRITON")
     everything = torch.ones((), device="cuda")
     rounding = relative_error(automatic, dense, everything)
     assert rounding < 0.005

@@ -18,6 +18,7 @@ from workloads import random_qk, structured_qk
 from flexprefill_fa import BlockSelection, FlexPrefillConfig
 from flexprefill_fa.masks.flexprefill import reference
 from flexprefill_fa.masks.last_queries import first_of
+from flexprefill_fa.masks.selector import select_plain
 
 if torch.cuda.is_available():
     pytest.skip("with a GPU the kernels run there, see test_gpu.py", allow_module_level=True)
@@ -58,13 +59,13 @@ def test_kernels_select_what_the_reference_selects(case: tuple, variant: str) ->
         "variant": variant,
     }
     place = as_tensor(starts), as_tensor(lengths)
-    expected = reference.select(query, key, *place, FlexPrefillConfig(**settings))
+    expected = select_plain(query, key, *place, FlexPrefillConfig(**settings))
     got = kernels.select(query, key, *place, FlexPrefillConfig(**settings), zero_tails=True)
     if not all(torch.equal(a, b) for a, b in zip(got[:4], expected[:4], strict=True)):
         # Only a decision that fp32 summation order can turn may differ.
         margin = oracle_select(query, key, starts=starts, lengths=lengths, **settings).margin
         dense = [
-            BlockSelection(*x[:4], x[4], q_len, kv_len, block_size).to_dense()  # pyright: ignore[reportCallIssue]
+            BlockSelection(*x[:4], q_len, kv_len, block_size).to_dense()  # pyright: ignore[reportCallIssue]
             for x in (got, expected)
         ]
         unequal = (dense[0] != dense[1]).any(-1).any(-1).numpy()
@@ -77,7 +78,7 @@ def test_every_number_of_heads_per_kv_head(groups: int) -> None:
     """Tiles hold one, two or four heads of a kv group, and may hold fewer."""
     query, key = structured_qk(1, 2 * groups, 2, 200, 200, 16, seed=groups)
     config = FlexPrefillConfig(gamma=0.8, tau=0.3, min_budget=64, block_size=64, variant="paper")
-    expected = reference.select(query, key, None, None, config)
+    expected = select_plain(query, key, None, None, config)
     got = kernels.select(query, key, None, None, config, zero_tails=True)
     assert all(torch.equal(a, b) for a, b in zip(got[:4], expected[:4], strict=True))
 
@@ -87,7 +88,7 @@ def test_padding_is_no_coverage() -> None:
     query, key = structured_qk(1, 1, 1, 1000, 1000, 16, seed=1)
     config = FlexPrefillConfig(gamma=1.0, tau=0.0, min_budget=64, max_budget=960, block_size=64)
     place = None, torch.tensor([500])
-    expected = reference.select(query, key, *place, config)
+    expected = select_plain(query, key, *place, config)
     got = kernels.select(query, key, *place, config, zero_tails=True)
     assert all(torch.equal(a, b) for a, b in zip(got[:4], expected[:4], strict=True))
 
@@ -103,7 +104,7 @@ def test_everything_partial_and_everything_kept() -> None:
     config = FlexPrefillConfig(gamma=1.0, min_budget=64, block_size=64)
     for all_partial in (False, True):
         got = kernels.select(query, key, None, None, config, all_partial=all_partial, zero_tails=True)
-        expected = reference.select(query, key, None, None, config, all_partial=all_partial)
+        expected = select_plain(query, key, None, None, config, all_partial=all_partial)
         assert all(torch.equal(a, b) for a, b in zip(got[:4], expected[:4], strict=True))
     assert got[2].sum() == 0 and got[0].sum() == 2 * 4 * 5 // 2
 

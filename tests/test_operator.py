@@ -11,11 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from workloads import structured_qk
 
-import flexprefill_fa.integrations.transformers
-import flexprefill_fa.masks.flexprefill.op  # noqa: F401  defines select_flexprefill
+import flexprefill_fa.integrations.transformers  # noqa: F401  defines sequence_ids
 from flexprefill_fa import FlexPrefillConfig, select_blocks
 
-SELECT = torch.ops.flexprefill_fa.select_flexprefill.default
+SELECT: Any = torch.ops.flexprefill_fa.select_flexprefill.default
 POSITIONS = torch.ops.flexprefill_fa.positions.default
 SEQUENCE_IDS = torch.ops.flexprefill_fa.sequence_ids.default
 

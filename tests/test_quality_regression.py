@@ -33,10 +33,10 @@ from bench.needle.capture import capture_layers
 from bench.needle.prompts import NeedlePrompt, build_prompt
 from flexprefill_fa import BlockSelection, StreamingLLMConfig
 from flexprefill_fa.grid import Grid, unmasked_blocks, visible_blocks
-from flexprefill_fa.masks import SelectorConfig, streaming_llm, vertical_slash
+from flexprefill_fa.masks import Selector, vertical_slash
+from flexprefill_fa.masks.element import Element, element_of
 from flexprefill_fa.masks.flashprefill import reference as flashprefill
 from flexprefill_fa.masks.flexprefill import reference as flexprefill
-from flexprefill_fa.masks.last_queries import Element
 from flexprefill_fa.mean_correction import with_means
 from flexprefill_fa.selection import index_lists
 
@@ -108,17 +108,17 @@ def implementation(operator: Any) -> tuple[dict[Any, Callable[..., Any]], str | 
     return functions, "cpu" if "cpu" in functions else None
 
 
-def change_selection(monkeypatch: pytest.MonkeyPatch, config: SelectorConfig, change: Change) -> None:
+def change_selection(monkeypatch: pytest.MonkeyPatch, config: Selector, change: Change) -> None:
     functions, device = implementation(config.operator())
     whole: Callable[..., Any] = functions[device]
 
     def changed(query: Tensor, key: Tensor, *arguments: Any) -> Any:
         lists = whole(query, key, *arguments)
         lengths = {"q_len": query.shape[2], "kv_len": key.shape[2]}
-        selection = BlockSelection(*lists, **lengths, block_size=config.block_size)
+        selection = BlockSelection(*lists[:4], **lengths, block_size=config.block_size)
         keep = change(selection.to_dense(), query, key) & visible_blocks(selection.grid, selection.ranges)[:, None]
         full = keep & unmasked_blocks(selection.grid, selection.ranges)[:, None]
-        return *index_lists(keep & ~full), *index_lists(full), lists[4]
+        return *index_lists(keep & ~full), *index_lists(full), *lists[4:]
 
     monkeypatch.setitem(functions, device, changed)
 
@@ -131,7 +131,9 @@ def shifted(keep: Tensor, query: Tensor, key: Tensor) -> Tensor:
 def without_best(keep: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Each row without its best block by pooled scores, but the diagonal stays, so that no row is empty."""
     grid = Grid(query.shape[2], key.shape[2], query.shape[2] // keep.shape[2])
-    scores = flashprefill.block_scores(query[0], key[0], 0, grid.kv_len, grid, query.shape[-1] ** -0.5)
+    found = element_of(query[0], key[0], 0, grid.kv_len, grid, query.shape[-1] ** -0.5)
+    assert found is not None
+    scores = flashprefill.block_scores(found[0])
     diagonal = torch.eye(keep.shape[-1], dtype=torch.bool)
     best = scores[None].masked_fill(~keep | diagonal, -1).argmax(-1, keepdim=True)
     return keep.scatter(-1, best, False) | diagonal
@@ -179,9 +181,9 @@ def no_vertical(element: Element) -> tuple[Tensor, Tensor]:
 
 whole_blocks = {"published": flexprefill.published_blocks, "paper": flexprefill.paper_blocks}
 whole_scores = flexprefill.last_query_scores
-whole_top, whole_block_scores, whole_mean_keys = vertical_slash.top, flashprefill.block_scores, flashprefill.mean_keys
-whole_kept_blocks, whole_prefix = streaming_llm.kept_blocks, flexprefill.coverage_prefix
-whole_pooled, whole_always_kept = flexprefill.pooled_attention, Element.always_kept
+whole_top, whole_block_scores, whole_pooled_keys = vertical_slash.top, flashprefill.block_scores, Element.pooled_keys
+whole_pattern, whole_prefix = StreamingLLMConfig.pattern, flexprefill.coverage_prefix
+whole_pooled, whole_always_kept = flexprefill.pooled_attention, Element.first_and_diagonal
 
 
 def worst(scores: Tensor, count: Tensor) -> Tensor:
@@ -193,24 +195,24 @@ def inverted_prefix(scores: Tensor, threshold: float, *, keep_crossing: bool) ->
     return whole_prefix(scores, scores.sum(-1).mean().item() - threshold, keep_crossing=keep_crossing)
 
 
-def inverted_scores(query: Tensor, key: Tensor, start: int, end: int, grid: Grid, scale: float) -> Tensor:
-    scores = whole_block_scores(query, key, start, end, grid, scale)
+def inverted_scores(element: Element) -> Tensor:
+    scores = whole_block_scores(element)
     return torch.where(scores > 0, scores.amax(-1, keepdim=True) / scores, 0)
 
 
-def negative_keys(key: Tensor, start: int, end: int, block_size: int) -> Tensor:
-    return -whole_mean_keys(key, start, end, block_size)
+def negative_keys(element: Element) -> Tensor:
+    return -whole_pooled_keys(element)
 
 
-def half_window(grid: Grid, ranges: Tensor, config: StreamingLLMConfig) -> Tensor:
-    return whole_kept_blocks(grid, ranges, StreamingLLMConfig(config.sink, config.window // 2, config.block_size))
+def half_window(config: StreamingLLMConfig, grid: Grid, ranges: Tensor) -> Tensor:
+    return whole_pattern(dataclasses.replace(config, window=config.window // 2), grid, ranges)
 
 
-def no_sink(grid: Grid, ranges: Tensor, config: StreamingLLMConfig) -> Tensor:
-    return whole_kept_blocks(grid, ranges, StreamingLLMConfig(0, config.window, config.block_size))
+def no_sink(config: StreamingLLMConfig, grid: Grid, ranges: Tensor) -> Tensor:
+    return whole_pattern(dataclasses.replace(config, sink=0), grid, ranges)
 
 
-def everything(grid: Grid, ranges: Tensor, config: StreamingLLMConfig) -> Tensor:
+def everything(config: StreamingLLMConfig, grid: Grid, ranges: Tensor) -> Tensor:
     return visible_blocks(grid, ranges)
 
 
@@ -220,7 +222,7 @@ def negative_pooled(element: Element) -> Tensor:
 
 def summed_for_mean(element: Element) -> Tensor:
     """Pooled queries and keys as sums over blocks: scores too large by their sizes."""
-    return whole_pooled(dataclasses.replace(element, scale=element.scale * element.block_size**2))
+    return whole_pooled(dataclasses.replace(element, scale=element.scale * element.grid.block_size**2))
 
 
 def no_first_block(element: Element) -> Tensor:
@@ -235,17 +237,17 @@ PARTS = [
     ("flexprefill-paper", flexprefill, "paper_blocks", no_slash),
     ("flexprefill-paper", flexprefill, "last_query_scores", far_for_near),
     ("flexprefill-paper", flexprefill, "coverage_prefix", inverted_prefix),
-    ("flexprefill-paper", Element, "always_kept", no_first_block),
+    ("flexprefill-paper", Element, "first_and_diagonal", no_first_block),
     ("flexprefill-aware", flexprefill, "pooled_attention", negative_pooled),
     ("flexprefill-aware", flexprefill, "pooled_attention", summed_for_mean),
     ("flexprefill-aware", flexprefill, "coverage_prefix", inverted_prefix),
     ("vertical_slash", vertical_slash, "last_query_scores", far_for_near),
     ("vertical_slash", vertical_slash, "top", worst),
     ("flashprefill", flashprefill, "block_scores", inverted_scores),
-    ("flashprefill", flashprefill, "mean_keys", negative_keys),
-    ("streaming_llm", streaming_llm, "kept_blocks", half_window),
-    ("streaming_llm", streaming_llm, "kept_blocks", no_sink),
-    ("streaming_llm", streaming_llm, "kept_blocks", everything),
+    ("flashprefill", Element, "pooled_keys", negative_keys),
+    ("streaming_llm", StreamingLLMConfig, "pattern", half_window),
+    ("streaming_llm", StreamingLLMConfig, "pattern", no_sink),
+    ("streaming_llm", StreamingLLMConfig, "pattern", everything),
 ]
 
 

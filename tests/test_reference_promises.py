@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from workloads import random_qk, structured_qk
 
 from bench.needle.prompts import build_prompt
 from flexprefill_fa import FlexPrefillConfig, select_blocks
+from flexprefill_fa.masks.flexprefill.config import Variant
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,7 +39,7 @@ def test_paper_covers_gamma_of_the_last_queries(gamma: float, n: int) -> None:
 
 @pytest.mark.parametrize("variant", ["published", "paper"])
 @pytest.mark.parametrize("tau", [0.0, 1.0])
-def test_gamma_one_keeps_every_causal_block(variant: str, tau: float) -> None:
+def test_gamma_one_keeps_every_causal_block(variant: Any, tau: float) -> None:
     query, key = structured_qk(2, 4, 2, 900, 1000, 32)
     config = FlexPrefillConfig(1.0, tau, 1, None, 64, variant)
     assert (select_blocks(query, key, config, starts=[0, 333]).density() == 1).all()
@@ -46,7 +47,7 @@ def test_gamma_one_keeps_every_causal_block(variant: str, tau: float) -> None:
 
 @pytest.mark.parametrize("variant", ["published", "paper"])
 @pytest.mark.parametrize(("min_budget", "block_size"), [(1, 128), (500, 128), (500, 64)])
-def test_an_element_is_dense_up_to_the_documented_length(variant: str, min_budget: int, block_size: int) -> None:
+def test_an_element_is_dense_up_to_the_documented_length(variant: Any, min_budget: int, block_size: int) -> None:
     limit = max(2 * block_size, -(-min_budget // block_size) * block_size)
     query, key = structured_qk(3, 4, 2, 1200, 1200, 32)
     config = FlexPrefillConfig(0.3, 0.0, min_budget, None, block_size, variant)
@@ -61,7 +62,7 @@ def test_an_element_is_dense_up_to_the_documented_length(variant: str, min_budge
 @pytest.mark.parametrize("variant", ["published", "paper"])
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("make", [random_qk, structured_qk])
-def test_padding_of_whole_blocks_changes_nothing(variant: str, block_size: int, make) -> None:
+def test_padding_of_whole_blocks_changes_nothing(variant: Any, block_size: int, make) -> None:
     """Left padding by whole blocks shifts the blocks; right padding leaves them where they are."""
     n = 901
     query, key = make(1, 4, 2, n, n, 32, seed=3)
@@ -92,7 +93,7 @@ def test_trained_heads(needle_model: PreTrainedModel, needle_tokenizer: Tokenize
     densities = []
     for index, (query, key) in enumerate(layers):
         tau, min_budget, max_budget = [(0.1, 512, None), (0.5, 128, 1024), (0.0, 1, None)][index % 3]
-        for variant in ("published", "paper"):
+        for variant in get_args(Variant):
             config = FlexPrefillConfig(0.9, tau, min_budget, max_budget, 128, variant)
             count, ties, selection = compare_with_oracle(query, key, config)
             heads, near = heads + count, near + ties

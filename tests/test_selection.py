@@ -22,7 +22,7 @@ def by_hand(keep: list[list[int]], q_len: int, kv_len: int, **padding: Any) -> B
     for row, blocks in enumerate(keep):
         dense[0, 0, row, blocks] = True
     nothing = index_lists(torch.zeros_like(dense))
-    return BlockSelection(*index_lists(dense), *nothing, torch.zeros(1, 1), q_len, kv_len, 64, **padding)
+    return BlockSelection(*index_lists(dense), *nothing, q_len, kv_len, 64, **padding)
 
 
 def test_density_counts_by_hand() -> None:

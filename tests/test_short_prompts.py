@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from compiled import graphs
 from oracle_attention import attention_probabilities, masked_attention
 from workloads import structured_qk
 
-from flexprefill_fa import FlexPrefillConfig, sparse_prefill_attention
+from flexprefill_fa import FlexPrefillConfig, StreamingLLMConfig, sparse_prefill_attention
 
 CONFIG = FlexPrefillConfig(gamma=0.2, tau=0.0, min_budget=500)
 
@@ -67,10 +69,33 @@ def test_one_token_more_runs_sparse(caplog: pytest.LogCaptureFixture) -> None:
     assert (selection.js_distance > 0).all(), "the selector ran"
 
 
-def test_an_explicit_backend_runs_its_kernel_at_any_length() -> None:
+def test_a_backend_names_a_kernel_and_dense_says_what_it_runs_over(caplog: pytest.LogCaptureFixture) -> None:
     query, key = structured_qk(1, 4, 2, 200, 200, 64)
     value = torch.randn(key.shape)
+    asked: list[dict[str, Any]] = [{}, {"backend": "CPU"}, {"dense": "never"}, {"dense": "never", "backend": "CPU"}]
+    with torch.no_grad(), caplog.at_level(logging.DEBUG, "flexprefill_fa.dispatch"):
+        outs = [sparse_prefill_attention(query, key, value, CONFIG, **options) for options in asked]
+    found = [record.getMessage().partition(":")[0] for record in caplog.records]
+    sparse = "sparse attention by CPU"
+    assert found == ["dense attention", "dense attention by CPU", sparse, sparse]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], atol=1e-5, rtol=1e-5)
+
+
+def test_dense_never_keeps_single_queries_sparse_too() -> None:
+    """StreamingLLM leaves blocks out of a single query's row, and its window's edge shows in the output."""
+    query, key = structured_qk(1, 2, 1, 1, 900, 32)
+    value, config = torch.randn(key.shape), StreamingLLMConfig(0, 64, 64)
     with torch.no_grad():
-        forced = sparse_prefill_attention(query, key, value, CONFIG, backend="CPU")
-        dense = sparse_prefill_attention(query, key, value, CONFIG)
-    torch.testing.assert_close(forced, dense, atol=1e-5, rtol=1e-5)
+        dense = sparse_prefill_attention(query, key, value, config)
+        out, selection = sparse_prefill_attention(query, key, value, config, dense="never", return_selection=True)
+    exact = masked_attention(query, key, value, selection.to_dense(), 64)
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+    assert selection.density().max() < 0.5 and (out - dense).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dense", ["always", True, None])
+def test_other_values_of_dense_are_refused(dense: Any) -> None:
+    query, key = structured_qk(1, 2, 1, 300, 300, 32)
+    with pytest.raises(ValueError, match=re.escape(f"dense must be one of ('auto', 'never'), got {dense!r}")):
+        sparse_prefill_attention(query, key, key.clone(), CONFIG, dense=dense)

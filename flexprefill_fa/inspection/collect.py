@@ -22,7 +22,7 @@ from flexprefill_fa.integrations.transformers import (
     observe_sparse_prefill,
 )
 from flexprefill_fa.loading import UsageError
-from flexprefill_fa.masks import SelectorConfig
+from flexprefill_fa.masks import Selector
 from flexprefill_fa.progress import WorkProgress
 
 
@@ -75,9 +75,7 @@ class Inspection:
         return statistics.fmean(head.recall for head in self.heads)
 
 
-def inspect_prefill(
-    model: PreTrainedModel, input_ids: Tensor, config: SelectorConfig, progress: WorkProgress
-) -> Inspection:
+def inspect_prefill(model: PreTrainedModel, input_ids: Tensor, config: Selector, progress: WorkProgress) -> Inspection:
     """Look at every sparse layer while the model prefills a prompt, as `flexprefill generate` does.
 
     Each layer sees what the sparse layers below it computed; its recall and its attention map are those of exact
@@ -101,7 +99,7 @@ def inspect_prefill(
     with handle, collect_statistics(model) as found:
         with refusal_in_one_line():
             check_some_sparse(model)
-        described = describe_sparse_prefill(model)
+        described = [layer for layer in describe_sparse_prefill(model) if layer.layer is not None]
         if tokens <= config.dense_tokens:
             raise UsageError(
                 f"the prompt runs dense, there is nothing to inspect: {config.name} keeps every block of prompts of up "

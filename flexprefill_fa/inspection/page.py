@@ -46,7 +46,7 @@ def _data(inspection: Inspection, about: dict[str, Any]) -> dict[str, Any]:
     layers = []
     for layer in inspection.layers:
         entry = {"layer": layer.layer, "runs": layer.runs, "why": layer.why}
-        if found := inspection.maps.get(layer.layer):
+        if layer.layer is not None and (found := inspection.maps.get(layer.layer)):
             entry |= {"group": found.group, "cells": found.cells}
         layers.append(entry)
     return {

@@ -1,44 +1,46 @@
-"""What every selector offers, and what is done with any of them."""
+"""The base class of selectors: what a rule leaves to it, which is all but the rule."""
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from __future__ import annotations
 
+import functools
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
-from flexprefill_fa.block_mask import base_mask_mod, looked_up, to_block_mask
-from flexprefill_fa.selection import BlockSelection
-from flexprefill_fa.validation import check_padding, check_query_key, check_scale
+from flexprefill_fa.autocast import without_autocast
+from flexprefill_fa.grid import Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks
+from flexprefill_fa.masks.density import usual_density
+from flexprefill_fa.masks.element import Element, element_of
+from flexprefill_fa.masks.settings import Travelling, as_settings, of_settings, travelling_fields
+from flexprefill_fa.selection import index_lists
+from flexprefill_fa.validation import check_block_size
 
-SelectOperator = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+Lists = tuple[Tensor, ...]
+SelectOperator = Callable[..., Lists]
+
+_REGISTRY: dict[str, type[Selector]] = {}
+_OPERATORS: dict[str, SelectOperator] = {}
 
 
-class SelectorConfig(Protocol):
-    """The settings of a selector: a frozen dataclass, checked when made."""
+def get_selector(name: str) -> type[Selector]:
+    """The class of a selector.
 
-    name: ClassVar[str]
+    Raises:
+        ValueError: if no selector has that name; the message lists those that exist.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown selector {name!r}, expected one of {', '.join(selector_names())}")
+    return _REGISTRY[name]
 
-    @property
-    def block_size(self) -> int:
-        """Tokens per block."""
-        ...
 
-    @property
-    def dense_tokens(self) -> int:
-        """Prompts of at most this many tokens keep every block."""
-        ...
-
-    def expected_density(self, tokens: int) -> float:
-        """Kept blocks / causal blocks that a prompt of this length usually comes to, in [0, 1]."""
-        ...
-
-    def settings(self) -> Tensor:
-        """The numbers as a float64 tensor on the CPU, for `operator`."""
-        ...
-
-    def operator(self) -> SelectOperator:
-        """The operator `(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails)`."""
-        ...
+def selector_names() -> list[str]:
+    """Of all selectors that are defined, in alphabetical order."""
+    return sorted(_REGISTRY)
 
 
 def check_selector(config: object) -> None:
@@ -48,54 +50,235 @@ def check_selector(config: object) -> None:
         raise TypeError(f"config must be a selector config such as FlexPrefillConfig(), got {got}")
 
 
-def select_blocks(
+class Selector:
+    """A rule for which key blocks each query block computes, and its settings.
+
+    A subclass is a frozen dataclass of numbers, with a rule in plain PyTorch:
+
+        @dataclass(frozen=True)
+        class NearestConfig(Selector, name="nearest"):
+            count: int = 4
+
+            def keep(self, element: Element) -> Tensor:
+                first, _ = element.diagonal()
+                block = torch.arange(element.grid.kv_blocks, device=element.device)
+                return (first[:, None] - block < self.count).expand(element.heads, -1, -1)
+
+    Fields are bool, int, float or a Literal, or one of them or None; `block_size` (64 or 128 tokens) is added as the
+    last one where a class does not declare it. Check values in `__post_init__`, and begin it with
+    `super().__post_init__()`.
+
+    Attributes:
+        name: by which it is found; its operator is `flexprefill_fa::select_<name>`.
+        diagnostics: names of the numbers for each head that its rule reports, see `Element.report`.
+        triton: "package.module:function" of the same rule for CUDA, or None. The function takes (query, key, starts,
+            lengths, config, scale, all_partial, zero_tails) and returns the four index tensors of a `BlockSelection`,
+            and the diagnostics, fp32 `[B, Hq]` each.
+        sweep: the field that says how much is kept (or several, which move together), and values to try, fewest
+            blocks first.
+    """
+
+    name: ClassVar[str]
+    diagnostics: ClassVar[tuple[str, ...]] = ()
+    triton: ClassVar[str | None] = None
+    sweep: ClassVar[Mapping[str, Sequence[Any]]] = {}
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    _fields: ClassVar[tuple[Travelling, ...]] = ()
+
+    block_size: int
+
+    def __init_subclass__(cls, name: str | None = None, register: bool = True, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if name is None:
+            raise TypeError(f"class {cls.__name__} needs a name: expected class {cls.__name__}(Selector, name=...)")
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(f"a selector's name must be lower case letters, digits and _, got {name!r}")
+        if not register:  # for what stands in a selector's place and has an operator of its own
+            return
+        # A dataclass with slots is made twice, and a module may be loaded again.
+        other = _REGISTRY.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the selector {name!r} is there already: {other.__module__}.{other.__qualname__}")
+        declared = vars(cls).get("__annotations__", {})
+        if "block_size" not in declared:
+            cls.__annotations__ = {**declared, "block_size": int}
+            cls.block_size = 128
+        cls.name, cls._fields = name, travelling_fields(cls)
+        if other is None:
+            _OPERATORS[name] = _define_operator(name, len(cls.diagnostics), cls.triton is not None)
+        _REGISTRY[name] = cls
+
+    def __init__(self, *arguments: Any, **fields: Any) -> None:
+        raise TypeError(f"{type(self).__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it")
+
+    def __post_init__(self) -> None:
+        """Checks the block size."""
+        check_block_size(self.block_size)
+
+    def keep(self, element: Element) -> Tensor:
+        """The rule: bool `[H, nq, nk]`, the blocks that one sequence keeps.
+
+        Blocks of the future do not matter, and what `always` keeps is added.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define keep(element)")
+
+    def always(self, element: Element) -> Tensor:
+        """bool `[nq, nk]`: blocks that are kept whatever the rule says. The first one, and a row's own positions."""
+        return element.first_and_diagonal()
+
+    def pattern(self, grid: Grid, ranges: Tensor) -> Tensor | None:
+        """For rules that look at no query and no key: bool `[B, nq, nk]`, all that is kept; None: ask `keep`.
+
+        Args:
+            grid: of the whole batch. ranges: int32 `[B, 2]`, the positions of each element's real tokens.
+        """
+        return None
+
+    @property
+    def dense_tokens(self) -> int:
+        """Prompts of at most this many tokens keep every block."""
+        return 2 * self.block_size
+
+    def expected_density(self, tokens: int) -> float:
+        """Kept blocks / causal blocks that a prompt of this length usually comes to, in [0, 1]."""
+        return 1.0 if tokens <= self.dense_tokens else usual_density(tokens)
+
+    def settings(self) -> Tensor:
+        """The fields as float64 on the CPU, without the block size, for `operator`."""
+        if not getattr(self, "__dataclass_params__").frozen:  # noqa: B009  # which no type checker knows
+            raise TypeError(f"{type(self).__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it")
+        return as_settings(self, self._fields)
+
+    @classmethod
+    def from_settings(cls, settings: Tensor, block_size: int) -> Any:
+        """The inverse of `settings`."""
+        return of_settings(cls, cls._fields, settings, block_size)
+
+    @classmethod
+    def operator(cls) -> SelectOperator:
+        """The operator that runs the selection, with these arguments.
+
+        query `[B, Hq, Lq, D]` and key `[B, Hkv, Lkv, D]`;
+        starts, lengths: int `[B]`, first real key and number of real keys, or None;
+        settings: `settings()`, a tensor, so that a compiled graph serves every setting;
+        scale: score scale, None for 1/sqrt(D);
+        block_size: tokens per block;
+        all_partial: put every kept block in the partial list (for a mask_mod that may mask anywhere);
+        zero_tails: fill index entries past the counts with 0, so that whole outputs can be compared.
+
+        Returns:
+            kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices (int32), then the class's diagnostics
+            (fp32 `[B, Hq]`).
+        """
+        return _OPERATORS[cls.name]
+
+
+def _define_operator(name: str, diagnostics: int, has_triton: bool) -> SelectOperator:
+    """`flexprefill_fa::select_<name>`: the rule in plain PyTorch, and the kernels on CUDA where a class names some."""
+    schema = (
+        "(Tensor query, Tensor key, Tensor? starts, Tensor? lengths, Tensor settings, float? scale, SymInt block_size, "
+        f"bool all_partial, bool zero_tails) -> ({', '.join(['Tensor'] * (4 + diagnostics))})"
+    )
+
+    def select(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
+        config = _REGISTRY[name].from_settings(settings, block_size)
+        with without_autocast(query.device.type):
+            return select_plain(query, key, starts, lengths, config, scale, all_partial)
+
+    operator = torch.library.custom_op(
+        f"flexprefill_fa::select_{name}",
+        select,
+        mutates_args=(),
+        device_types="cpu" if has_triton else None,
+        schema=schema,
+    )
+    if has_triton:
+
+        @operator.register_kernel("cuda")
+        def _(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
+            config = _REGISTRY[name].from_settings(settings, block_size)
+            return kernels_of(name)(query, key, starts, lengths, config, scale, all_partial, zero_tails)
+
+    @operator.register_fake
+    def _(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
+        return traced_lists(query, key, block_size, diagnostics)
+
+    return operator
+
+
+@functools.cache
+def kernels_of(name: str) -> Callable[..., Lists]:
+    """The function that a selector's `triton` names, imported where it runs."""
+    module, _, function = str(get_selector(name).triton).partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def select_plain(
     query: Tensor,
     key: Tensor,
-    config: SelectorConfig,
-    *,
-    lengths: Tensor | Sequence[int] | None = None,
-    starts: Tensor | Sequence[int] | None = None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    config: Selector,
     scale: float | None = None,
     all_partial: bool = False,
-) -> BlockSelection:
-    """Run a selector.
+) -> Lists:
+    """A selection by the rule in plain PyTorch, on any device; arguments and results as of `Selector.operator`.
 
-    Args:
-        query: `[B, Hq, Lq, D]`, the last Lq positions of the keys. key: `[B, Hkv, Lkv, D]`.
-        config: which selector, and its settings.
-        lengths: number of real keys of each batch element; starts: its first real key. Default: all keys are real.
-        scale: score scale, default 1/sqrt(D).
-        all_partial: put every kept block in the partial list, for a mask_mod that may mask anywhere.
+    It waits for the device only to read back the padding that the rule must leave out.
+    """
+    batch, heads, q_len, dim = query.shape
+    grid = Grid(q_len, key.shape[2], config.block_size)
+    ranges = real_ranges(starts, lengths, batch, grid.kv_len, query.device)
+    visible, unmasked = visible_blocks(grid, ranges), unmasked_blocks(grid, ranges)
+    reports = {name: torch.zeros(batch, heads, device=query.device) for name in config.diagnostics}
+    keep = config.pattern(grid, ranges)
+    if keep is not None:
+        keep, repeats = keep[:, None], heads
+    else:
+        keep, repeats = torch.zeros(batch, heads, *visible.shape[1:], dtype=torch.bool, device=query.device), 1
+        whole = starts is None and lengths is None
+        scale = 1 / math.sqrt(dim) if scale is None else scale
+        for b, (start, end) in enumerate([(0, grid.kv_len)] * batch if whole else ranges.tolist()):
+            found = element_of(query[b], key[b], start, end, grid, scale)
+            if found is not None:
+                element, rows, columns = found
+                keep[b, :, rows, columns] = _kept(config, element) | config.always(element)
+                for name, values in element.reports.items():
+                    reports[name][b] = values
+    keep = keep & visible[:, None]
+    full = keep & unmasked[:, None] & (not all_partial)
+    lists = (*index_lists(keep & ~full), *index_lists(full))
+    if repeats > 1:
+        lists = tuple(x.repeat(1, repeats, *[1] * (x.dim() - 2)) for x in lists)
+    return *lists, *reports.values()
 
-    Returns:
-        The selection; nothing in it has been read back from the GPU.
+
+def _kept(config: Selector, element: Element) -> Tensor:
+    """What the rule keeps, checked.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
+        TypeError, ValueError: if it returns something else than bool `[H, nq, nk]`, or a report is not declared.
     """
-    check_selector(config)
-    check_query_key(query, key)
-    check_scale(scale)
-    starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
-    lists = config.operator()(
-        query, key, starts, lengths, config.settings(), scale, config.block_size, all_partial, False
-    )
-    return BlockSelection(*lists, query.shape[2], key.shape[2], config.block_size, starts, lengths, all_partial)
+    keep, grid = config.keep(element), element.grid
+    shape = (element.heads, grid.q_blocks, grid.kv_blocks)
+    rule = f"{type(config).__name__}.keep"
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+        got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+        raise TypeError(f"{rule} must return a bool tensor, got {got}")
+    if tuple(keep.shape) != shape:
+        raise ValueError(f"{rule} must return shape [H, nq, nk] = {shape}, got {tuple(keep.shape)}")
+    unknown = sorted(set(element.reports) - set(config.diagnostics))
+    if unknown:
+        raise ValueError(f"{rule} reports {', '.join(unknown)}, but its class declares {config.diagnostics}")
+    return keep
 
 
-def create_block_mask(
-    query: Tensor,
-    key: Tensor,
-    config: SelectorConfig,
-    *,
-    lengths: Tensor | Sequence[int] | None = None,
-    starts: Tensor | Sequence[int] | None = None,
-    scale: float | None = None,
-    eager_safe: bool = True,
-) -> BlockMask:
-    """The BlockMask of a selector's choice, see `create_flexprefill_block_mask`."""
-    selection = select_blocks(query, key, config, lengths=lengths, starts=starts, scale=scale)
-    mask_mod = base_mask_mod(query, key, selection.starts, selection.lengths)
-    if eager_safe:
-        mask_mod = looked_up(mask_mod, selection.to_dense(), selection.block_size)
-    return to_block_mask(selection, mask_mod)
+def traced_lists(query: Tensor, key: Tensor, block_size: int, diagnostics: int) -> Lists:
+    """What tracing sees of a selection, unwritten."""
+    batch, heads, q_len, _ = query.shape
+    rows, columns = cdiv(q_len, block_size), cdiv(key.shape[2], block_size)
+    count = query.new_empty((batch, heads, rows), dtype=torch.int32)
+    indices = query.new_empty((batch, heads, rows, columns), dtype=torch.int32)
+    numbers = (query.new_empty((batch, heads), dtype=torch.float32) for _ in range(diagnostics))
+    return count, indices, torch.empty_like(count), torch.empty_like(indices), *numbers

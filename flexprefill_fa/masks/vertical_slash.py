@@ -5,23 +5,21 @@ baseline that it was compared with.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks
+from flexprefill_fa.grid import cdiv
 from flexprefill_fa.masks.density import fixed_density
-from flexprefill_fa.masks.last_queries import Element, block_sums, element_of, last_query_scores, top
-from flexprefill_fa.masks.operator import Lists, select_operator
-from flexprefill_fa.selection import index_lists
+from flexprefill_fa.masks.element import Element
+from flexprefill_fa.masks.last_queries import last_query_scores, top
+from flexprefill_fa.masks.selector import Lists, Selector
 from flexprefill_fa.validation import check_block_size, check_integer
 
 
 @dataclass(frozen=True)
-class VerticalSlashConfig:
+class VerticalSlashConfig(Selector, name="vertical_slash"):
     """How many columns and diagonals every head keeps.
 
     Args:
@@ -35,7 +33,8 @@ class VerticalSlashConfig:
         ValueError, TypeError: for a value outside its range.
     """
 
-    name: ClassVar[str] = "vertical_slash"
+    triton = "flexprefill_fa.masks.vertical_slash:select_by_triton"
+    sweep = dict.fromkeys(("vertical_size", "slash_size"), (128, 512, 1024, 2048, 4096, 8192))
 
     vertical_size: int = 8192
     slash_size: int = 8192
@@ -65,63 +64,24 @@ class VerticalSlashConfig:
         """Kept blocks / causal blocks of a whole prompt of this length, in [0, 1], where no columns meet diagonals."""
         return fixed_density(cdiv(tokens, self.block_size), self.columns + self.diagonals)
 
-    def settings(self) -> Tensor:
-        """The numbers as float64 [2] on the CPU, the form the operator takes."""
-        return torch.tensor([self.vertical_size, self.slash_size], dtype=torch.float64, device="cpu")
-
-    def operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """The operator that runs the selection, see `select_vertical_slash`."""
-        return select_vertical_slash
-
-    @classmethod
-    def from_settings(cls, settings: Tensor, block_size: int) -> "VerticalSlashConfig":
-        """The inverse of `settings`."""
-        return cls(*map(int, settings.tolist()), block_size=block_size)
-
-
-def select_element(element: Element, config: VerticalSlashConfig) -> Tensor:
-    """Kept blocks [H, nq, nb] of one batch element: the reference. A single query keeps all it sees."""
-    size, nb = config.block_size, element.nb
-    if element.query.shape[1] == 1:
-        return element.visible().expand(element.query.shape[0], -1, -1)
-    vertical, slash = last_query_scores(element)
-    # Offsets are grouped from the far end, which misaligns them with the blocks when n is no multiple of B.
-    column_scores, diagonal_scores = block_sums(vertical, size), block_sums(slash.flip(1), size).flip(1)
-    column_scores[:, 0] = diagonal_scores[:, 0] = float("inf")
-    number = torch.full_like(column_scores[:, 0], config.columns, dtype=torch.int64)
-    columns = top(column_scores, number)  # [H, nb]
-    diagonals = top(diagonal_scores, torch.full_like(number, config.diagonals))  # [H, nb], by blocks below the main one
-    keep = columns[:, None].expand(-1, len(element.row_last), -1)
-    blocks = torch.arange(nb, device=vertical.device)
-    for position in (element.row_first, element.row_last):
-        below = torch.div(position, size, rounding_mode="floor")[:, None] - blocks  # [nq, nb]
-        keep = keep | (diagonals[:, below.clamp(0, nb - 1)] & (below >= 0))
-    return (keep | element.always_kept()) & element.visible()
-
-
-def select(
-    query: Tensor,
-    key: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    config: VerticalSlashConfig,
-    scale: float | None = None,
-    all_partial: bool = False,
-) -> Lists:
-    """The blocks of the top columns and diagonals in plain PyTorch, see `select_operator`."""
-    batch, heads, q_len, dim = query.shape
-    grid = Grid(q_len, key.shape[2], config.block_size)
-    ranges = real_ranges(starts, lengths, batch, grid.kv_len, key.device)
-    keep = torch.zeros(batch, heads, grid.q_blocks, grid.kv_blocks, dtype=torch.bool, device=query.device)
-    for b, (start, end) in enumerate(ranges.tolist()):
-        found = element_of(query[b], key[b], start, end, grid, 1 / math.sqrt(dim) if scale is None else scale)
-        if found is not None:
-            element, rows, columns = found
-            keep[b, :, rows, columns] = select_element(element, config)
-    keep &= visible_blocks(grid, ranges)[:, None]
-    full = keep & unmasked_blocks(grid, ranges)[:, None] & (not all_partial)
-    distance = torch.zeros(batch, heads, device=query.device)
-    return *index_lists(keep & ~full), *index_lists(full), distance
+    def keep(self, element: Element) -> Tensor:
+        """The top columns and diagonals; a single query keeps all it sees."""
+        nb = element.grid.kv_blocks
+        if element.grid.queries == 1:
+            return element.visible().expand(element.heads, -1, -1)
+        vertical, slash = last_query_scores(element)
+        # Offsets are grouped from the far end, which misaligns them with the blocks when n is no multiple of B.
+        column_scores, diagonal_scores = element.block_sums(vertical), element.block_sums(slash.flip(1)).flip(1)
+        column_scores[:, 0] = diagonal_scores[:, 0] = float("inf")
+        number = torch.full_like(column_scores[:, 0], self.columns, dtype=torch.int64)
+        columns = top(column_scores, number)  # [H, nb]
+        diagonals = top(diagonal_scores, torch.full_like(number, self.diagonals))  # by blocks below the main one
+        keep = columns[:, None].expand(-1, element.grid.q_blocks, -1)
+        blocks = torch.arange(nb, device=element.device)
+        for diagonal in element.diagonal():
+            below = diagonal[:, None] - blocks  # [nq, nb]
+            keep = keep | (diagonals[:, below.clamp(0, nb - 1)] & (below >= 0))
+        return keep
 
 
 def select_by_triton(
@@ -158,7 +118,4 @@ def select_by_triton(
         ranges, None, chosen, None, None, lists, grid, dense_tokens=0, dense=False, all_partial=all_partial,
         zero_tails=zero_tails,
     )  # fmt: skip
-    return *lists, torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
-
-
-select_vertical_slash = select_operator(VerticalSlashConfig.name, VerticalSlashConfig, select, select_by_triton)
+    return lists

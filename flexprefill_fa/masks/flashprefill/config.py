@@ -1,19 +1,19 @@
 """The settings of FlashPrefill (arXiv 2603.06199)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from flexprefill_fa.grid import cdiv
 from flexprefill_fa.masks.density import fixed_density, usual_density
+from flexprefill_fa.masks.element import Element
+from flexprefill_fa.masks.flashprefill import reference
+from flexprefill_fa.masks.selector import Selector
 from flexprefill_fa.validation import check_block_size, check_integer, check_number
 
 
 @dataclass(frozen=True)
-class FlashPrefillConfig:
+class FlashPrefillConfig(Selector, name="flashprefill"):
     """How near a block must come to the best of its row, and what is kept in any case.
 
     Args:
@@ -29,7 +29,8 @@ class FlashPrefillConfig:
         ValueError, TypeError: for a value outside its range.
     """
 
-    name: ClassVar[str] = "flashprefill"
+    triton = "flexprefill_fa.masks.flashprefill.kernels:select"
+    sweep = {"alpha": (0.7, 0.4, 0.2, 0.1, 0.05, 0.02, 0.01)}  # noqa: RUF012
 
     alpha: float = 0.1
     sink_blocks: int = 2
@@ -62,20 +63,11 @@ class FlashPrefillConfig:
         )
         return max(always, usual_density(tokens))
 
-    def settings(self) -> Tensor:
-        """The numbers as float64 [4] on the CPU, the form the operator takes."""
-        return torch.tensor(
-            [self.alpha, self.sink_blocks, self.window_blocks, self.last_full_blocks], dtype=torch.float64, device="cpu"
-        )
+    def keep(self, element: Element) -> Tensor:
+        """Blocks that come near the best of their row, see `reference`."""
+        scores = reference.block_scores(element)
+        return (scores > 0) & (scores >= scores.amax(-1, keepdim=True) * self.alpha)
 
-    def operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """The operator that runs the selection, see `select_flashprefill`."""
-        from flexprefill_fa.masks.flashprefill.op import select_flashprefill  # the operator needs this class
-
-        return select_flashprefill
-
-    @classmethod
-    def from_settings(cls, settings: Tensor, block_size: int) -> "FlashPrefillConfig":
-        """The inverse of `settings`."""
-        alpha, *blocks = settings.tolist()
-        return cls(alpha, *map(int, blocks), block_size=block_size)
+    def always(self, element: Element) -> Tensor:
+        """Sink blocks, window blocks, last rows."""
+        return reference.always_kept(element, self)

@@ -1,21 +1,23 @@
 """The settings of FlexPrefill (Lai et al., ICLR 2025, arXiv 2502.20766)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from flexprefill_fa.grid import cdiv
 from flexprefill_fa.masks.density import fixed_density, usual_density
+from flexprefill_fa.masks.element import Element
+from flexprefill_fa.masks.flexprefill import reference
+from flexprefill_fa.masks.selector import Selector
 from flexprefill_fa.validation import check_block_size, check_integer, check_number
 
-VARIANTS = ("published", "paper")
+Variant = Literal["published", "paper"]
+VARIANTS = get_args(Variant)
 
 
 @dataclass(frozen=True)
-class FlexPrefillConfig:
+class FlexPrefillConfig(Selector, name="flexprefill"):
     """How much attention to keep and how to look for it.
 
     Args:
@@ -30,14 +32,16 @@ class FlexPrefillConfig:
         ValueError, TypeError: for a value outside its range.
     """
 
-    name: ClassVar[str] = "flexprefill"
+    diagnostics = ("js_distance",)
+    triton = "flexprefill_fa.masks.flexprefill.kernels:select"
+    sweep = {"gamma": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)}  # noqa: RUF012
 
     gamma: float = 0.95
     tau: float = 0.1
     min_budget: int = 1024
     max_budget: int | None = None
     block_size: int = 128
-    variant: str = "published"
+    variant: Variant = "published"
 
     def __post_init__(self) -> None:
         check_number("gamma", self.gamma, 0, 1, open_low=True)
@@ -80,35 +84,6 @@ class FlexPrefillConfig:
         most = 1.0 if self.max_budget is None else of_budget(self.max_budget)
         return max(min(usual, most), of_budget(self.min_budget))
 
-    def settings(self) -> Tensor:
-        """The numbers as float64 [5] on the CPU, the form the operator takes."""
-        return torch.tensor(
-            [
-                self.gamma,
-                self.tau,
-                self.min_budget,
-                -1 if self.max_budget is None else self.max_budget,
-                VARIANTS.index(self.variant),
-            ],
-            dtype=torch.float64,
-            device="cpu",
-        )
-
-    def operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """The operator that runs the selection, see `select_flexprefill`."""
-        from flexprefill_fa.masks.flexprefill.op import select_flexprefill  # the operator needs this class
-
-        return select_flexprefill
-
-    @classmethod
-    def from_settings(cls, settings: Tensor, block_size: int) -> "FlexPrefillConfig":
-        """The inverse of `settings`."""
-        gamma, tau, min_budget, max_budget, variant = settings.tolist()
-        return cls(
-            gamma=gamma,
-            tau=tau,
-            min_budget=int(min_budget),
-            max_budget=None if max_budget < 0 else int(max_budget),
-            block_size=block_size,
-            variant=VARIANTS[int(variant)],
-        )
+    def keep(self, element: Element) -> Tensor:
+        """Steps 1 to 5, see `reference`."""
+        return reference.keep(element, self)

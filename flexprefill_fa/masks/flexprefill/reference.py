@@ -1,27 +1,31 @@
 """FlexPrefill's selection in plain PyTorch: the specification that the Triton kernels are tested against.
 
-One batch element at a time, in the element's own coordinates; step 1, the attention of the last queries, and the
-letters in the comments on shapes are those of masks/last_queries.py.
+Step 1, the attention of the last queries, stands in masks/last_queries.py. Shapes in comments: H query heads, nq query
+blocks, nb key blocks, n keys, B block size. Scores, means and sums are fp32.
 """
 
-import math
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks
-from flexprefill_fa.masks.flexprefill.config import FlexPrefillConfig
-from flexprefill_fa.masks.last_queries import Element, block_sums, element_of, first_of, last_query_scores, top
-from flexprefill_fa.selection import index_lists
+from flexprefill_fa.grid import cdiv
+from flexprefill_fa.masks.element import Element
+from flexprefill_fa.masks.last_queries import first_of, last_query_scores, top
+
+if TYPE_CHECKING:
+    from flexprefill_fa.masks.flexprefill.config import FlexPrefillConfig
 
 
 def js_distance(element: Element, vertical: Tensor, variant: str) -> Tensor:
     """Step 2: sqrt of the Jensen-Shannon divergence [H] between pooled and true attention of the last queries."""
-    mean_query = element.query[:, -element.block_size :].mean(1)  # [H, D]
-    mean_key = element.block_mean(element.key[:, element.pad :], element.pad)  # [H, nb, D]
+    mean_query = element.query[:, -element.grid.block_size :].float().mean(1)  # [H, D]
+    mean_key = element.per_head(element.pooled_keys())  # [H, nb, D]
     pooled = ((mean_query[:, None] @ mean_key.mT).squeeze(1) * element.scale).softmax(-1)  # [H, nb]
-    true = block_sums(vertical, element.block_size)
+    true = element.block_sums(vertical)
     middle = (pooled + true) / 2
     terms = torch.stack((pooled * (pooled / middle).log(), true * (true / middle).log()))
     if variant == "paper":  # 0 ln 0 = 0
@@ -32,11 +36,7 @@ def js_distance(element: Element, vertical: Tensor, variant: str) -> Tensor:
 
 def pooled_attention(element: Element) -> Tensor:
     """Algorithm 4's block scores [H, nq, nb]: softmax over causal blocks of mean query times mean key."""
-    into_block = int(-element.row_first[0]) + element.n - element.query.shape[1]
-    mean_query = element.block_mean(element.query, into_block)  # [H, nq, D]
-    mean_key = element.block_mean(element.key[:, element.pad :], element.pad)  # [H, nb, D]
-    scores = mean_query @ mean_key.mT * element.scale
-    return scores.masked_fill(~element.visible(), float("-inf")).softmax(-1)
+    return element.shares(element.pooled_queries() @ element.per_head(element.pooled_keys()).mT * element.scale)
 
 
 def coverage_prefix(scores: Tensor, threshold: float, *, keep_crossing: bool) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def query_aware_blocks(element: Element, config: FlexPrefillConfig) -> tuple[Ten
 
 def published_blocks(element: Element, config: FlexPrefillConfig, vertical: Tensor, slash: Tensor, aware: Tensor):
     """The released selection [H, nq, nb]: whole columns and whole block diagonals, as many as the counts say."""
-    size, nb = config.block_size, element.nb
+    size, nb = config.block_size, element.grid.kv_blocks
     least = cdiv(config.min_budget, size)
     most = nb if config.max_budget is None else min(cdiv(config.max_budget, size), nb)
 
@@ -70,34 +70,34 @@ def published_blocks(element: Element, config: FlexPrefillConfig, vertical: Tens
         blocks = (tokens + 1) // 128 + 1  # 128 whatever the block size, as released
         return torch.where(aware, least, blocks.clamp(least, most))
 
-    column_scores = block_sums(vertical, size)
+    column_scores = element.block_sums(vertical)
     column_scores[:, 0] = float("inf")
     columns = top(column_scores, budget(vertical))  # [H, nb]
     # Offsets are grouped from the far end, which misaligns them with the blocks when n is no multiple of B.
-    diagonal_scores = block_sums(slash.flip(1), size).flip(1)
+    diagonal_scores = element.block_sums(slash.flip(1)).flip(1)
     diagonal_scores[:, 0] = float("inf")
     diagonals = top(diagonal_scores, budget(slash))  # [H, nb], item t: t blocks below the main diagonal
 
     keep = columns[:, None].expand(-1, len(element.row_last), -1)
     blocks = torch.arange(nb, device=vertical.device)
-    for position in (element.row_first, element.row_last):
-        below = torch.div(position, size, rounding_mode="floor")[:, None] - blocks  # [nq, nb]
+    for diagonal in element.diagonal():
+        below = diagonal[:, None] - blocks  # [nq, nb]
         keep = keep | (diagonals[:, below.clamp(0, nb - 1)] & (below >= 0))
     if aware.any():
         keep = keep | (aware[:, None, None] & query_aware_blocks(element, config)[1])
-    return (keep | element.always_kept()) & element.visible()
+    return keep
 
 
 def offset_window_sums(element: Element, values: Tensor) -> Tensor:
     """[H, n] by offset -> [H, nq, nb], the sum over the offsets that pass through each cell."""
-    size, nb = element.block_size, element.nb
+    size, nb = element.grid.block_size, element.grid.kv_blocks
     padded = F.pad(values, (2 * size, 2 * size))
     sums = values.new_zeros(values.shape[0], len(element.row_last), nb)
     blocks = torch.arange(nb, device=values.device) * size
     for row, (first, last) in enumerate(zip(element.row_first.tolist(), element.row_last.tolist(), strict=True)):
         low = first - blocks - size + 1  # [nb], the smallest offset from the row block's first query into block J
         window = torch.arange(last - first + size, device=values.device)
-        offsets = (low[:, None] + window).clamp(-2 * size, element.n + 2 * size - 1)
+        offsets = (low[:, None] + window).clamp(-2 * size, element.grid.keys + 2 * size - 1)
         sums[:, row] = padded[:, offsets + 2 * size].sum(-1)
     return sums
 
@@ -110,15 +110,15 @@ def paper_blocks(element: Element, config: FlexPrefillConfig, vertical: Tensor, 
         count, order = coverage_prefix(token_scores, config.gamma, keep_crossing=True)
         return first_of(order, count).float()
 
-    scores = block_sums(vertical, size)[:, None] + offset_window_sums(element, slash)  # [H, nq, nb]
-    columns = block_sums(covering(vertical), size) > 0
+    scores = element.block_sums(vertical)[:, None] + offset_window_sums(element, slash)  # [H, nq, nb]
+    columns = element.block_sums(covering(vertical)) > 0
     keep = columns[:, None] | (offset_window_sums(element, covering(slash)) > 0)
     if aware.any():
         aware_scores, aware_keep = query_aware_blocks(element, config)
         keep = torch.where(aware[:, None, None], aware_keep, keep)
         scores = torch.where(aware[:, None, None], aware_scores, scores)
 
-    visible, always = element.visible(), element.always_kept()
+    visible, always = element.visible(), element.first_and_diagonal()
     keep = (keep | always) & visible
     least = visible.sum(-1).clamp(max=cdiv(config.min_budget, size))  # [nq]
     candidates = scores.masked_fill(keep | ~visible, float("-inf"))
@@ -131,39 +131,14 @@ def paper_blocks(element: Element, config: FlexPrefillConfig, vertical: Tensor, 
     return keep
 
 
-def select_element(element: Element, config: FlexPrefillConfig) -> tuple[Tensor, Tensor]:
-    """Kept blocks [H, nq, nb] and JS distance [H] of one batch element."""
-    heads = element.query.shape[0]
-    if element.n - element.pad <= config.dense_tokens or element.query.shape[1] == 1:
-        return element.visible().expand(heads, -1, -1), torch.zeros(heads, device=element.key.device)
+def keep(element: Element, config: FlexPrefillConfig) -> Tensor:
+    """Kept blocks [H, nq, nb] of one sequence; it reports the JS distance [H]."""
+    if element.grid.real_keys <= config.dense_tokens or element.grid.queries == 1:
+        return element.visible().expand(element.heads, -1, -1)
     vertical, slash = last_query_scores(element)
     distance = js_distance(element, vertical, config.variant)
+    element.report("js_distance", distance)
     if config.keeps_everything:
-        return element.visible().expand(heads, -1, -1), distance
+        return element.visible().expand(element.heads, -1, -1)
     blocks = published_blocks if config.variant == "published" else paper_blocks
-    return blocks(element, config, vertical, slash, distance < config.tau), distance
-
-
-def select(
-    query: Tensor,
-    key: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    config: FlexPrefillConfig,
-    scale: float | None = None,
-    all_partial: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The four index tensors and the JS distances, see `BlockSelection`. all_partial leaves the full list empty."""
-    batch, heads, q_len, dim = query.shape
-    grid = Grid(q_len, key.shape[2], config.block_size)
-    ranges = real_ranges(starts, lengths, batch, grid.kv_len, key.device)
-    keep = torch.zeros(batch, heads, grid.q_blocks, grid.kv_blocks, dtype=torch.bool, device=query.device)
-    distance = torch.zeros(batch, heads, device=query.device)
-    for b, (start, end) in enumerate(ranges.tolist()):
-        found = element_of(query[b], key[b], start, end, grid, 1 / math.sqrt(dim) if scale is None else scale)
-        if found is not None:
-            element, rows, columns = found
-            keep[b, :, rows, columns], distance[b] = select_element(element, config)
-    keep &= visible_blocks(grid, ranges)[:, None]
-    full = keep & unmasked_blocks(grid, ranges)[:, None] & (not all_partial)
-    return *index_lists(keep & ~full), *index_lists(full), distance
+    return blocks(element, config, vertical, slash, distance < config.tau)

@@ -23,8 +23,8 @@ def select(
     scale: float | None = None,
     all_partial: bool = False,
     zero_tails: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same as `reference.select`; entries past the counts are unwritten unless zero_tails.
+) -> tuple[Tensor, ...]:
+    """The same as the rule in `reference`; entries past the counts are unwritten unless zero_tails.
 
     Raises:
         ValueError: for more key blocks than the row writer can count.
@@ -42,4 +42,4 @@ def select(
         part = scores[: lines - first]
         block_scores(query, keys, ranges, part, best, grid, first)
         write_rows(ranges, part, best, lists, grid, config, first, all_partial=all_partial, zero_tails=zero_tails)
-    return *lists, torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
+    return lists

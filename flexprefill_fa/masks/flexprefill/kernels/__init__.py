@@ -30,8 +30,8 @@ def select(
     scale: float | None = None,
     all_partial: bool = False,
     zero_tails: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same as `reference.select`; entries past the counts are unwritten unless zero_tails.
+) -> tuple[Tensor, ...]:
+    """The same as the rule in `reference`; entries past the counts are unwritten unless zero_tails.
 
     Raises:
         ValueError: for more key blocks than the row writer can count.
