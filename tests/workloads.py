@@ -1,5 +1,8 @@
 """Queries and keys for the tests: random ones, and ones whose heads have the patterns that selectors look for."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,3 +52,38 @@ def blocky_qk(
         return torch.randn(shape, generator=generator).repeat_interleave(50, 2)[:, :, : tensor.shape[2]]
 
     return query + 1.5 * runs(query), key + 0.7 * runs(key)
+
+
+def needle_pairs(q_len: int, kv_len: int, *, seed: int = 0) -> list[tuple[int, int]]:
+    """(query index, position of the key that it looks for) of 1 in 200 queries or fewer; no two share a key."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs: dict[int, int] = {}
+    for index in torch.randperm(q_len, generator=generator)[: max(1, q_len // 200)].tolist():
+        visible = kv_len - q_len + index + 1
+        pairs.setdefault(int(torch.randint(visible, (), generator=generator)), index)
+    return [(index, position) for position, index in pairs.items()]
+
+
+def needle_qk(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    dim: int,
+    *,
+    seed: int = 0,
+    pairs: Sequence[tuple[int, int]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Structured heads in which some queries attend to one key alone, at the default scale.
+
+    pairs: as `needle_pairs` gives them, which draws them by default; the same in all heads, all keys different.
+    """
+    query, key = structured_qk(batch, heads, kv_heads, q_len, kv_len, dim, seed=seed)
+    pairs = needle_pairs(q_len, kv_len, seed=seed) if pairs is None else pairs
+    generator = torch.Generator().manual_seed(seed + 2)
+    strength = ((math.log(kv_len) + 10) * math.sqrt(dim)) ** 0.5  # e^10 times the weight of all others
+    for index, position in pairs:
+        direction = torch.nn.functional.normalize(torch.randn(dim, generator=generator), dim=0)
+        query[:, :, index] = key[:, :, position] = strength * direction
+    return query, key
