@@ -10,11 +10,13 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from transformers import DynamicCache, PreTrainedModel
 
 from flexprefill_fa.region import compile_limits
 
+from .hf_layers import unwrap
 from .hf_mask import MIN_QUERY_TOKENS, real_keys
 
 logger = logging.getLogger(__name__)
@@ -43,34 +45,50 @@ class CompiledPrefill:
         named = arguments | dict(zip(self._names, positional, strict=False))
         if len(positional) > len(self._names) or not self._is_prefill(named):
             return self._uncompiled(*positional, **arguments)
+        cached = _cache_of(named) is not None
+        if not cached and self._wants_cache(named):
+            # A cache made in a traced model fails on its first tensor.
+            name = "cache" if "cache" in self._names else "past_key_values"  # before transformers 5.24 or so
+            named[name], cached = DynamicCache(config=self._model.config), True
         mask = named.get("attention_mask")
         if isinstance(mask, Tensor):
             # What a traced model cannot look at: that the mask has no gaps, and that it masks nothing, so that the
             # kernels need not look at padding. Token types stand for masks of their own, which need it.
             whole = real_keys(mask, 0, mask.shape[1]) is None
             plain = all(named.get(name) is None for name in ("token_type_ids", "mm_token_type_ids"))
-            if whole and plain and named.get("past_key_values") is not None:
+            if whole and plain and cached:
                 named["attention_mask"] = None
+        elif not cached and named.get("position_ids") is None:
+            # A traced model with neither a cache nor a mask looks for packed sequences, which cannot be here.
+            tokens = _tokens_of(named)
+            named["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         with compile_limits():
             return self._compiled(**named)
 
     def _is_prefill(self, arguments: dict[str, Any]) -> bool:
         from .transformers import NAME
 
-        if torch.compiler.is_dynamo_compiling() or self._model.config._attn_implementation != NAME:
+        if torch.compiler.is_dynamo_compiling() or torch._dynamo.config.disable:  # traced, or nothing compiles
             return False
-        found = (arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None)
-        tokens = next(found, None)
+        if self._model.config._attn_implementation != NAME:
+            return False
+        tokens = _tokens_of(arguments)
         if not isinstance(tokens, Tensor) or tokens.shape[1] < MIN_QUERY_TOKENS:
             return False
         mask = arguments.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             return False
-        cache = arguments.get("past_key_values")
+        cache = _cache_of(arguments)
         if getattr(cache, "is_compileable", False) and getattr(cache, "max_cache_len", -1) > 0:
             logger.debug("a static cache: the prefill runs uncompiled")
             return False
         return True
+
+    def _wants_cache(self, arguments: dict[str, Any]) -> bool:
+        asked = arguments.get("use_cache")
+        if asked is None:
+            asked = getattr(self._model.config.get_text_config(decoder=True), "use_cache", False)
+        return bool(asked)
 
     def disable(self) -> None:
         """Give the model the forward back that it had; a second call does nothing."""
@@ -88,7 +106,19 @@ class CompiledPrefill:
         self.disable()
 
 
-def compile_prefill(model: PreTrainedModel, **options: Any) -> CompiledPrefill:
+def _tokens_of(arguments: dict[str, Any]) -> Any:
+    """Token ids `[B, n]` or embeddings `[B, n, D]`, None where there are none."""
+    ids = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if ids is None else ids
+
+
+def _cache_of(arguments: dict[str, Any]) -> Any:
+    """By its name, or by the one that it had before transformers 5.24 or so."""
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache
+
+
+def compile_prefill(model: nn.Module, **options: Any) -> CompiledPrefill:
     """Compile the forward pass of long prompts, for `generate` and direct calls.
 
     One graph serves prompts of every length; padding, a cached prefix and prompts below `min_prompt_tokens` have one
@@ -108,8 +138,11 @@ def compile_prefill(model: PreTrainedModel, **options: Any) -> CompiledPrefill:
     """
     from .transformers import NAME
 
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if isinstance(model, OptimizedModule):
+        raise ValueError(
+            f"this {type(unwrap(model)).__name__} is compiled already, by torch.compile, prefill and decode"
+        )
+    model = unwrap(model)
     if model.config._attn_implementation != NAME:
         raise ValueError(
             "compile_prefill is for sparse prefill: call enable_sparse_prefill first; "

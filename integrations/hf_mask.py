@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from . import hf_version  # noqa: F401  # isort: skip
 
+import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import (
     and_masks,
+    blockwise_overlay,
     causal_mask_function,
+    or_masks,
     packed_sequence_mask_function,
     sdpa_mask,
+    sliding_window_overlay,
 )
 
 from flexprefill_fa.dense import MAX_DENSE_MASK_TOKENS
@@ -45,6 +50,10 @@ class PromptMask:
     packed: bool = False
     keys: int | None = None
     windowed: bool = False
+
+    def __getitem__(self, index: Any) -> PromptMask:
+        """Of fewer queries, as models cut their masks where layers see only the last ones: the same keys."""
+        return self
 
     @classmethod
     def of(cls, mask: Any) -> PromptMask | None:
@@ -76,7 +85,35 @@ class PromptMask:
 
 
 _INTERSECTION = and_masks(causal_mask_function).__code__
+_UNION = or_masks(causal_mask_function).__code__
+_WINDOW = sliding_window_overlay(1).__code__
 _PACKED = packed_sequence_mask_function(torch.zeros(1, 1, device="cpu")).__code__
+_BLOCKS = blockwise_overlay(torch.zeros(1, 1, device="cpu")).__code__
+
+
+def _without_empty_blocks(mask_function: Callable) -> Callable:
+    """A mask function without the blocks that see themselves both ways, where no token is in one.
+
+    The processors of some image models ask for them in every prompt, with images or not. Read back from the GPU.
+    """
+    if mask_function.__code__ not in (_UNION, _INTERSECTION):
+        return mask_function
+    masks = inspect.getclosurevars(mask_function).nonlocals["mask_functions"]
+    if mask_function.__code__ is _UNION:
+        kept = [mask for mask in masks if mask.__code__ is not _BLOCKS or _has_blocks(mask)]
+        return kept[0] if len(kept) == 1 else mask_function
+    simpler = [_without_empty_blocks(mask) for mask in masks]
+    return mask_function if all(map(operator.is_, simpler, masks)) else and_masks(*simpler)
+
+
+def _has_blocks(mask: Callable) -> bool:
+    return bool((inspect.getclosurevars(mask).nonlocals["block_sequence_ids"] >= 0).any())
+
+
+def _is_causal_or_window(mask_function: Callable) -> bool:
+    if mask_function.__code__ is _INTERSECTION:
+        return all(map(_is_causal_or_window, inspect.getclosurevars(mask_function).nonlocals["mask_functions"]))
+    return mask_function is causal_mask_function or mask_function.__code__ is _WINDOW
 
 
 def _contains(function: Callable, code: Any) -> bool:
@@ -103,7 +140,7 @@ def _is_other(
     # with a padding mask nothing else asks that the mask be made in any case.
     if torch.compiler.is_dynamo_compiling():
         return attention_mask is not None and arguments.get("allow_is_causal_skip") is False
-    return mask_function.__code__ is not _INTERSECTION
+    return mask_function.__code__ is not _INTERSECTION or _contains(mask_function, _UNION)
 
 
 def flexprefill_mask(
@@ -131,7 +168,6 @@ def flexprefill_mask(
     """
     if not torch.compiler.is_dynamo_compiling():
         check_config(kwargs.get("config"))
-    window = kwargs.get("local_size")
 
     def square_mask() -> Any:
         return sdpa_mask(
@@ -147,7 +183,15 @@ def flexprefill_mask(
         )
 
     if q_length < MIN_QUERY_TOKENS:
+        if q_length > 1 and getattr(kwargs.get("config"), "num_kv_shared_layers", 0):
+            # Such layers may be given the last queries alone, for which no mask would not mean causal.
+            kwargs["allow_is_causal_skip"] = False
         return square_mask()
+    windowed = kwargs.get("local_size") is not None
+    if not torch.compiler.is_dynamo_compiling():
+        simpler = _without_empty_blocks(mask_function)
+        if simpler is not mask_function and _is_causal_or_window(simpler):
+            mask_function, use_vmap, windowed = simpler, False, windowed or _contains(simpler, _WINDOW)
     if _is_other(mask_function, attention_mask, use_vmap, kwargs):
         if not torch.compiler.is_dynamo_compiling() and q_length * kv_length > MAX_DENSE_MASK_TOKENS**2:
             raise ValueError(
@@ -170,7 +214,7 @@ def flexprefill_mask(
         packed = _contains(mask_function, _PACKED)
     padding = real_keys(attention_mask, kv_offset, keys)
     shorter = keys if keys != kv_length else None
-    return PromptMask(padding, packed, shorter, window is not None).as_tensor(batch_size, keys, kwargs.get("device"))
+    return PromptMask(padding, packed, shorter, windowed).as_tensor(batch_size, keys, kwargs.get("device"))
 
 
 def real_keys(attention_mask: Tensor | None, kv_offset: int, keys: int) -> Tensor | None:

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexprefill_fa.masks import FlexPrefillConfig, SelectorConfig
+from flexprefill_fa.masks import FlexPrefillConfig, Selector
 from flexprefill_fa.masks.selector import check_selector
 from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import MAX_HEAD_DIM
 
+from .hf_layers import Layout, Part, unwrap
 from .hf_ranks import check_ranks
 
 PLAN_ATTRIBUTE = "_sparse_prefill_plan"
@@ -77,7 +78,7 @@ class LayerPlan:
 
     def __init__(
         self,
-        config: SelectorConfig | None,
+        config: Selector | None,
         min_prompt_tokens: int,
         statistics: str | None,
         mean_correction: bool = False,
@@ -92,6 +93,10 @@ class LayerPlan:
         self.latest: LayerStatistics | None = None
         self.observer: Callable[[SparseCall], None] | None = None
 
+    def __reduce__(self) -> Any:
+        # A copy of a module is not switched on, see `enable_sparse_prefill`: it has None in the place of a plan.
+        return type(None), ()
+
 
 def default_plan() -> LayerPlan:
     """For a model that asks for the implementation by name alone."""
@@ -104,53 +109,54 @@ class LayerDescription:
     """What a layer does in a prompt of at least `min_prompt_tokens` tokens.
 
     Attributes:
-        layer: its index.
-        runs: "sparse", "window" (the blocks of its sliding window, exactly) or "dense".
+        layer: its index; None for a part that is no causal language layer, such as a vision tower.
+        runs: "sparse", "window" (the blocks of its sliding window, exactly), "dense", or "own" for such a part, which
+            keeps the attention that it had.
         why: in words.
         config: the selector of a sparse layer.
         min_prompt_tokens: of a sparse layer; shorter prompts are dense.
     """
 
-    layer: int
+    layer: int | None
     runs: str
     why: str
-    config: SelectorConfig | None = None
+    config: Selector | None = None
     min_prompt_tokens: int | None = None
 
 
-def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The decoder's attention modules by layer index."""
-    layers: dict[int, nn.Module] = {}
-    for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        attends = hasattr(module, "is_causal") or type(module).__name__.endswith("Attention")
-        if isinstance(index, int) and attends and hasattr(module, "config"):
-            layers.setdefault(index, module)
-    return dict(sorted(layers.items()))
-
-
 def check_model(model: Any) -> dict[int, nn.Module]:
-    """The model's attention layers, or an error that says why it cannot run sparse prefill."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    """The attention modules of the model's language layers by index, or an error that says why it cannot be served.
+
+    Args:
+        model: a transformers model, or a module that holds one, see `unwrap`.
+    """
+    model = unwrap(model)
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model; sparse prefill is for decoder-only models")
-    if not model._can_set_attn_implementation():
-        raise ValueError(f"{name} does not use transformers' attention interface, so its attention cannot be replaced")
-    layers = attention_layers(model)
+    layout = Layout.of(model)
+    for host in layout.hosts or (model,):
+        if not host._can_set_attn_implementation():
+            raise ValueError(
+                f"{type(host).__name__} does not use transformers' attention interface, so its attention cannot be "
+                "replaced"
+            )
+    layers: dict[int, nn.Module] = {}
+    for module, index in layout.layers.items():
+        layers.setdefault(index, module)
     if not layers:
         raise ValueError(f"{name} has no attention layer that sparse prefill knows")
-    for index, module in layers.items():
+    for module, index in layout.layers.items():
         if not getattr(module, "is_causal", True):
             raise ValueError(f"{name} cannot run sparse prefill: layer {index}: it is not causal")
         if hasattr(module, "prepare_dynamic_mask"):
             raise ValueError(f"{name} cannot run sparse prefill: layer {index}: it computes a mask of its own")
+    layers = dict(sorted(layers.items()))
     check_ranks(model, layers)
     return layers
 
 
-ConfigChoice = SelectorConfig | Mapping[int, SelectorConfig] | Callable[[int], SelectorConfig | None] | None
+ConfigChoice = Selector | Mapping[int, Selector] | Callable[[int], Selector | None] | None
 
 
 def configs_of(layers: Mapping[int, nn.Module], config: ConfigChoice, dense_layers: Any) -> dict[int, Any]:
@@ -246,3 +252,9 @@ def describe(model: PreTrainedModel, index: int, module: nn.Module, plan: LayerP
         extras.append("dropped blocks count by their means")
     why = "; ".join([WHOLE_PROMPT, *extras])
     return LayerDescription(index, "sparse", why, plan.config, plan.min_prompt_tokens)
+
+
+def describe_part(part: Part) -> LayerDescription:
+    """What a part does that is never sparse."""
+    own = "its own attention" if part.implementation is None else f"its own attention, {part.implementation!r}"
+    return LayerDescription(None, "own", f"{part.name} ({part.kind}) keeps {own}")

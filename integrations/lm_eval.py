@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,7 @@ class FlexPrefillLM(_Base):
         self._encoded = functools.lru_cache(_CACHED_PROMPTS)(lambda *text, **more: array("i", encode(*text, **more)))
         self._sparse: SparsePrefill | None = None
         self._densities: list[Tensor] = []
+        self._masks_zeros = False
         self.use(choice)
 
     def use(self, choice: Choice) -> None:
@@ -106,9 +108,41 @@ class FlexPrefillLM(_Base):
             context, lambda: super(FlexPrefillLM, self)._model_generate(context, *arguments, **options)
         )
 
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """As `HFLM`'s, whose batches end in zeros without saying how many: what they pad is masked.
+
+        Token 0 at the end of a request would look like padding: such a request is asked alone.
+        """
+        ask = super()._loglikelihood_tokens
+        zeros = {index for index, (_, context, asked) in enumerate(requests) if (context + asked)[-2] == 0}
+        alone = {index: ask([requests[index]], disable_tqdm=disable_tqdm, override_bs=1)[0] for index in zeros}
+        self._masks_zeros = True
+        try:
+            others = [request for index, request in enumerate(requests) if index not in zeros]
+            answers = iter(ask(others, disable_tqdm=disable_tqdm, override_bs=override_bs) if others else ())
+        finally:
+            self._masks_zeros = False
+        return [alone[index] if index in zeros else next(answers) for index in range(len(requests))]
+
     def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Tensor:
         call = super()._model_call
-        return self._observed(inps, lambda: call(inps, *arguments, **options))
+        with self._padding_masked(inps):
+            return self._observed(inps, lambda: call(inps, *arguments, **options))
+
+    def _padding_masked(self, inps: Tensor) -> AbstractContextManager[Any]:
+        """Gives the model the mask of zeros at the ends of rows `[B, n]`, which `HFLM` does not pass on."""
+        if not self._masks_zeros or self._sparse is None or inps[:, -1].all():
+            return nullcontext()
+        mask = (inps != 0).flip(1).cummax(1).values.flip(1).long()
+        model: Any = self.model
+        return model.register_forward_pre_hook(
+            lambda module, positional, named: (positional, {**named, "attention_mask": mask}), with_kwargs=True
+        )
 
     def _observed(self, prompts: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """Run a prefill of prompts `[B, n]` and keep what it kept."""

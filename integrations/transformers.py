@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
-from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -21,6 +19,7 @@ from flexprefill_fa.validation import check_integer
 
 from .hf_attention import flexprefill_attention
 from .hf_compile import CompiledPrefill, compile_prefill
+from .hf_layers import Layout, unwrap
 from .hf_mask import flexprefill_mask
 from .hf_plan import (
     PLAN_ATTRIBUTE,
@@ -33,11 +32,13 @@ from .hf_plan import (
     configs_of,
     default_plan,
     describe,
+    describe_part,
     has_sinks,
     layer_softcap,
     layer_window,
 )
 from .hf_statistics import PrefillStatistics
+from .hf_switch import NAME, SparsePrefill
 
 # hf_version says which extra is missing where transformers is not installed, so it comes first.
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # isort: skip
@@ -58,72 +59,12 @@ __all__ = [
     "observe_sparse_prefill",
 ]
 
-NAME = "flexprefill"
-
 AttentionInterface.register(NAME, flexprefill_attention)
 AttentionMaskInterface.register(NAME, flexprefill_mask)
 
 
-class SparsePrefill:
-    """Sparse prefill switched on for a model; a context manager, or call `disable()`.
-
-    Several may be on for one model: the latest counts, and they may be switched off in any order. The model is held
-    weakly: being sparse keeps no model alive.
-    """
-
-    _stacks: ClassVar[WeakKeyDictionary[PreTrainedModel, list[SparsePrefill]]] = WeakKeyDictionary()
-
-    def __init__(self, model: PreTrainedModel, layers: dict[int, nn.Module], plans: dict[int, LayerPlan]) -> None:
-        self._model = ref(model)
-        self._layers = layers
-        self._plans = plans
-        below = self._stacks.get(model)
-        implementation = below[0]._implementation if below else model.config._attn_implementation
-        self._implementation: str = implementation or "eager"  # of the model without any
-
-    @classmethod
-    def all_of(cls, model: PreTrainedModel) -> list[SparsePrefill]:
-        """Those that are on for a model, the latest last."""
-        return list(cls._stacks.get(model, ()))
-
-    def _enable(self, model: PreTrainedModel) -> None:
-        model.set_attn_implementation(NAME)
-        self._stacks.setdefault(model, []).append(self)
-        self._apply()
-
-    def _apply(self) -> None:
-        for index, module in self._layers.items():
-            setattr(module, PLAN_ATTRIBUTE, self._plans[index])
-
-    def disable(self) -> None:
-        """Give the model back what it had without this; a second call does nothing."""
-        model = self._model()
-        stack = self._stacks.get(model, []) if model is not None else []
-        if model is None or self not in stack:
-            return
-        stack.remove(self)
-        if stack:
-            stack[-1]._apply()
-            return
-        del self._stacks[model]
-        for module in self._layers.values():
-            delattr(module, PLAN_ATTRIBUTE)
-        model.set_attn_implementation(self._implementation)
-
-    @property
-    def statistics(self) -> dict[int, LayerStatistics]:
-        """Layer index -> statistics of that layer's latest sparse prefill; empty before the first."""
-        return {index: plan.latest for index, plan in self._plans.items() if plan.latest is not None}
-
-    def __enter__(self) -> SparsePrefill:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.disable()
-
-
 def enable_sparse_prefill(
-    model: PreTrainedModel,
+    model: nn.Module,
     config: ConfigChoice = None,
     *,
     dense_layers: Sequence[int] = (),
@@ -133,10 +74,15 @@ def enable_sparse_prefill(
 ) -> SparsePrefill:
     """Switch a model's prefill to sparse attention.
 
-    Layers with a sliding window compute exactly its blocks; `describe_sparse_prefill` lists what each layer does.
+    Layers with a sliding window compute exactly its blocks; `describe_sparse_prefill` lists what each layer does. Parts
+    that are no language layers (vision and audio towers, cross attention) keep their attention.
+
+    It is the model's modules that are switched, and nothing that they share with other models: another model with the
+    same config object stays as it is, and a copy or a pickle of a sparse model is what the model was before.
 
     Args:
-        model: a decoder-only transformers model whose attention goes through the attention interface.
+        model: a decoder-only transformers model whose attention goes through the attention interface, or a module that
+            holds exactly one: a PEFT, a `torch.compile`d, a DataParallel model.
         config: the selector and its settings, default `FlexPrefillConfig()`; or one for each layer: a mapping from
             layer index, or a function of it. Layers without one (None) are dense.
         dense_layers: layers that stay dense, by index; negative ones count from the last.
@@ -158,19 +104,18 @@ def enable_sparse_prefill(
         raise TypeError(f"mean_correction must be True or False, got {type(mean_correction).__name__}")
     if statistics not in (None, "density", "recall"):
         raise ValueError(f"statistics must be None, 'density' or 'recall', got {statistics!r}")
-    layers = check_model(model)
+    inner = unwrap(model)
+    layers = check_model(inner)
     plans: dict[int, LayerPlan] = {}
     for index, chosen in configs_of(layers, config, dense_layers).items():
         least = min_prompt_tokens
         if least is None:
             least = 1 if chosen is None else chosen.dense_tokens + 1
-        window = layer_window(model, index, layers[index])
+        window = layer_window(inner, index, layers[index])
         plans[index] = LayerPlan(chosen, least, statistics, mean_correction, window)
     if mean_correction:
-        _check_mean_correction(model, layers, plans)
-    handle = SparsePrefill(model, layers, plans)
-    handle._enable(model)
-    return handle
+        _check_mean_correction(inner, layers, plans)
+    return SparsePrefill(inner, plans)
 
 
 def _check_mean_correction(model: PreTrainedModel, layers: dict[int, nn.Module], plans: dict[int, LayerPlan]) -> None:
@@ -213,7 +158,7 @@ class StatisticsCollection:
             plan.statistics = self._before[index]
 
 
-def collect_statistics(model: PreTrainedModel, *, recall: bool = False) -> StatisticsCollection:
+def collect_statistics(model: nn.Module, *, recall: bool = False) -> StatisticsCollection:
     """What each layer and head keeps in the prefills of a context, while sparse prefill is on.
 
         with collect_statistics(model) as found:
@@ -233,7 +178,7 @@ def collect_statistics(model: PreTrainedModel, *, recall: bool = False) -> Stati
     return StatisticsCollection(_plans_of(model, "collect_statistics"), recall)
 
 
-def _plans_of(model: PreTrainedModel, caller: str) -> dict[int, LayerPlan]:
+def _plans_of(model: nn.Module, caller: str) -> dict[int, LayerPlan]:
     plans = {index: getattr(module, PLAN_ATTRIBUTE, None) for index, module in check_model(model).items()}
     found = {index: plan for index, plan in plans.items() if isinstance(plan, LayerPlan)}
     if not found:
@@ -242,7 +187,7 @@ def _plans_of(model: PreTrainedModel, caller: str) -> dict[int, LayerPlan]:
 
 
 @contextmanager
-def observe_sparse_prefill(model: PreTrainedModel, observer: Callable[[SparseCall], None]) -> Iterator[None]:
+def observe_sparse_prefill(model: nn.Module, observer: Callable[[SparseCall], None]) -> Iterator[None]:
     """Show every sparse prefill of every layer inside a context to a function, while sparse prefill is on.
 
     The function gets the selection and the tensors that it was made from, just after the layer computed its attention;
@@ -266,7 +211,7 @@ def observe_sparse_prefill(model: PreTrainedModel, observer: Callable[[SparseCal
             plan.observer = before[index]
 
 
-def describe_sparse_prefill(model: PreTrainedModel) -> list[LayerDescription]:
+def describe_sparse_prefill(model: nn.Module) -> list[LayerDescription]:
     """What each attention layer does in a long prompt, and why.
 
     Args:
@@ -274,13 +219,15 @@ def describe_sparse_prefill(model: PreTrainedModel) -> list[LayerDescription]:
             settings.
 
     Returns:
-        One description for each layer, in order.
+        One description for each language layer, in order, then one for each part that keeps its own attention.
 
     Raises:
         TypeError, ValueError: for a model that cannot be served.
     """
+    inner = unwrap(model)
     plan = default_plan()
-    return [
-        describe(model, index, module, getattr(module, PLAN_ATTRIBUTE, None) or plan)
-        for index, module in check_model(model).items()
+    layers = [
+        describe(inner, index, module, getattr(module, PLAN_ATTRIBUTE, None) or plan)
+        for index, module in check_model(inner).items()
     ]
+    return layers + [describe_part(part) for part in Layout.of(inner).parts]

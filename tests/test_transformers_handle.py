@@ -131,7 +131,7 @@ def test_a_long_dense_prompt_with_padding_builds_no_square_mask(
     with enable_sparse_prefill(llama, SPARSE, min_prompt_tokens=1000):
         expected = run(llama, attention_mask=padded).logits
         monkeypatch.setattr("flexprefill_fa.dense.MAX_DENSE_MASK_TOKENS", 200)
-        monkeypatch.setattr("flexprefill_fa.integrations.hf_attention.dense_attention", None)
+        monkeypatch.setattr("flexprefill_fa.dispatch.dense_attention", None)
         got = run(llama, attention_mask=padded).logits
     torch.testing.assert_close(got[:, 100:], expected[:, 100:], atol=1e-5, rtol=1e-5)
 
