@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from flexprefill_fa import __version__, reporting
+from flexprefill_fa import __version__, masks, reporting
 from flexprefill_fa.evaluation.cli import evaluate
+from flexprefill_fa.fidelity.cli import fidelity
 from flexprefill_fa.inspection.output import check_out, write_atomically
 from flexprefill_fa.loading import (
     UsageError,
@@ -25,7 +26,6 @@ from flexprefill_fa.loading import (
     resolve_dtype,
     selector_spec,
 )
-from flexprefill_fa.masks import SelectorConfig
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.rows import environment
 
@@ -270,6 +270,7 @@ def _model_and_prompt(
 
 
 app.command("eval")(evaluate)
+app.command("fidelity")(fidelity)
 
 
 def _warn(message: str) -> None:
@@ -284,7 +285,7 @@ def _verdict(answer: Answer) -> Text:
     return Text(f"{answer.text} {'right' if answer.correct else 'wrong'}", style="green" if answer.correct else "red")
 
 
-def _print_layers(console: Console, sparse: Measurement, tokens: int, config: SelectorConfig) -> None:
+def _print_layers(console: Console, sparse: Measurement, tokens: int, config: masks.Selector) -> None:
     if sparse.layers:
         console.print(reporting.layer_table(sparse))
     else:

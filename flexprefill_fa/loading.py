@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import torch
 from flexprefill_fa.masks import get_selector
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,6 +27,8 @@ DENSE = "dense"
 """The name of attention over every causal block, where selectors are named."""
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 class UsageError(Exception):
@@ -148,7 +151,7 @@ def require_transformers() -> None:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | None, device: torch.device
+    path: str | Path, dtype: torch.dtype | None, device: torch.device, device_map: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A local Hugging Face causal language model with dense (SDPA) attention, and its tokenizer.
 
@@ -156,34 +159,89 @@ def load_model(
         path: a folder with config.json, weights and tokenizer. Nothing is downloaded, no code from it is run.
         dtype: of the weights; None keeps the checkpoint's.
         device: where the model goes.
+        device_map: how it is spread over devices instead, such as "auto".
 
     Raises:
         UsageError: if the folder or a file in it is missing or cannot be used.
     """
+    tokenizer = load_tokenizer(path)
+    _check_weights(path)
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = _LOCAL if device_map is None else {**_LOCAL, "device_map": device_map}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            Path(path), dtype=dtype or "auto", attn_implementation="sdpa", **options
+        )
+        model = (model if device_map is not None else model.to(device)).eval()
+    except Exception as error:  # a broken folder raises nearly anything, depending on which file is broken
+        raise UsageError(f"cannot load the model in {path}: {first_line(error)}") from error
+    return model, tokenizer
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local model; errors as for `load_model`, those of missing files included."""
+    folder = _model_folder(path)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    except Exception as error:
+        raise UsageError(f"cannot load the tokenizer in {path}: {first_line(error)}") from error
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """The config of a local model; errors as for `load_model`, those of missing files included."""
+    folder = _model_folder(path)
+    _check_weights(path)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, **_LOCAL)
+    except Exception as error:
+        raise UsageError(f"cannot load the model in {path}: {first_line(error)}") from error
+
+
+def _model_folder(path: str | Path) -> Path:
+    """The folder of a model that has every kind of file that is needed."""
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"no model folder at {path}: --model takes a local folder in Hugging Face format")
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UsageError(
+                f"the folder {path} holds an adapter alone{_its_base(folder)}: merge it into its base model with peft "
+                "(merge_and_unload, save_pretrained) and name the folder of the result"
+            )
         raise UsageError(f"the model folder {path} has no config.json")
-    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+    if not _any_file(folder, _TOKENIZER_FILES):
         raise UsageError(f"the model folder {path} has no tokenizer (such as tokenizer.json)")
     require_transformers()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return folder
 
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    # A broken folder raises nearly anything, depending on which file is broken.
+
+def _check_weights(path: str | Path) -> None:
+    if not _any_file(Path(path), _WEIGHT_FILES):
+        raise UsageError(f"cannot load the model in {path}: the folder has no weights (such as model.safetensors)")
+
+
+def _any_file(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(file for pattern in patterns for file in folder.glob(pattern))
+
+
+def model_name(path: str) -> str:
+    """What rows call a model: the path as it was given, or its last part where that says where things lie here."""
+    given = Path(path)
+    return given.resolve().name if given.is_absolute() or ".." in given.parts else given.as_posix()
+
+
+def _its_base(folder: Path) -> str:
+    """Which model an adapter is for, in words."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except Exception as error:
-        raise UsageError(f"cannot load the tokenizer in {path}: {first_line(error)}") from error
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", attn_implementation="sdpa", **options
-        )
-        model = model.to(device).eval()
-    except Exception as error:
-        raise UsageError(f"cannot load the model in {path}: {first_line(error)}") from error
-    return model, tokenizer
+        base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    return f" (for {base})" if isinstance(base, str) and base else ", no model"
 
 
 def token_count(text: str) -> int:

@@ -71,6 +71,14 @@ def changed_settings(selector: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value != usual[name]}
 
 
+def settings_text(row: dict[str, Any]) -> str:
+    """Those of a row's settings that are not the selector's usual ones, with mean correction and dense layers."""
+    shown = [f"{name}={value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
+    shown += ["mean_correction"] if row["mean_correction"] else []
+    shown += [f"dense_layers={'/'.join(map(str, row['dense_layers']))}"] if row["dense_layers"] else []
+    return " ".join(shown)
+
+
 def measurement_fields(measurement: Measurement) -> dict[str, Any]:
     """The numbers of a measurement; those that only sparse prefill has are left out for dense."""
     fields: dict[str, Any] = {"token_ids": measurement.token_ids, "prefill_seconds": measurement.prefill_seconds}

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from flexprefill_fa import __version__
+from flexprefill_fa.digests import model_sha256, tokenizer_sha256
 from flexprefill_fa.files import write_whole
 from flexprefill_fa.loading import UsageError, first_line
 
@@ -39,6 +41,27 @@ def environment(device: torch.device) -> Row:
         "flash_attn_4": package_version("flash-attn-4"),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def model_conditions(model: Any, folder: str | Path) -> Row:
+    """What a row says of the model that it was measured with, of the device and of the versions; all but the date.
+
+    Args:
+        model: a transformers model.
+        folder: where it was read from.
+    """
+    where = environment(model.device)
+    del where["date"]
+    return {
+        "model_sha256": model_sha256(folder),
+        "tokenizer_sha256": tokenizer_sha256(folder),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        **where,
+        "transformers": package_version("transformers"),
+        "flexprefill_fa": __version__,
+        "python": platform.python_version(),
     }
 
 
@@ -128,6 +151,20 @@ def drop_unfinished(path: Path) -> None:
         write_whole(path, data[: -len(last)])
     else:
         write_whole(path, data + b"\n")
+
+
+def rows_before(path: Path) -> list[Row]:
+    """The rows that are in a file already, without a line that was not finished, which is cut off.
+
+    Raises:
+        UsageError: where rows cannot be added to it.
+    """
+    require_appendable(path)
+    try:
+        drop_unfinished(path)
+        return read(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot add rows to {path}: {first_line(error)}") from error
 
 
 def keep(path: Path, wanted: Callable[[Row], bool]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,15 +15,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from flexprefill_fa import __version__
-from flexprefill_fa.digests import model_sha256, tokenizer_sha256
 from flexprefill_fa.evaluation import ACCURACY_KIND
 from flexprefill_fa.evaluation.harness import Answers, Tasks, ask, has_budget
 from flexprefill_fa.generation import Measurement, measure_dense, measure_sparse
 from flexprefill_fa.integrations.lm_eval import FlexPrefillLM
 from flexprefill_fa.loading import Choice, UsageError
 from flexprefill_fa.progress import WorkProgress
-from flexprefill_fa.rows import Row, environment, package_version
+from flexprefill_fa.rows import Row, model_conditions, package_version
 
 _OUTCOMES = (
     *("metric", "accuracy", "wrong", "samples", "truncated", "prompts_sha256", "density", "recall", "recall_min"),
@@ -87,20 +84,11 @@ class Evaluation:
             self._use(choice)  # what the model refuses is told before anything is asked
         self._versions = {name: tasks.version(name) for name in tasks.names}
         self._asked: dict[tuple[str, int | None], str] = {}  # task and length -> the hash of the prompts
-        where = {name: value for name, value in environment(lm.device).items() if name != "date"}
-        network: Any = lm.model
         self._conditions: Row = {
             "kind": ACCURACY_KIND,
-            "model_sha256": model_sha256(folder),
-            "tokenizer_sha256": tokenizer_sha256(folder),
-            "dtype": str(network.dtype).removeprefix("torch."),
-            "device": lm.device.type,
-            **where,
-            "transformers": version("transformers"),
+            **model_conditions(lm.model, folder),
             "lm_eval": version("lm_eval"),
-            "flexprefill_fa": __version__,
-            # Prompts are made of them: the standard library's text, and words.
-            "python": platform.python_version(),
+            # Prompts are made of its words, and of the text of Python's standard library.
             "wonderwords": package_version("wonderwords"),
             "seed": plan.seed,
             "batch_size": lm.batch_size,

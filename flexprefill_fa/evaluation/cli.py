@@ -16,6 +16,7 @@ from flexprefill_fa.loading import (
     UsageError,
     first_line,
     load_model,
+    model_name,
     one_line_errors,
     parse_choice,
     require_kernels,
@@ -24,8 +25,8 @@ from flexprefill_fa.loading import (
     token_count,
 )
 from flexprefill_fa.progress import WorkProgress
-from flexprefill_fa.reporting import changed_settings, open_console
-from flexprefill_fa.rows import Row, append, drop_unfinished, read, require_appendable
+from flexprefill_fa.reporting import open_console, settings_text
+from flexprefill_fa.rows import Row, append, rows_before
 
 _COLUMNS = ("task", "tokens", "selector", "settings", "accuracy", "density", "recall", "prefill ms")
 
@@ -86,7 +87,7 @@ def evaluate(
         numbers = tuple(sorted({token_count(item.strip()) for item in lengths.split(",")}))
         where, precision = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
-        before = _rows_before(out)
+        before = rows_before(out)
         progress = WorkProgress(console)
         with progress.task("finding tasks"):
             found = Tasks([name.strip() for name in tasks.split(",")], include_path or (), data_dir)
@@ -107,7 +108,7 @@ def evaluate(
         )
         lm = FlexPrefillLM(network, "dense", tokenizer=tokenizer, batch_size=batch_size)
         with progress.task("reading the weights for their hash"):
-            evaluation = Evaluation(lm, found, plan, _model_name(model), model)
+            evaluation = Evaluation(lm, found, plan, model_name(model), model)
         try:
             with progress.task(f"{', '.join(found.names)}", count_cells(plan, found)) as advance:
                 for cell in evaluation.cells(before, failed):
@@ -134,33 +135,9 @@ def evaluate(
         raise typer.Exit(2)
 
 
-def _rows_before(out: Path) -> list[Row]:
-    """The rows that are in a file already, without a line that was not finished, which is cut off."""
-    require_appendable(out)
-    try:
-        drop_unfinished(out)
-        return read(out)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot add rows to {out}: {first_line(error)}") from error
-
-
-def _model_name(path: str) -> str:
-    """What rows call a model: the path as it was given, or its last part where that says where things lie here."""
-    given = Path(path)
-    return given.resolve().name if given.is_absolute() or ".." in given.parts else given.as_posix()
-
-
-def _settings(row: Row) -> str:
-    """The settings that are not the selector's usual ones."""
-    shown = [f"{name}={value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
-    shown += ["mean_correction"] if row["mean_correction"] else []
-    shown += [f"dense_layers={'/'.join(map(str, row['dense_layers']))}"] if row["dense_layers"] else []
-    return " ".join(shown)
-
-
 def _line(row: Row) -> str:
     length = "" if row["length"] is None else f" at {row['length']} tokens"
-    who = " ".join(filter(None, (row["selector"], _settings(row))))
+    who = " ".join(filter(None, (row["selector"], settings_text(row))))
     return f"{row['task']}{length}, {who}: {row['metric']} {row['accuracy']:.3f}, density {row['density']:.3f}"
 
 
@@ -172,6 +149,6 @@ def _table(rows: list[Row]) -> Table:
     for row in rows:
         length, prefill = row["length"], row["timing"]["prefill_ms"]
         numbers = ["-" if row[name] is None else f"{row[name]:.3f}" for name in ("accuracy", "density", "recall")]
-        cells = [row["task"], "-" if length is None else str(length), row["selector"], _settings(row), *numbers]
+        cells = [row["task"], "-" if length is None else str(length), row["selector"], settings_text(row), *numbers]
         table.add_row(*cells, "-" if prefill is None else f"{prefill:.1f}")
     return table
