@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.accuracy_summary import accuracy_summaries
 from bench.accuracy_tables import accuracy_tables, task_tables
+from bench.fidelity_tables import leaderboards
 from bench.needle.run_tables import run_tables
 from bench.paths import ROOT
 from bench.peer_tables import peer_tables
@@ -65,6 +66,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "ttft": lambda results: ttft_tables(read(results / "ttft.jsonl"), read(results / "quality.jsonl")),
     "needle": lambda results: run_tables(read(results / "needle.jsonl")),
     "vllm": lambda results: vllm_tables(read(results / "vllm.jsonl")),
+    "fidelity": lambda results: leaderboards(read(results / "fidelity.jsonl")),
     "peers": lambda results: peer_tables(read(results / "peers.jsonl")),
     "demo": lambda results: demo_table(read(results / "demo.jsonl")),
 }
