@@ -71,5 +71,5 @@ def _caption(group: Sequence[Row]) -> str:
         f"to dense attention of {', '.join(f'{target:g}' for target in TARGETS)} nats, mean over the positions after "
         f"the first {row['skip']}, read between the settings of a sweep; - where the sweep does not reach it. Bold: "
         f"the least. {row['dtype']}, {row['gpu']}, torch {distinct(group, 'torch')}, transformers "
-        f"{distinct(group, 'transformers')}, commit {distinct(group, 'commit')}, {distinct(group, 'date')}."
+        f"{distinct(group, 'transformers')}, commit {distinct(group, 'commit')}."
     )

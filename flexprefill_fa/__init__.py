@@ -49,6 +49,10 @@ __all__ = [
 __all__ += [name for name in masks.__all__ if name not in __all__]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Selectors by their files, see `masks`."""
     return getattr(masks, name)

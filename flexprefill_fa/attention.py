@@ -4,12 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from flexprefill_fa import dispatch
 from flexprefill_fa.autocast import as_sdpa_casts
-from flexprefill_fa.backends import kernel_options, resolve_backend
-from flexprefill_fa.block_mask import check_layout, needs_position
+from flexprefill_fa.block_mask import check_layout
 from flexprefill_fa.masks.selector import Selector, check_selector
 from flexprefill_fa.region import Call, run_attend
 from flexprefill_fa.selection import BlockSelection, check_selection
@@ -120,14 +118,7 @@ def block_sparse_attention(
     check_layout(selection)
     query, key, value = as_sdpa_casts(query, key, value)
     starts, lengths = selection.starts, selection.lengths
-    resolved = resolve_backend(
-        backend,
-        query,
-        selection.block_size,
-        has_score_mod=score_mod is not None,
-        has_mask_mod=mask_mod is not None,
-        position_in_graph=is_dynamo_compiling() and needs_position(query, key, starts, lengths),
-    )
-    options = kernel_options(resolved, query, key, selection.block_size)
+    request = dispatch.Request(scale, starts, lengths, mask_mod, score_mod, mean_correction, backend=backend)
+    _, options = dispatch.kernel_for(query, key, selection.block_size, request)
     call = Call(selection.block_size, scale, mask_mod, score_mod, options, mean_correction)
     return run_attend(query, key, value, selection.lists, starts, lengths, call)

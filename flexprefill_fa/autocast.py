@@ -13,9 +13,9 @@ _T = TypeVar("_T")
 
 
 def as_sdpa_casts(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in autocast's dtype where it is on for their device, else as they are."""
+    """The three in autocast's dtype where it is on for their device, else as they are; float64 stays."""
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or torch.float64 in (query.dtype, key.dtype, value.dtype):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
     return query.to(dtype), key.to(dtype), value.to(dtype)

@@ -78,6 +78,23 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def kernel_for(query: Tensor, key: Tensor, block_size: int, request: Request) -> tuple[str, dict[str, Any]]:
+    """FlexAttention's kernel, by name, and its kernel_options.
+
+    Raises:
+        ValueError: for an unknown backend, or one that cannot run this call.
+    """
+    backend = resolve_backend(
+        request.backend,
+        query,
+        block_size,
+        has_score_mod=request.score_mod is not None,
+        has_mask_mod=request.mask_mod is not None,
+        position_in_graph=is_dynamo_compiling() and needs_position(query, key, request.starts, request.lengths),
+    )
+    return backend, kernel_options(backend, query, key, block_size)
+
+
 def decide(query: Tensor, key: Tensor, selector: Selector | None, request: Request, block_size: int = 128) -> Plan:
     """Dense or sparse, the kernel and its options.
 
@@ -94,15 +111,7 @@ def decide(query: Tensor, key: Tensor, selector: Selector | None, request: Reque
         raise ValueError(f"dense must be one of {DENSE}, got {request.dense!r}")
     size = block_size if selector is None else selector.block_size
     positioned = needs_position(query, key, request.starts, request.lengths)
-    backend = resolve_backend(
-        request.backend,
-        query,
-        size,
-        has_score_mod=request.score_mod is not None,
-        has_mask_mod=request.mask_mod is not None,
-        position_in_graph=is_dynamo_compiling() and positioned,
-    )
-    options = kernel_options(backend, query, key, size)
+    backend, options = kernel_for(query, key, size, request)
     if selector is not None and not _is_dense(query, key, selector, request, backend, positioned):
         return Plan(selector, True, backend, options)
     plain = request.score_mod is None and request.sinks is None and request.backend == "auto"
@@ -123,9 +132,10 @@ def _is_dense(query: Tensor, key: Tensor, selector: Selector, request: Request, 
     if positioned:  # dense attention then needs a mask
         fits = dense_mask_fits(query, key, request.starts, request.lengths)
         return key.shape[2] <= selector.dense_tokens and fits
-    return key.shape[2] <= selector.dense_tokens or (
-        not is_dynamo_compiling() and prefers_dense(query, key, selector, backend)
-    )
+    if key.shape[2] <= selector.dense_tokens:
+        return True
+    # The cost model compares with the fastest dense kernel, which one that was named may not be.
+    return request.backend == "auto" and not is_dynamo_compiling() and prefers_dense(query, key, selector, backend)
 
 
 def attend(

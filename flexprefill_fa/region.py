@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flexprefill_fa.autocast import no_autocast
 from flexprefill_fa.block_mask import assemble, both, causal, causal_at, looked_up, needs_position
@@ -209,12 +210,20 @@ def compile_limits() -> Iterator[None]:
         yield
 
 
+def nothing_compiles() -> bool:
+    """Whether a compiled call would not run but raise, and make later ones raise too.
+
+    With TORCH_COMPILE_DISABLE=1, and inside a mode that sees every operator, such as a FLOP counter.
+    """
+    return torch._dynamo.config.disable or is_in_torch_dispatch_mode(include_infra_modes=False)
+
+
 def compiled(region: Callable[..., _T]) -> Callable[..., _T]:
     """One graph for every length; where torch.compile is switched off by its settings, the region as it is."""
     graph = torch.compile(region, fullgraph=True, dynamic=True)
 
     def run(*arguments: Any, **named: Any) -> _T:
-        if torch._dynamo.config.disable:  # TORCH_COMPILE_DISABLE=1, where a graph does not run but raises
+        if nothing_compiles():
             return region(*arguments, **named)
         with compile_limits():
             return graph(*arguments, **named)

@@ -44,7 +44,9 @@ def attend_uncompiled(
     Raises:
         RuntimeError: while a CUDA graph is captured, because this waits for the GPU.
     """
-    _say_once(query)
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("sparse prefill can be captured in a CUDA graph only while torch.compile is switched on")
+    _say_once()
     batch, heads, q_len, dim = query.shape
     grid = Grid(q_len, key.shape[2], block_size)
     start, end = real_ranges(starts, lengths, batch, grid.kv_len, query.device).long()[..., None, None].unbind(1)
@@ -85,14 +87,12 @@ def attend_uncompiled(
     return torch.cat(parts, 2)
 
 
-def _say_once(query: Tensor) -> None:
+def _say_once() -> None:
     global _said
-    if query.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("sparse prefill can be captured in a CUDA graph only while torch.compile is switched on")
     if not _said:
         _said = True
         logger.warning(
-            "torch.compile is switched off: sparse attention runs in plain PyTorch, with the same result, slowly"
+            "torch.compile does not compile here: sparse attention runs in plain PyTorch, with the same result, slowly"
         )
 
 

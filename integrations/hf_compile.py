@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from transformers import DynamicCache, PreTrainedModel
 
-from flexprefill_fa.region import compile_limits
+from flexprefill_fa.region import compile_limits, nothing_compiles
 
 from .hf_layers import unwrap
 from .hf_mask import MIN_QUERY_TOKENS, real_keys
@@ -68,7 +68,7 @@ class CompiledPrefill:
     def _is_prefill(self, arguments: dict[str, Any]) -> bool:
         from .transformers import NAME
 
-        if torch.compiler.is_dynamo_compiling() or torch._dynamo.config.disable:  # traced, or nothing compiles
+        if torch.compiler.is_dynamo_compiling() or nothing_compiles():
             return False
         if self._model.config._attn_implementation != NAME:
             return False

@@ -224,6 +224,11 @@ def has_sinks(module: nn.Module) -> bool:
 
 def describe(model: PreTrainedModel, index: int, module: nn.Module, plan: LayerPlan) -> LayerDescription:
     """What one layer does in a long prompt, and why."""
+    from .hf_switch import NAME
+
+    own: Any = getattr(module, "config", model.config)
+    if getattr(module, PLAN_ATTRIBUTE, None) is not None and own._attn_implementation != NAME:
+        return LayerDescription(index, "dense", f"its attention was set to {own._attn_implementation!r} since")
     text = model.config.get_text_config(decoder=True)
     extras = []
     softcap = layer_softcap(model, module)

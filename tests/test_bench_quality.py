@@ -160,7 +160,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -
 
 def test_both_corrections_are_asked_for_unless_one_is_named(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = spoil(monkeypatch, lambda sparse: sparse)
-    shared = {"backend": "CPU", "return_selection": True}
+    shared = {"dense": "never", "backend": "CPU", "return_selection": True}
     options = ("--lengths", "600", "--layers", "0,3", "--selectors", SPEC, "--out", str(out))
     assert run(*options).exit_code == 0
     assert calls == [shared, {**shared, "mean_correction": True}] * 2

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 import torch
 from hf_models import prompt, tiny_model
-from surroundings import CONFIG, check_call
+from surroundings import CONFIG
 from workloads import structured_qk
 
-from flexprefill_fa import FlashPrefillConfig, StreamingLLMConfig, VerticalSlashConfig, select_blocks
+from flexprefill_fa import (
+    FlashPrefillConfig,
+    StreamingLLMConfig,
+    VerticalSlashConfig,
+    create_flexprefill_block_mask,
+    select_blocks,
+    sparse_prefill_attention,
+)
 from flexprefill_fa.integrations.transformers import collect_statistics, enable_sparse_prefill
 
 
@@ -49,8 +57,15 @@ def test_a_call(place: Callable[[str], AbstractContextManager]) -> None:
     query, key = structured_qk(2, 4, 2, 900, 900, 32)
     configs = (CONFIG, FlashPrefillConfig(), StreamingLLMConfig(128, 256), VerticalSlashConfig(256, 256))
     expected = [select_blocks(query, key, config, lengths=[900, 800]).to_dense() for config in configs]
-    with place("meta"):
+    value = torch.randn(key.shape)
+    options: dict[str, Any] = {"lengths": [900, 800]}
+    with torch.no_grad():
+        out = sparse_prefill_attention(query, key, value, CONFIG, **options)
+        mask = create_flexprefill_block_mask(query, key, config=CONFIG, **options)
+    with torch.no_grad(), place("meta"):
         found = [select_blocks(query, key, config, lengths=[900, 800]).to_dense() for config in configs]
+        assert torch.equal(sparse_prefill_attention(query, key, value, CONFIG, **options), out)
+        same = create_flexprefill_block_mask(query, key, config=CONFIG, **options)
+        assert torch.equal(same.kv_num_blocks, mask.kv_num_blocks)
+        assert select_blocks(query, key, CONFIG).recall(query, key).device.type == "cpu"
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    with default_device("cpu"):
-        check_call(lengths=[900, 800])

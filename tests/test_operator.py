@@ -71,7 +71,7 @@ def test_opcheck_positions(padding: tuple[Tensor | None, Tensor | None]) -> None
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_opcheck_sequence_ids(batch: int) -> None:
-    torch.library.opcheck(SEQUENCE_IDS, (torch.tensor([[0, 1, 2, 0, 1, 0]]), batch))
+    torch.library.opcheck(SEQUENCE_IDS, (torch.tensor([[0, 1, 2, 0, 1, 0]]), torch.zeros(batch, 1, 4, 16)))
 
 
 @pytest.mark.parametrize("arguments", CALLS.values(), ids=list(CALLS))
@@ -95,7 +95,9 @@ def test_fake_kernel_takes_symbolic_lengths() -> None:
 
 def test_sequence_ids() -> None:
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 5, 6, 7]])
-    assert SEQUENCE_IDS(position_ids, 2).tolist() == [[1, 1, 1, 2, 2, 3, 3, 3]] * 2
+    ids, queries, keys = SEQUENCE_IDS(position_ids, torch.zeros(2, 1, 5, 16))
+    assert ids.tolist() == [1, 1, 1, 2, 2, 3, 3, 3] * 2
+    assert queries.tolist() == [3, 11, 19] and keys.tolist() == [0, 8, 16]
 
 
 def test_positions_clamp_what_only_the_device_knows() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from workloads import random_qk
 
-from flexprefill_fa import Selector, get_selector, select_blocks, selector_names
+from flexprefill_fa import Selector, VerticalSlashConfig, get_selector, select_blocks, selector_names
 from flexprefill_fa.masks import selector as selector_module
 from flexprefill_fa.masks.element import Element
 
@@ -18,6 +18,7 @@ from flexprefill_fa.masks.element import Element
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test defines is forgotten after it."""
+    monkeypatch.setattr(selector_module, "_OPERATORS", dict(selector_module._OPERATORS))
     monkeypatch.setattr(selector_module, "_REGISTRY", dict(selector_module._REGISTRY))
 
 
@@ -183,3 +184,76 @@ def test_the_future_does_not_matter_and_the_own_blocks_are_kept() -> None:
     query, key = random_qk(1, 4, 2, 300, 700, 16)
     nothing = select_blocks(query, key, wrong(lambda e: ~e.visible().expand(4, -1, -1)))
     assert nothing.kept_blocks().tolist() == [[9 - 1] * 4], "three rows: the first block and two of its own, all seen"
+
+
+@pytest.mark.parametrize(
+    "name", ["keep", "operator", "settings", "sweep", "name", "scale", "selector", "mean_correction"]
+)
+def test_field_names_that_are_taken(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^Mine\.{name} is a name that selectors need themselves"):
+        type("Mine", (Selector,), {"__annotations__": {name: float}, name: 0.5}, name="clashes")
+    assert "clashes" not in selector_names()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"count": 2.7}, "Mine.count must be a int, got float 2.7"),
+        ({"count": True}, "Mine.count must be a int, got bool True"),
+        ({"count": 2**60 + 1}, "Mine.count must be a int, got int "),
+        ({"flag": 1}, "Mine.flag must be a bool, got int 1"),
+    ],
+)
+def test_values_of_another_type(fields: dict[str, Any], message: str) -> None:
+    @dataclass(frozen=True)
+    class Mine(Selector, name="typed"):
+        count: int = 2
+        flag: bool = False
+
+    with pytest.raises(TypeError, match=message):
+        Mine(**fields).settings()
+
+
+def define_near(count: int, names: tuple[str, ...] = ()) -> Any:
+    @dataclass(frozen=True)
+    class Near(Selector, name="near"):
+        diagnostics = names
+
+        def keep(self, element: Element) -> Tensor:
+            first, _ = element.diagonal()
+            block = torch.arange(element.grid.kv_blocks)
+            return (first[:, None] - block < count).expand(element.heads, -1, -1)
+
+    return Near
+
+
+def test_a_class_that_is_defined_again() -> None:
+    """As by a notebook's cell: the new rule counts, and configs of the old one are told."""
+    query, key = random_qk(1, 2, 1, 1500, 1500, 16)
+    old = define_near(1)()
+    few = select_blocks(query, key, old).density().mean()
+    assert select_blocks(query, key, define_near(6)()).density().mean() > few + 0.1
+    with pytest.raises(ValueError, match=r"^Near was defined again since this config was made: make a new one"):
+        select_blocks(query, key, old)
+    with pytest.raises(ValueError, match=r"'near' was defined with diagnostics \(\) and triton None"):
+        define_near(1, ("more",))
+
+
+def test_slots() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Slotted(Selector, name="slotted"):
+        count: int = 3
+
+    assert get_selector("slotted") is Slotted
+    assert Slotted.from_settings(Slotted(5).settings(), 128) == Slotted(5)
+
+
+def test_kernels_are_not_those_of_another_rule() -> None:
+    class Other(VerticalSlashConfig, name="other_rule"):
+        def keep(self, element: Element) -> Tensor:
+            return element.visible().expand(element.heads, -1, -1)
+
+    class Same(VerticalSlashConfig, name="same_rule"):
+        pass
+
+    assert Other.triton is None and Same.triton == VerticalSlashConfig.triton is not None

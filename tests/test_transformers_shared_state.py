@@ -24,6 +24,7 @@ from flexprefill_fa.integrations.transformers import (
     SparsePrefill,
     collect_statistics,
     compile_prefill,
+    describe_sparse_prefill,
     enable_sparse_prefill,
 )
 
@@ -195,6 +196,8 @@ def test_an_implementation_set_by_hand_holds_until_the_end(llama: PreTrainedMode
     outer = enable_sparse_prefill(llama, SPARSE)
     llama.set_attn_implementation("eager")
     torch.testing.assert_close(run(llama), dense, **CLOSE)
+    told = [(layer.runs, layer.why) for layer in describe_sparse_prefill(llama)]
+    assert told == [("dense", "its attention was set to 'eager' since")] * 2
     with enable_sparse_prefill(llama, SPARSE):
         assert is_sparse(llama, dense)
     outer.disable()

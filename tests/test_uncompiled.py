@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import graphs
 from oracle_attention import masked_attention
 from surroundings import CONFIG, check_call, check_calls, check_model
+from torch.utils.flop_counter import FlopCounterMode
 from workloads import structured_qk
 
 from flexprefill_fa import FlashPrefillConfig, select_blocks, sparse_prefill_attention, uncompiled
 from flexprefill_fa.dense import causal_attention
+from flexprefill_fa.region import reads_block_lists
 from flexprefill_fa.validation import CPU_MEAN_CORRECTION_TORCH, torch_version
 
 HERE = Path(__file__).parent
@@ -29,7 +32,7 @@ def test_switched_off_by_the_environment(variable: str) -> None:
     environment = {**os.environ, variable: "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", CHECKS], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("torch.compile is switched off") == 1, "said, and said once"
+    assert done.stderr.count("torch.compile does not compile here") == 1, "said, and said once"
 
 
 @pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
@@ -53,6 +56,27 @@ def test_another_backend_in_place_of_ours() -> None:
 def test_inside_a_graph_of_another_backend(backend: str) -> None:
     check_calls(torch.compile(sparse_prefill_attention, backend=backend, dynamic=True))
     check_model(lambda model: torch.compile(model, backend=backend))
+
+
+def test_under_a_mode_that_sees_every_operator() -> None:
+    """And compiled again behind it."""
+    with FlopCounterMode(display=False):
+        check_call()
+        check_model()
+    before = graphs()
+    check_call(seed=1)
+    check_call(seed=2)
+    assert graphs() <= before + 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        check_call(seed=3)
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("inductor", True), ("eager", False), ("aot_eager", False)])
+def test_what_compiles_a_trace_is_known(backend: str, expected: bool) -> None:
+    def told(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if reads_block_lists() else x - 1
+
+    assert (torch.compile(told, backend=backend, fullgraph=True)(torch.zeros(())) == 1) == expected
 
 
 def test_a_failed_compilation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,5 +152,5 @@ def test_it_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.M
         check_call()
         check_call()
     assert [record.message for record in caplog.records] == [
-        "torch.compile is switched off: sparse attention runs in plain PyTorch, with the same result, slowly"
+        "torch.compile does not compile here: sparse attention runs in plain PyTorch, with the same result, slowly"
     ]

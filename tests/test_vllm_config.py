@@ -55,7 +55,7 @@ def test_prompts_of_which_everything_is_kept_stay_dense() -> None:
     [
         ({"gama": 0.9}, r"additional_config\['sparse_prefill'\]: unknown setting 'gama', expected one of .*gamma"),
         ({"alpha": 0.1}, "unknown setting 'alpha'"),
-        ({"selector": "flash"}, "unknown selector 'flash', expected one of flashprefill"),
+        ({"selector": "flash"}, "unknown selector 'flash', expected one of cosa, flashprefill"),
         ({"gamma": 1.5}, r"gamma must be in \(0, 1\], got 1.5"),
         ({"gamma": "0.9"}, "gamma must be a number, got str"),
         ({"backend": "CPU"}, "backend must be one of auto, TRITON, FLASH, got 'CPU'"),

@@ -26,7 +26,12 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 _CLASSES = {get_selector(name).__name__: get_selector(name) for name in selector_names()}
-_FUNCTIONS = {f"create_{kind.name}_block_mask": kind for kind in _CLASSES.values()}
+_FUNCTIONS = {f"create_{name}_block_mask": get_selector(name) for name in selector_names()}
+if len(_CLASSES) < len(_FUNCTIONS):
+    raise ValueError(
+        "selectors must have classes of different names, got "
+        + ", ".join(f"{get_selector(name).__module__}.{get_selector(name).__name__}" for name in selector_names())
+    )
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]  # by their files
     *_CLASSES,
@@ -38,6 +43,10 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]  # by their files
     "select_blocks",
     "selector_names",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -45,7 +45,7 @@ def selector_names() -> list[str]:
 
 def check_selector(config: object) -> None:
     """A selector's config, or a TypeError that says what was expected."""
-    if isinstance(config, type) or not callable(getattr(config, "operator", None)):
+    if not isinstance(config, Selector):
         got = config.__name__ if isinstance(config, type) else type(config).__name__
         raise TypeError(f"config must be a selector config such as FlexPrefillConfig(), got {got}")
 
@@ -90,16 +90,28 @@ class Selector:
 
     def __init_subclass__(cls, name: str | None = None, register: bool = True, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
+        name = vars(cls).get("name") if name is None else name  # a dataclass with slots is made twice
         if name is None:
             raise TypeError(f"class {cls.__name__} needs a name: expected class {cls.__name__}(Selector, name=...)")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise ValueError(f"a selector's name must be lower case letters, digits and _, got {name!r}")
         if not register:  # for what stands in a selector's place and has an operator of its own
             return
-        # A dataclass with slots is made twice, and a module may be loaded again.
-        other = _REGISTRY.get(name)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"the selector {name!r} is there already: {other.__module__}.{other.__qualname__}")
+        inherited = "triton" not in vars(cls) and {"keep", "always", "pattern"} & set(vars(cls))
+        if inherited:  # kernels of another rule
+            cls.triton = None
+        other = _REGISTRY.get(name)  # a module may be loaded again, and a notebook's cell run again
+        remade = "__dataclass_params__" in vars(cls)  # by a dataclass with slots, before it has its qualified name
+        if other is not None and not remade:
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"the selector {name!r} is there already: {other.__module__}.{other.__qualname__}")
+            if (other.diagnostics, other.triton) != (cls.diagnostics, cls.triton):
+                raise ValueError(
+                    f"the selector {name!r} was defined with diagnostics {other.diagnostics} and triton "
+                    f"{other.triton!r}, which its operator keeps: expected the same, or another name"
+                )
+        if not isinstance(cls.diagnostics, tuple):
+            raise TypeError(f"{cls.__name__}.diagnostics must be a tuple of names, got {cls.diagnostics!r}")
         declared = vars(cls).get("__annotations__", {})
         if "block_size" not in declared:
             cls.__annotations__ = {**declared, "block_size": int}
@@ -148,6 +160,9 @@ class Selector:
         """The fields as float64 on the CPU, without the block size, for `operator`."""
         if not getattr(self, "__dataclass_params__").frozen:  # noqa: B009  # which no type checker knows
             raise TypeError(f"{type(self).__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it")
+        if _REGISTRY.get(self.name) is not type(self):
+            raise ValueError(f"{type(self).__name__} was defined again since this config was made: make a new one")
+        check_block_size(self.block_size)
         return as_settings(self, self._fields)
 
     @classmethod

@@ -25,19 +25,41 @@ class Travelling:
     choices: tuple[Any, ...] = ()
 
 
+# Arguments beside a selector's own: of the functions that make BlockMasks, and of vLLM's settings.
+_BESIDE_ITS_OWN = "name query key value config lengths starts scale eager_safe mean_correction dense_layers"
+_OF_VLLM = "selector backend log_seconds min_prefill_tokens min_prompt_tokens"
+_RESERVED = frozenset(f"{_BESIDE_ITS_OWN} {_OF_VLLM}".split())
+
+
+def _of_base(kind: type) -> set[str]:
+    """Names that its base classes have, other than their fields."""
+    return {name for base in kind.__mro__[1:] for name in vars(base)} - {
+        field for base in kind.__mro__[1:] for field in getattr(base, "__dataclass_fields__", ())
+    }
+
+
 def travelling_fields(kind: type) -> tuple[Travelling, ...]:
     """The fields of a dataclass in the making, in order, without `block_size`, which travels by itself.
 
     Raises:
         TypeError: for a field whose type does not travel.
     """
-    hints = get_type_hints(kind)
+    try:
+        hints = get_type_hints(kind)
+    except NameError as error:
+        raise TypeError(
+            f"{kind.__name__}: the type of a field is not known in its module ({error}): import or define it there"
+        ) from error
     names = [name for part in reversed(kind.__mro__) for name in vars(part).get("__annotations__", {})]
     found = []
     for name in dict.fromkeys(names):
         hint = hints[name]
         if name == "block_size" or hint is ClassVar or get_origin(hint) is ClassVar:
             continue
+        if name in _RESERVED or name in _of_base(kind):
+            raise TypeError(
+                f"{kind.__name__}.{name} is a name that selectors need themselves: call the field another way"
+            )
         parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         others = [part for part in parts if part is not NoneType]
         if len(others) == 1 and get_origin(others[0]) is Literal:
@@ -74,6 +96,9 @@ def _number(value: Any, field: Travelling, config: Any) -> float:
     number = float(value)
     if number != number or abs(number) == math.inf:
         raise ValueError(f"{type(config).__name__}.{field.name} must be finite, got {value}")
+    if field.kind(number) != value or isinstance(value, bool) != (field.kind is bool):
+        kind = getattr(field.kind, "__name__", field.kind)
+        raise TypeError(f"{type(config).__name__}.{field.name} must be a {kind}, got {type(value).__name__} {value!r}")
     return number
 
 
