@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_checks import assert_refused
 from typer.testing import CliRunner, Result
 
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'flexprefill-fa[eval]'")
 from bench.needle import MODEL_DIR
 from flexprefill_fa.cli import app
 from flexprefill_fa.evaluation.budget import Sample
@@ -27,14 +29,6 @@ def evaluate(out: Path, *arguments: str, model: Path = MODEL_DIR) -> Result:
     return CliRunner().invoke(
         app, ["eval", "--model", str(model), "--out", str(out), "--device", "cpu", *usual, *arguments]
     )
-
-
-def assert_refused(result: Result, *parts: str) -> None:
-    assert result.exit_code == 2, result.output
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    for part in parts:
-        assert part in line, line
 
 
 def but_timing(rows: list[Row]) -> list[Row]:

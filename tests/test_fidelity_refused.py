@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from cli_checks import assert_refused
 from safetensors.torch import load_file, save_file
-from test_evaluation import assert_refused
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
