@@ -205,6 +205,7 @@ def render(
     from bench.plots import (  # takes a second to import, and --check needs none
         draw_accuracy,
         draw_attention,
+        draw_fidelity,
         draw_quality,
     )
 
@@ -213,3 +214,4 @@ def render(
     draw_attention(RESULTS)
     draw_quality(RESULTS)
     draw_accuracy(RESULTS)
+    draw_fidelity(RESULTS)

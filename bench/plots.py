@@ -1,4 +1,4 @@
-"""The README's plots: time and speed-up against length, recall and output error against density."""
+"""The documents' plots: time and speed-up against length; recall, output error, accuracy and KL against density."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import matplotlib  # pyright: ignore[reportMissingImports]  # the bench extra alone brings it
 
 from bench.accuracy_tables import sparse_rows, task_tables
+from bench.fidelity_tables import sweeps
 from bench.quality_points import families, labels, quality_groups
-from bench.render import ACCURACY_PLOT, PLOT, QUALITY_PLOT
+from bench.render import ACCURACY_PLOT, FIDELITY_PLOT, PLOT, QUALITY_PLOT
 from bench.tables import KERNEL_NAMES, groups
+from flexprefill_fa.fidelity.plot import save_panels
 from flexprefill_fa.rows import Row, read
 
 matplotlib.use("Agg")  # no window
@@ -20,6 +22,7 @@ matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
 _ACROSS = 3  # axes in a row of accuracies
+_KL_TEXT = "source"  # the one of the KL plot
 _DENSITY_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 
@@ -143,4 +146,18 @@ def draw_accuracy(results: Path) -> Path | None:
     path = results / ACCURACY_PLOT
     figure.savefig(path, dpi=130)
     plt.close(figure)
+    return path
+
+
+def draw_fidelity(results: Path) -> Path | None:
+    """KL against density on source code, one axes per model and length; None, and no file, without rows."""
+    groups_of_text = [group for group in sweeps(read(results / "fidelity.jsonl")) if group[0]["text"] == _KL_TEXT]
+    panels: dict[str, list[Row]] = {}
+    for row in sorted(itertools.chain(*groups_of_text), key=lambda row: (row["model"], row["length"])):
+        panels.setdefault(f"{row['model']}, {row['length']:,} tokens", []).append(row)
+    if not panels:
+        return None
+    row = groups_of_text[0][0]
+    path = results / FIDELITY_PLOT
+    save_panels(panels, f"Real models on the text '{_KL_TEXT}', {row['gpu']}, {row['dtype']}", path)
     return path

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from bench.accuracy_summary import accuracy_summaries
 from bench.accuracy_tables import accuracy_tables, task_tables
-from bench.fidelity_tables import leaderboards
+from bench.fidelity_summary import fidelity_summary
+from bench.fidelity_tables import leaderboards, single_settings, sweeps
 from bench.needle.run_tables import run_tables
 from bench.paths import ROOT
 from bench.peer_tables import peer_tables
 from bench.quality_points import quality_groups
 from bench.quality_tables import correction_tables, selector_tables
+from bench.real_answers import ANSWERS, RealAnswers
+from bench.selection_costs import selection_costs
 from bench.tables import attention_tables, demo_table, density_tables, groups
 from bench.ttft_tables import ttft_tables
 from bench.vllm_tables import vllm_tables
@@ -23,6 +27,7 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "accuracy.md")
 PLOT = "attention.png"
 QUALITY_PLOT = "quality.png"
 ACCURACY_PLOT = "accuracy.png"
+FIDELITY_PLOT = "fidelity.png"
 
 _BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /bench:(?P=name) -->", re.DOTALL)
 _MARKER = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
@@ -46,8 +51,22 @@ def _quality_plot(results: Path) -> str:
     return _image(results / QUALITY_PLOT, "Recall and output error of each selector against the density it keeps")
 
 
-def _image(file: Path, what: str) -> str:
-    return f"![{what}]({file.relative_to(ROOT) if file.is_relative_to(ROOT) else file})"
+def _fidelity_plot(results: Path) -> str:
+    if not sweeps(read(results / "fidelity.jsonl")):
+        return ""
+    what = "KL to dense attention against the density that each selector keeps, on real models"
+    return _image(results / FIDELITY_PLOT, what, ROOT / "docs")
+
+
+def _leaderboards(results: Path) -> str:
+    costs, answers = selection_costs(read(results / "attention.jsonl")), RealAnswers(read(results / ANSWERS))
+    return leaderboards(read(results / "fidelity.jsonl"), costs, answers)
+
+
+def _image(file: Path, what: str, folder: Path = ROOT) -> str:
+    """`folder` is that of the document."""
+    shown = os.path.relpath(file, folder) if file.is_relative_to(ROOT) else file
+    return f"![{what}]({shown})"
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
@@ -66,7 +85,11 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "ttft": lambda results: ttft_tables(read(results / "ttft.jsonl"), read(results / "quality.jsonl")),
     "needle": lambda results: run_tables(read(results / "needle.jsonl")),
     "vllm": lambda results: vllm_tables(read(results / "vllm.jsonl")),
-    "fidelity": lambda results: leaderboards(read(results / "fidelity.jsonl")),
+    "fidelity": _leaderboards,
+    "fidelity-plot": _fidelity_plot,
+    "fidelity-settings": lambda results: single_settings(read(results / "fidelity.jsonl")),
+    "fidelity-summary": lambda results: fidelity_summary(read(results / "fidelity.jsonl")),
+    "ruler": lambda results: accuracy_tables(read(results / ANSWERS)),
     "peers": lambda results: peer_tables(read(results / "peers.jsonl")),
     "demo": lambda results: demo_table(read(results / "demo.jsonl")),
 }

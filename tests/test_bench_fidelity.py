@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.fidelity_tables import density_at, leaderboards
-from flexprefill_fa import FlashPrefillConfig, XAttentionConfig
+from bench.fidelity_summary import fidelity_summary
+from bench.fidelity_tables import density_at, leaderboards, single_settings
+from bench.plots import draw_fidelity
+from bench.real_answers import RealAnswers
+from bench.selection_costs import selection_costs
+from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, XAttentionConfig
+
+NO_COSTS, NO_ANSWERS = selection_costs([]), RealAnswers([])
 
 
 def row(config: Any, density: float, kl: float, **fields: Any) -> dict[str, Any]:
@@ -33,10 +41,107 @@ def test_a_table_for_each_model_and_text() -> None:
     rows += [row(XAttentionConfig(share), share / 4, 0.1 - share / 10) for share in (0.5, 0.8, 0.95)]
     rows += [row(XAttentionConfig(0.8), 0.2, 0.0201)]  # measured again: the later one counts
     rows += [row(XAttentionConfig(0.8), 0.2, 9.0, dense_layers=[1])]
-    rows += [row(XAttentionConfig(0.8), 0.3, 0.03, text="prose")]
-    source, prose = leaderboards(rows).split("**some-model**")[1:]
+    rows += [row(XAttentionConfig(share), share / 4, 0.05, text="prose") for share in (0.5, 0.8, 0.95)]
+    source, prose = leaderboards(rows, NO_COSTS, NO_ANSWERS).split("**some-model**")[1:]
     lines = [line for line in source.splitlines() if line.startswith("|")]
-    assert lines[0] == "| selector | 4,096: KL 0.1 | 4,096: KL 0.03 | 4,096: KL 0.01 |"
-    assert lines[2] == "| flashprefill | **0.500** | - | - |"
-    assert lines[3].startswith("| xattention | - | **0.16") and lines[3].endswith(" | **0.218** |")
+    assert (
+        lines[0] == "| selector | 4,096: KL 0.1 | 4,096: KL 0.03 | 4,096: KL 0.01 | select 32K, ms | select 128K, ms |"
+    )
+    assert lines[2] == "| flashprefill | **0.500** | - | - | - | - |"
+    assert lines[3].startswith("| xattention | - | **0.16") and lines[3].endswith(" | **0.218** | - | - |")
     assert "text 'prose'" in prose and "commit abc" in source
+
+
+def sweep(config: type, knobs: list[float], densities: list[float], kls: list[float], **fields: Any) -> list[Any]:
+    settings = zip(knobs, densities, kls, strict=True)
+    return [row(config(knob), density, kl, same_top=1 - kl, kl_99=9 * kl, **fields) for knob, density, kl in settings]
+
+
+def rows_of_three() -> list[dict[str, Any]]:
+    flex = sweep(FlexPrefillConfig, [0.8, 0.95, 0.99], [0.2, 0.3, 0.4], [0.4, 0.2, 0.1])
+    flash = sweep(FlashPrefillConfig, [0.3, 0.1, 0.05], [0.1, 0.2, 0.4], [0.2, 0.1, 0.02])
+    return flex + flash + sweep(XAttentionConfig, [0.5, 0.9, 0.95], [0.1, 0.25, 0.3], [0.3, 0.05, 0.03])
+
+
+def test_mean_correction_is_a_line_of_its_own() -> None:
+    plain = sweep(FlashPrefillConfig, [0.3, 0.1, 0.05], [0.1, 0.2, 0.4], [0.2, 0.1, 0.05])
+    corrected = sweep(FlashPrefillConfig, [0.3, 0.1, 0.05], [0.1, 0.2, 0.4], [0.1, 0.05, 0.01], mean_correction=True)
+    cells = [line.split(" | ") for line in leaderboards(plain + corrected, NO_COSTS, NO_ANSWERS).splitlines()]
+    found = {cell[0]: cell[1:4] for cell in cells if cell[0].startswith("| flash")}
+    assert found["| flashprefill"][0] == "0.200" and found["| flashprefill, corrected"][0] == "**0.100**"
+    assert found["| flashprefill"][2] == "-" and found["| flashprefill, corrected"][2] == "**0.400**"
+
+
+def cost(config: Any, length: int, select_ms: float, **fields: Any) -> dict[str, Any]:
+    shape = {"batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "workload": "sharpened"}
+    where = {"device": "cuda", "gpu": "A GPU", "torch": "2.11", "commit": "cost-commit", "date": "2026-01-01"}
+    settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    return shape | where | {
+        "selector": config.name, "settings": settings, "length": length, "select_ms": select_ms, "backend": "TRITON",
+        "kernel": "TRITON", **fields,
+    }  # fmt: skip
+
+
+def test_selection_costs_stand_beside_the_selectors_that_were_timed() -> None:
+    timed = [cost(FlashPrefillConfig(), 32_768, 0.31), cost(FlashPrefillConfig(), 131_072, 2.5)]
+    timed += [cost(FlashPrefillConfig(), 32_768, 0.25)]  # measured again
+    timed += [cost(XAttentionConfig(), 32_768, 7.0, device="cpu"), cost(XAttentionConfig(), 8192, 1.0)]
+    timed += [cost(FlexPrefillConfig(), 32_768, 0.5, heads=8)]
+    text = leaderboards(rows_of_three(), selection_costs(timed), NO_ANSWERS)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[-2:] for line in lines[2:]] == [["-", "- |"], ["0.25", "2.5 |"], ["-", "- |"]]
+    assert "flashprefill with alpha 0.1" in text and "cost-commit" in text and "xattention with" not in text
+
+
+def answers(selector: str, accuracies: dict[tuple[str, int], float], **fields: Any) -> list[dict[str, Any]]:
+    conditions = {
+        "kind": "accuracy", "model": "some-model", "model_sha256": "0123456789abcdef", "tokenizer_sha256": "0",
+        "python": "3.12", "gpu": "A GPU", "dtype": "bfloat16", "seed": 0, "samples": 50, "chat_template": True,
+        "task_version": 1.0, "metric": "string_match", "settings": {}, "mean_correction": False, "dense_layers": [],
+        "prompts_sha256": "0", "density": 0.5, "measured_prompts": 0,
+    }  # fmt: skip
+    cells = accuracies.items()
+    return [
+        {**conditions, "selector": selector, "task": task, "length": length, "accuracy": value, **fields}
+        for (task, length), value in cells
+    ]
+
+
+def test_answers_of_the_same_model_stand_beside_its_selectors() -> None:
+    asked = answers("dense", {("a", 4096): 1, ("b", 4096): 0.9, ("a", 16_384): 0.8})
+    asked += answers("flashprefill", {("a", 4096): 0.8, ("b", 4096): 0.5, ("a", 16_384): 0.3})
+    asked += answers("xattention", {("a", 4096): 0.8, ("a", 16_384): 0.7})
+    asked += answers("flexprefill", {("a", 4096): 0.1}, model_sha256="of another model")
+    text = leaderboards(rows_of_three(), NO_COSTS, RealAnswers(asked))
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert lines[0].endswith("| answers at 4K / 16K |") and "dense 0.95 / 0.80." in text
+    assert [line.split(" | ")[-1] for line in lines[2:]] == ["- |", "0.65 / 0.30 |", "- / 0.70 |"]
+
+
+def test_a_summary_has_a_line_for_each_selector_and_says_who_is_denser_and_further_away() -> None:
+    text = fidelity_summary(rows_of_three())
+    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [line.split(" | ")[:4] for line in lines] == [
+        ["| flexprefill", "in 1, 2.3x", "in none", "in none"],
+        ["| flashprefill", "in 1, 1.1x", "in 1, 1.1x", "in none"],
+        ["| xattention", "in 1, 1.0x", "in 1, 1.0x", "in none"],
+    ]
+    assert lines[0].endswith("| 0.300: KL 0.200, 80.0% the same |")
+    assert "flexprefill keeps 30.0% of the blocks" in text and "; xattention keeps 25.0%, and it does at 5.0%" in text
+    assert "xattention keeps 25.0% of the blocks" not in text, "flashprefill is sparser, but further from dense"
+    assert fidelity_summary([]) == ""
+
+
+def test_a_few_settings_are_no_sweep() -> None:
+    few = rows_of_three()[1:2]
+    assert leaderboards(few, NO_COSTS, NO_ANSWERS) == "" and single_settings(rows_of_three()) == ""
+    line = single_settings(few).splitlines()[-1]
+    assert line.startswith("| 4,096 | flexprefill | ") and line.endswith(" | 0.300 | 0.200 | 1.80 | 0.800 |")
+
+
+def test_the_plot_needs_a_sweep_on_source_code(tmp_path: Path) -> None:
+    rows = tmp_path / "fidelity.jsonl"
+    for text, drawn in (("prose", False), ("source", True)):
+        rows.write_text("".join(json.dumps({**one, "text": text}) + "\n" for one in rows_of_three()))
+        assert (draw_fidelity(tmp_path) is not None) is drawn
+    assert (tmp_path / "fidelity.png").read_bytes().startswith(b"\x89PNG")
