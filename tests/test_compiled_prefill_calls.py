@@ -41,22 +41,23 @@ def test_direct_calls(family: str) -> None:
         with torch.no_grad():
             return model(prompt(batch, LENGTH), **arguments)
 
-    for batch, arguments in CALLS[family]:
-        real = arguments.get("attention_mask", torch.ones(batch, LENGTH)).bool()
-        dense = run(batch, arguments)
-        with enable_sparse_prefill(model, SPARSE, statistics="density") as sparse:
-            expected = run(batch, arguments)
-            for layer in sparse.statistics.values():
-                layer.kept_blocks.fill_(-1)  # the compiled run has to write its own
-            with compile_prefill(model):
+    calls = CALLS[family]
+    dense = [run(*call) for call in calls]
+    with enable_sparse_prefill(model, SPARSE, statistics="density") as sparse:
+        expected = [run(*call) for call in calls]
+        with compile_prefill(model):
+            for (batch, arguments), plain, without in zip(calls, expected, dense, strict=True):
+                real = arguments.get("attention_mask", torch.ones(batch, LENGTH)).bool()
+                for layer in sparse.statistics.values():
+                    layer.kept_blocks.fill_(-1)  # the compiled run has to write its own
                 found = run(batch, arguments)
-            assert sparse.statistics
-            assert all(
-                layer.kept_blocks.min() > 0 and layer.density.max() < 0.9 for layer in sparse.statistics.values()
-            )
-        torch.testing.assert_close(found.logits[real], expected.logits[real], atol=1e-4, rtol=1e-4)
-        assert (found.logits - dense.logits)[real].abs().max() > 0.01, "dense"
-        assert_same_cache(found.past_key_values, expected.past_key_values, cached="use_cache" not in arguments)
+                assert sparse.statistics
+                assert all(
+                    layer.kept_blocks.min() > 0 and layer.density.max() < 0.9 for layer in sparse.statistics.values()
+                )
+                torch.testing.assert_close(found.logits[real], plain.logits[real], atol=1e-4, rtol=1e-4)
+                assert (found.logits - without.logits)[real].abs().max() > 0.01, "dense"
+                assert_same_cache(found.past_key_values, plain.past_key_values, cached="use_cache" not in arguments)
 
 
 def assert_same_cache(found: Any, expected: Any, *, cached: bool) -> None:

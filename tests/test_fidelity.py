@@ -22,7 +22,7 @@ from flexprefill_fa.integrations.transformers import enable_sparse_prefill
 from flexprefill_fa.loading import parse_choice
 from flexprefill_fa.rows import Row, read
 
-LENGTH = 1100
+LENGTH = 640
 SKIP = 128
 LITTLE = "sink_blocks=1+window_blocks=1+last_full_blocks=0"
 SPEC = f"flashprefill:alpha=0.2+{LITTLE}"
@@ -182,7 +182,7 @@ def test_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_everything_kept_is_dense(tmp_path: Path) -> None:
     """In bf16 too, and spread over devices, of which there is one here."""
     out = tmp_path / "rows.jsonl"
-    everything = ("--selector", "flexprefill:gamma=1", "--selector", "streaming_llm:window=4096")
+    everything = ("--selector", "flexprefill:gamma=1+min_budget=128", "--selector", "streaming_llm:window=4096")
     assert fidelity(out, *everything).exit_code == 0
     for row in read(out):
         assert row["density"] == 1 and row["recall"] == 1 and abs(row["kl"]) < 1e-8 and row["same_top"] == 1
@@ -201,7 +201,7 @@ def test_everything_kept_is_dense(tmp_path: Path) -> None:
 def test_target_and_dense_layers_as_a_user_asks(tmp_path: Path, needle_model: PreTrainedModel) -> None:
     """The lines that are printed, pasted, give the KL that was printed."""
     out = tmp_path / "rows.jsonl"
-    target = 0.003
+    target = 0.005
     ask = ("--selector", f"flashprefill:{LITTLE}", "--target-kl", str(target), "--no-recall")
     result = fidelity(out, *ask, "--json")
     assert result.exit_code == 0, result.output

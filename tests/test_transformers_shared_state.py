@@ -204,9 +204,10 @@ def test_an_implementation_set_by_hand_holds_until_the_end(llama: PreTrainedMode
     assert state(llama) == before
 
 
-def test_a_compiled_prefill_sees_the_switch(llama: PreTrainedModel, dense: Tensor) -> None:
+def test_a_compiled_prefill_sees_the_switch() -> None:
     """What a compiler reads of a config is what Python reads of it."""
-    ids = prompt(1, 400)
+    llama, ids = tiny_model("llama", layers=1), prompt(1, 400)
+    dense = run(llama)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "do_sample": False}
 
     def first_logits() -> Tensor:

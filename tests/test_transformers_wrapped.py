@@ -139,12 +139,12 @@ def test_a_wrapped_model(name: str) -> None:
 
 
 def test_a_compiled_model() -> None:
-    inner = tiny_model("llama")
+    inner = tiny_model("llama", layers=1)
     with enable_sparse_prefill(inner, SPARSE):
         expected = run(inner)
     dense, wrapped = run(inner), cast(Any, torch.compile(inner))
     with enable_sparse_prefill(wrapped, SPARSE):
-        assert [layer.runs for layer in describe_sparse_prefill(wrapped)] == ["sparse", "sparse"]
+        assert [layer.runs for layer in describe_sparse_prefill(wrapped)] == ["sparse"]
         torch.testing.assert_close(run(wrapped), expected, **CLOSE)
         with pytest.raises(ValueError, match="this LlamaForCausalLM is compiled already"):
             compile_prefill(wrapped)
