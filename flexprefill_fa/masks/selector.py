@@ -25,6 +25,7 @@ SelectOperator = Callable[..., Lists]
 
 _REGISTRY: dict[str, type[Selector]] = {}
 _OPERATORS: dict[str, SelectOperator] = {}
+_LIBRARIES: dict[str, torch.library.Library] = {}  # what defines each operator, as long as it is here
 
 
 def get_selector(name: str) -> type[Selector]:
@@ -201,25 +202,23 @@ def _define_operator(name: str, diagnostics: int, has_triton: bool) -> SelectOpe
         with without_autocast(query.device.type):
             return select_plain(query, key, starts, lengths, config, scale, all_partial)
 
-    operator = torch.library.custom_op(
-        f"flexprefill_fa::select_{name}",
-        select,
-        mutates_args=(),
-        device_types="cpu" if has_triton else None,
-        schema=schema,
-    )
-    if has_triton:
+    def select_on_cuda(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
+        config = _REGISTRY[name].from_settings(settings, block_size)
+        return kernels_of(name)(query, key, starts, lengths, config, scale, all_partial, zero_tails)
 
-        @operator.register_kernel("cuda")
-        def _(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
-            config = _REGISTRY[name].from_settings(settings, block_size)
-            return kernels_of(name)(query, key, starts, lengths, config, scale, all_partial, zero_tails)
-
-    @operator.register_fake
-    def _(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
+    def traced(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
         return traced_lists(query, key, block_size, diagnostics)
 
-    return operator
+    # Without what `torch.library.custom_op` adds, above all an autograd layer in Python, which each call would pay for.
+    operator = f"select_{name}"
+    _LIBRARIES.pop(name, None)  # one that was forgotten
+    library = _LIBRARIES[name] = torch.library.Library("flexprefill_fa", "FRAGMENT")
+    library.define(operator + schema, tags=torch.Tag.pt2_compliant_tag)
+    library.impl(operator, select, "CPU" if has_triton else "CompositeExplicitAutograd")
+    if has_triton:
+        library.impl(operator, select_on_cuda, "CUDA")
+    torch.library.register_fake(f"flexprefill_fa::{operator}", traced, lib=library)
+    return getattr(torch.ops.flexprefill_fa, operator).default
 
 
 @functools.cache
