@@ -1,14 +1,15 @@
 """A compiled region, run again on tensors like those of an earlier call without asking its guards.
 
-At every call torch.compile asks whether one of its graphs fits, under settings that are switched for the call: 0.1 ms of
-CPU time and more, where a short prompt keeps a GPU busy for 0.3. What the answer depends on is here a key: layouts,
-dtypes and devices of the tensors, all that is no tensor, and the modes that the graph was made under. The first call of
-a key goes through torch.compile, and what went into and came out of TorchInductor's part is kept, tensors by their
+At every call torch.compile asks whether one of its graphs fits, under settings that are switched for the call: 0.1 ms
+of CPU time and more, where a short prompt keeps a GPU busy for 0.3. What the answer depends on is here a key: layouts,
+dtypes and devices of the tensors, all that is no tensor, and the modes that the graph was made under. The first call
+of a key goes through torch.compile, and what went into and came out of TorchInductor's part is kept, tensors by their
 place among the call's; later ones go to that part. Whatever is not understood goes through torch.compile each time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard
+from torch._C._functorch import peek_interpreter_stack
 from torch._dynamo import eval_frame, lookup_backend
 from torch._ops import OpOverload
 
@@ -86,7 +88,7 @@ class _Recording:
             raise _Unknown
         places = [(i, place[id(x)]) for i, x in enumerate(given) if id(x) in place]
         constants = [None if id(x) in place else x for x in given]
-        if any(type(x) not in _SCALARS for x in constants):
+        if not all(map(_is_constant, constants)):
             raise _Unknown
         form = _form(result, {id(x): i for i, x in enumerate(results)})
         return cls(weakref.ref(graph), constants, places, form, GlobalStateGuard())
@@ -96,6 +98,11 @@ class _Recording:
         for i, place in self.places:
             given[i] = tensors[place]
         return _formed(self.form, graph.compiled(*given))
+
+
+def _is_constant(x: Any) -> bool:
+    """A number, or a tensor that Dynamo made of one: of the call's own tensors none is left."""
+    return type(x) in _SCALARS or (type(x) is Tensor and x.dim() == 0 and x.device.type == "cpu")
 
 
 def _form(result: Any, place: dict[int, int]) -> Any:
@@ -138,7 +145,7 @@ def _nothing_watches() -> bool:
     return (
         torch._C._len_torch_function_stack() == 0
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and peek_interpreter_stack() is None
         and eval_frame._stance.stance == "default"
         and eval_frame._stance.backend is None
     )
@@ -159,11 +166,11 @@ class Replayed:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """The region on these arguments."""
         tensors: list[Tensor] = []
-        try:
-            if not _nothing_watches():
-                raise _Unknown
-            key = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _key((arguments, named), tensors))
-        except _Unknown:
+        key = None
+        if _nothing_watches():
+            with contextlib.suppress(_Unknown):
+                key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _key((arguments, named), tensors)
+        if key is None:
             with self._settings():
                 return self._graph(*arguments, **named)
         found = self._recordings.get(key)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill_fa.kernels.common import LENGTHS, bits_of, on_device, real_range, top_of_row
+from flexprefill_fa.kernels.launch import kernel
 
 
 class CoverageBudget(NamedTuple):
@@ -29,7 +30,7 @@ def _covering_blocks(tokens, real, aware, least, most):
     return tl.where(aware != 0, least, tl.minimum(tl.maximum(count, least), most))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@kernel(do_not_specialize=LENGTHS)
 def _choose_kernel(
     column_sums,  # [rows, blocks]
     diagonal_sums,  # [rows, blocks]
