@@ -30,7 +30,6 @@ from flexprefill_fa.kernels.digits import (
     room_for_ties,
     sums_from,
 )
-from flexprefill_fa.kernels.launch import kernel
 
 LINE = 4096  # items of a flat row that one program takes at least
 SHORT = 32768  # items up to which one program per row is about as fast as a launch per digit
@@ -53,7 +52,7 @@ def in_prefix(bits, place, value, cut):
     return (bits > value) | ((bits == value) & (place <= cut))
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _short_kernel(
     scores,  # [rows, length] fp32, not negative
     active,  # [rows] int32, rows with 0 are skipped
@@ -87,7 +86,7 @@ def _short_kernel(
         tl.store(cuts + row, place_of_tie(scores, length, line, 0, lines, first_width, value, room, LINE_TILE, TILE))
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _digit_kernel(
     scores,
     active,
@@ -128,7 +127,7 @@ def _digit_kernel(
             tl.store(sums + ((step * rows + row) * splits + split) * WAYS + tl.arange(0, WAYS), found)
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _ties_kernel(
     scores,
     active,
@@ -158,7 +157,7 @@ def _ties_kernel(
         tl.store(ties + target, equal)
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _cut_kernel(
     scores,
     active,

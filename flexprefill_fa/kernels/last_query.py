@@ -26,7 +26,6 @@ from torch import Tensor
 
 from flexprefill_fa.grid import cdiv
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, head_slices, on_device, programs_at_once, real_range
-from flexprefill_fa.kernels.launch import kernel
 
 MAX_SPLITS = 64
 KEYS = 64  # keys of a tile of the second pass
@@ -54,7 +53,7 @@ def _slice(source, real, dim, stride_l, index, D: tl.constexpr):
     )
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _lse_kernel(
     query,
     key,
@@ -119,7 +118,7 @@ def _lse_kernel(
     tl.store(sums + target, total)
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _combine_kernel(
     ranges,
     maxima,
@@ -147,7 +146,7 @@ def _combine_kernel(
     tl.store(lse + row * BLOCK + lane, tl.where(q_real, found, float("inf")))
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _sums_kernel(
     query,
     key,

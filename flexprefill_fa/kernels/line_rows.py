@@ -10,7 +10,6 @@ from torch import Tensor
 from flexprefill_fa.grid import Grid
 from flexprefill_fa.kernels.common import LENGTHS, bits_of, on_device, real_range
 from flexprefill_fa.kernels.coverage import Prefix, in_prefix
-from flexprefill_fa.kernels.launch import kernel
 from flexprefill_fa.kernels.outputs import row_constants
 from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_blocks
 
@@ -23,7 +22,7 @@ def always_kept(block, start, row_first, row_last, BLOCK: tl.constexpr):
     return (block == start // BLOCK) | (block == row_first // BLOCK) | (block == row_last // BLOCK)
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _line_rows_kernel(
     ranges,
     aware,  # [rows] int32

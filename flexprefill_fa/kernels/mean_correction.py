@@ -14,7 +14,6 @@ from torch import Tensor
 
 from flexprefill_fa.grid import Grid, cdiv
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range, unit_stride
-from flexprefill_fa.kernels.launch import kernel
 from flexprefill_fa.kernels.outputs import prepare
 from flexprefill_fa.kernels.pooling import block_mean
 
@@ -22,7 +21,7 @@ CHUNK = 512  # index entries at a time
 SHARE = 64  # pieces that a program of the second launch looks at
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _kept_map_kernel(
     partial_counts,  # [rows, q_blocks] int32
     partial_indices,  # [rows, q_blocks, width] int32
@@ -108,7 +107,7 @@ def _add_means(
     return sums, total, highest
 
 
-@kernel(do_not_specialize=[*LENGTHS, "pieces"])
+@triton.jit(do_not_specialize=[*LENGTHS, "pieces"])
 def _correct_kernel(
     query,
     mean_key,  # [B, Hkv, kv_blocks, D], query's dtype

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
 from flexprefill_fa.kernels.last_query import LastQueryScores
-from flexprefill_fa.kernels.launch import kernel
 
 
 class HeadScores(NamedTuple):
@@ -24,7 +23,7 @@ class HeadScores(NamedTuple):
     logits: Tensor  # [B * Hq, nk] fp32: s mean(last queries) . mean(k_J)
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _merge_kernel(
     vertical,  # [steps, B * Hq, kv_len]
     slash,  # [B * Hq, kv_len]

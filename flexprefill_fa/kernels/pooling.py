@@ -10,10 +10,9 @@ from torch import Tensor
 
 from flexprefill_fa.grid import cdiv
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
-from flexprefill_fa.kernels.launch import kernel
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _block_mean_kernel(
     values,  # [B, H, length, D]
     ranges,  # [B, 2]

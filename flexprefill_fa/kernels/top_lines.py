@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill_fa.kernels.common import LENGTHS, bits_of, on_device, real_range, top_of_row
-from flexprefill_fa.kernels.launch import kernel
 
 
 class CoverageBudget(NamedTuple):
@@ -30,7 +29,7 @@ def _covering_blocks(tokens, real, aware, least, most):
     return tl.where(aware != 0, least, tl.minimum(tl.maximum(count, least), most))
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _choose_kernel(
     column_sums,  # [rows, blocks]
     diagonal_sums,  # [rows, blocks]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from flexprefill_fa.grid import Grid
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
-from flexprefill_fa.kernels.launch import kernel
 from flexprefill_fa.kernels.outputs import row_constants
 from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_blocks
 from flexprefill_fa.masks.flashprefill.config import FlashPrefillConfig
@@ -24,7 +23,7 @@ LOWEST = -149.0
 _SETTINGS = ["first_line", "log_alpha", "sink_blocks", "window_blocks", "last_full_blocks"]
 
 
-@kernel(do_not_specialize=[*LENGTHS, *_SETTINGS])
+@triton.jit(do_not_specialize=[*LENGTHS, *_SETTINGS])
 def _rows_kernel(
     ranges,
     scores,  # [lines of this launch, kv_blocks] fp32, in units of log 2

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from flexprefill_fa.grid import Grid
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range
-from flexprefill_fa.kernels.launch import kernel
 from flexprefill_fa.kernels.row_lists import row_geometry
 
 SPLIT_ROWS = 16  # pooled keys that one program of the split takes
@@ -69,7 +68,7 @@ def counted_blocks(row_last, end, BLOCK: tl.constexpr):
     return tl.where(row_last == end - 1, row_last + BLOCK, row_last + 1) // BLOCK
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _split_kernel(
     means,  # [all_rows, D] fp32
     parts,  # [2, all_rows, BLOCK_D] fp16, out
@@ -93,7 +92,7 @@ def _split_kernel(
     tl.store(factors + row, power_of_two(exponent) * scale, mask=inside)
 
 
-@kernel(do_not_specialize=[*LENGTHS, "first_line"])
+@triton.jit(do_not_specialize=[*LENGTHS, "first_line"])
 def _scores_kernel(
     query,  # [B, Hq, q_len, D]
     parts,

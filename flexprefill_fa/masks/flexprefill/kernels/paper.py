@@ -10,15 +10,15 @@ stands for w = (offset mod B) + (u - 1) B, that is for u = I - J + offset // B +
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from flexprefill_fa.kernels.common import LENGTHS, bits_of, on_device, real_range
 from flexprefill_fa.kernels.coverage import Prefix, in_prefix
-from flexprefill_fa.kernels.launch import kernel
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _diagonal_windows_kernel(
     slash,  # [rows, kv_len] fp32, by offset
     values,  # [rows] int32, the offsets' prefix
@@ -49,7 +49,7 @@ def _diagonal_windows_kernel(
         tl.store(hit + target, tl.max(tl.where(window <= upper, kept, 0), 0).to(tl.int8))
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _column_hits_kernel(vertical, values, cuts, ranges, hit, heads, kv_len, blocks, BLOCK: tl.constexpr):
     """hit[J] = 1 if a kept token lies in block J."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)

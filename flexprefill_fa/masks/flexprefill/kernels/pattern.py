@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill_fa.kernels.common import LENGTHS, denormal_exp, on_device, real_range
-from flexprefill_fa.kernels.launch import kernel
 
 
-@kernel(do_not_specialize=[*LENGTHS, "tau", "gamma", "gamma_rest"])
+@triton.jit(do_not_specialize=[*LENGTHS, "tau", "gamma", "gamma_rest"])
 def _pattern_kernel(
     logits,  # [rows, blocks] fp32
     columns,  # [rows, blocks] fp32

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
-from flexprefill_fa.kernels.launch import kernel
 
 
 def tile_options(head_dim: int, q_blocks: int) -> dict[str, int]:
@@ -33,7 +32,7 @@ def _tile(mean_query, mean_key, row_block, block, row_inside, visible, scale, D:
     return tl.where(visible, scores, float("-inf"))
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _pooled_attention_kernel(
     mean_query,  # [B, Hq, q_blocks, D] fp32
     mean_key,  # [B, Hkv, kv_blocks, D] fp32

@@ -3,19 +3,19 @@
 # Triton's kernels and launches are not what a type checker sees in them.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from flexprefill_fa.grid import Grid
 from flexprefill_fa.kernels.common import LENGTHS, bits_of, on_device, real_range, top_of_row
 from flexprefill_fa.kernels.coverage import Prefix, in_prefix
-from flexprefill_fa.kernels.launch import kernel
 from flexprefill_fa.kernels.line_rows import always_kept, pooled_arguments
 from flexprefill_fa.kernels.outputs import row_constants
 from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_blocks
 
 
-@kernel(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS)
 def _paper_rows_kernel(
     ranges,
     aware,  # [rows] int32
