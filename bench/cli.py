@@ -14,6 +14,7 @@ import typer
 from bench import calibrate as calibration
 from bench.attention import LengthBenchmark
 from bench.fit import fit_rates
+from bench.host import host_rows
 from bench.inputs import WORKLOADS
 from bench.paths import RESULTS
 from bench.peers_cli import peers
@@ -27,7 +28,7 @@ from bench.terminal import one_line_errors, plain, record
 from bench.ttft_cli import ttft
 from bench.tune import best_tiles, tuning_rows
 from bench.vllm_cli import vllm
-from flexprefill_fa.loading import UsageError, resolve_dtype
+from flexprefill_fa.loading import UsageError, require_kernels, resolve_device, resolve_dtype
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.reporting import open_console
 from flexprefill_fa.rows import Row, append, read, require_appendable
@@ -163,6 +164,29 @@ def tune(
                 typer.echo(json.dumps(row))
         for (capability, head_dim), tile in best_tiles(rows).items():
             typer.echo(f"compute capability {capability}, head_dim {head_dim}: {tile}", err=True)
+
+
+@app.command()
+def host(
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "1024,4096",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    repeats: Annotated[int, typer.Option(min=2, help="Measurements of each time.")] = 200,
+    out: Annotated[Path, typer.Option(help="JSON lines; rows of a GPU are added, a CPU's are printed alone.")] = RESULTS
+    / "host.jsonl",
+) -> None:
+    """Time what a call costs the CPU before the GPU has its work, for SDPA, dense attention and every selector."""
+    with one_line_errors():
+        where, precision = resolve_device(device), resolve_dtype(dtype)
+        if precision is None:
+            raise UsageError("dtype must be bfloat16, float16 or float32, got 'auto'")
+        require_kernels(where)
+        require_appendable(out)
+        for length in parse_lengths(lengths):
+            for row in host_rows(length, where, precision, repeats):
+                typer.echo(json.dumps(row))
+                if where.type == "cuda":
+                    append(out, row)
 
 
 @app.command()

@@ -5,6 +5,7 @@ and CPU (the C++ template). "auto" takes the fastest one that has been measured 
 that cannot be met is an error, never a silent fallback.
 """
 
+import functools
 import importlib.util
 import logging
 from pathlib import Path
@@ -29,6 +30,11 @@ _FLASH_INSTALLED = _flash_attn_4_installed()
 @torch.compiler.assume_constant_result
 def compute_capability(device_index: int | None) -> tuple[int, int]:
     """Of a CUDA device; a constant for a traced model."""
+    return _capability(torch.cuda.current_device() if device_index is None else device_index)
+
+
+@functools.cache
+def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
 
 

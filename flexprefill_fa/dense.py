@@ -70,7 +70,7 @@ def dense_attention(
         if q_len == 1:
             return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=gqa)
         if q_len == kv_len:
-            return causal_attention(query, key, value, fastest_dense(query), scale=scale)
+            return _causal_attention(query, key, value, fastest_dense(query), scale)
     mask = _causal_mask(query, key, 0, q_len, starts, lengths, mask_mod)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
 
@@ -179,6 +179,11 @@ def causal_attention(
         raise ValueError(
             f"dense causal attention needs as many queries as keys, got {query.shape[2]} and {key.shape[2]}"
         )
+    return _causal_attention(query, key, value, kernel, scale)
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, kernel: str, scale: float | None) -> Tensor:
+    """`causal_attention` on checked arguments."""
     gqa = query.shape[1] != key.shape[1]
     if kernel == "sdpa":
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)

@@ -84,7 +84,12 @@ def kernel_for(query: Tensor, key: Tensor, block_size: int, request: Request) ->
     Raises:
         ValueError: for an unknown backend, or one that cannot run this call.
     """
-    backend = resolve_backend(
+    backend = _backend_for(query, key, block_size, request)
+    return backend, kernel_options(backend, query, key, block_size)
+
+
+def _backend_for(query: Tensor, key: Tensor, block_size: int, request: Request) -> str:
+    return resolve_backend(
         request.backend,
         query,
         block_size,
@@ -92,7 +97,6 @@ def kernel_for(query: Tensor, key: Tensor, block_size: int, request: Request) ->
         has_mask_mod=request.mask_mod is not None,
         position_in_graph=is_dynamo_compiling() and needs_position(query, key, request.starts, request.lengths),
     )
-    return backend, kernel_options(backend, query, key, block_size)
 
 
 def decide(query: Tensor, key: Tensor, selector: Selector | None, request: Request, block_size: int = 128) -> Plan:
@@ -110,17 +114,17 @@ def decide(query: Tensor, key: Tensor, selector: Selector | None, request: Reque
     if request.dense not in DENSE:
         raise ValueError(f"dense must be one of {DENSE}, got {request.dense!r}")
     size = block_size if selector is None else selector.block_size
-    positioned = needs_position(query, key, request.starts, request.lengths)
-    backend, options = kernel_for(query, key, size, request)
-    if selector is not None and not _is_dense(query, key, selector, request, backend, positioned):
-        return Plan(selector, True, backend, options)
-    plain = request.score_mod is None and request.sinks is None and request.backend == "auto"
-    if plain and dense_mask_fits(query, key, request.starts, request.lengths, request.mask_mod):
-        return Plan(None, False, backend)
-    return Plan(EVERYTHING[size], False, backend, options)
+    backend = _backend_for(query, key, size, request)
+    sparse = selector is not None and not _is_dense(query, key, selector, request, backend)
+    if not sparse:
+        plain = request.score_mod is None and request.sinks is None and request.backend == "auto"
+        if plain and dense_mask_fits(query, key, request.starts, request.lengths, request.mask_mod):
+            return Plan(None, False, backend)
+    options = kernel_options(backend, query, key, size)
+    return Plan(selector if sparse else EVERYTHING[size], sparse, backend, options)
 
 
-def _is_dense(query: Tensor, key: Tensor, selector: Selector, request: Request, backend: str, positioned: bool) -> bool:
+def _is_dense(query: Tensor, key: Tensor, selector: Selector, request: Request, backend: str) -> bool:
     if request.dense == "never":
         return False
     if request.min_tokens is not None:
@@ -129,13 +133,13 @@ def _is_dense(query: Tensor, key: Tensor, selector: Selector, request: Request, 
         return False
     if query.shape[2] == 1:
         return True
-    if positioned:  # dense attention then needs a mask
-        fits = dense_mask_fits(query, key, request.starts, request.lengths)
-        return key.shape[2] <= selector.dense_tokens and fits
     if key.shape[2] <= selector.dense_tokens:
-        return True
+        return dense_mask_fits(query, key, request.starts, request.lengths)
+    positioned = needs_position(query, key, request.starts, request.lengths)  # dense attention then needs a mask
+    if positioned or request.backend != "auto" or is_dynamo_compiling():
+        return False
     # The cost model compares with the fastest dense kernel, which one that was named may not be.
-    return request.backend == "auto" and not is_dynamo_compiling() and prefers_dense(query, key, selector, backend)
+    return prefers_dense(query, key, selector, backend)
 
 
 def attend(

@@ -102,3 +102,10 @@ def unmasked_blocks(grid: Grid, ranges: Tensor) -> Tensor:
     below = block_first[None, :] + size - 1 <= row_first[:, None]  # [nq, nk]
     real = (block_first >= start[:, None]) & (block_first + size <= end[:, None])  # [B, nk]
     return below & real[:, None]
+
+
+def whole_blocks(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`visible_blocks` and `unmasked_blocks` of a batch without padding, bool `[1, nq, nk]` each, by three launches."""
+    every = torch.ones(1, grid.q_blocks, grid.kv_blocks, dtype=torch.bool, device=device)
+    last, below = grid.offset + grid.block_size - 1, grid.offset - grid.block_size + 1
+    return every.tril(last // grid.block_size), every.tril(below // grid.block_size)

@@ -20,6 +20,7 @@ from flexprefill_fa.block_mask import assemble, both, causal, causal_at, looked_
 from flexprefill_fa.grid import cdiv, positions, real_ranges
 from flexprefill_fa.masks.selector import SelectOperator
 from flexprefill_fa.mean_correction import correct_by_means, mean_mask, mean_score, with_means
+from flexprefill_fa.replay import Replayed, inductor
 from flexprefill_fa.selection import kept_table
 from flexprefill_fa.uncompiled import attend_uncompiled
 from flexprefill_fa.validation import torch_version
@@ -220,13 +221,10 @@ def nothing_compiles() -> bool:
 
 def compiled(region: Callable[..., _T]) -> Callable[..., _T]:
     """One graph for every length; where torch.compile is switched off by its settings, the region as it is."""
-    graph = torch.compile(region, fullgraph=True, dynamic=True)
+    graph = Replayed(torch.compile(region, fullgraph=True, dynamic=True, backend=inductor), compile_limits)
 
     def run(*arguments: Any, **named: Any) -> _T:
-        if nothing_compiles():
-            return region(*arguments, **named)
-        with compile_limits():
-            return graph(*arguments, **named)
+        return region(*arguments, **named) if nothing_compiles() else graph(*arguments, **named)
 
     return no_autocast(run)  # not a guard, which would be one more graph
 

@@ -21,7 +21,9 @@ LOG2E = 1.4426950408889634
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launch on the tensor's GPU, whichever is current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @functools.lru_cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexprefill_fa.autocast import without_autocast
-from flexprefill_fa.grid import Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks
+from flexprefill_fa.grid import Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks, whole_blocks
 from flexprefill_fa.masks.density import usual_density
 from flexprefill_fa.masks.element import Element, element_of
 from flexprefill_fa.masks.settings import Travelling, as_settings, of_settings, travelling_fields
@@ -25,6 +25,7 @@ SelectOperator = Callable[..., Lists]
 
 _REGISTRY: dict[str, type[Selector]] = {}
 _OPERATORS: dict[str, SelectOperator] = {}
+_LIBRARIES: dict[str, torch.library.Library] = {}  # what defines each operator, as long as it is here
 
 
 def get_selector(name: str) -> type[Selector]:
@@ -201,25 +202,23 @@ def _define_operator(name: str, diagnostics: int, has_triton: bool) -> SelectOpe
         with without_autocast(query.device.type):
             return select_plain(query, key, starts, lengths, config, scale, all_partial)
 
-    operator = torch.library.custom_op(
-        f"flexprefill_fa::select_{name}",
-        select,
-        mutates_args=(),
-        device_types="cpu" if has_triton else None,
-        schema=schema,
-    )
-    if has_triton:
+    def select_on_cuda(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
+        config = _REGISTRY[name].from_settings(settings, block_size)
+        return kernels_of(name)(query, key, starts, lengths, config, scale, all_partial, zero_tails)
 
-        @operator.register_kernel("cuda")
-        def _(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
-            config = _REGISTRY[name].from_settings(settings, block_size)
-            return kernels_of(name)(query, key, starts, lengths, config, scale, all_partial, zero_tails)
-
-    @operator.register_fake
-    def _(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
+    def traced(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
         return traced_lists(query, key, block_size, diagnostics)
 
-    return operator
+    # Without what `torch.library.custom_op` adds, above all an autograd layer in Python, which each call would pay for.
+    operator = f"select_{name}"
+    _LIBRARIES.pop(name, None)  # one that was forgotten
+    library = _LIBRARIES[name] = torch.library.Library("flexprefill_fa", "FRAGMENT")
+    library.define(operator + schema, tags=torch.Tag.pt2_compliant_tag)
+    library.impl(operator, select, "CPU" if has_triton else "CompositeExplicitAutograd")
+    if has_triton:
+        library.impl(operator, select_on_cuda, "CUDA")
+    torch.library.register_fake(f"flexprefill_fa::{operator}", traced, lib=library)
+    return getattr(torch.ops.flexprefill_fa, operator).default
 
 
 @functools.cache
@@ -244,15 +243,18 @@ def select_plain(
     """
     batch, heads, q_len, dim = query.shape
     grid = Grid(q_len, key.shape[2], config.block_size)
+    whole = starts is None and lengths is None
     ranges = real_ranges(starts, lengths, batch, grid.kv_len, query.device)
-    visible, unmasked = visible_blocks(grid, ranges), unmasked_blocks(grid, ranges)
+    if whole:
+        visible, unmasked = whole_blocks(grid, query.device)
+    else:
+        visible, unmasked = visible_blocks(grid, ranges), unmasked_blocks(grid, ranges)
     reports = {name: torch.zeros(batch, heads, device=query.device) for name in config.diagnostics}
     keep = config.pattern(grid, ranges)
     if keep is not None:
         keep, repeats = keep[:, None], heads
     else:
-        keep, repeats = torch.zeros(batch, heads, *visible.shape[1:], dtype=torch.bool, device=query.device), 1
-        whole = starts is None and lengths is None
+        keep, repeats = torch.zeros(batch, heads, *visible.shape[-2:], dtype=torch.bool, device=query.device), 1
         scale = 1 / math.sqrt(dim) if scale is None else scale
         for b, (start, end) in enumerate([(0, grid.kv_len)] * batch if whole else ranges.tolist()):
             found = element_of(query[b], key[b], start, end, grid, scale)
@@ -262,7 +264,7 @@ def select_plain(
                 for name, values in element.reports.items():
                     reports[name][b] = values
     keep = keep & visible[:, None]
-    full = keep & unmasked[:, None] & (not all_partial)
+    full = torch.zeros_like(keep) if all_partial else keep & unmasked[:, None]
     lists = (*index_lists(keep & ~full), *index_lists(full))
     if repeats > 1:
         lists = tuple(x.repeat(1, repeats, *[1] * (x.dim() - 2)) for x in lists)

@@ -1,0 +1,62 @@
+"""CPU time of a call until its work is with the GPU, ours beside SDPA's."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from bench.workloads import structured_inputs
+from flexprefill_fa import FlexPrefillConfig, Selector, get_selector, selector_names, sparse_prefill_attention
+from flexprefill_fa.dense import fastest_dense
+from flexprefill_fa.dispatch import Request, kernel_for
+from flexprefill_fa.rows import Row, environment
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+WARM_UPS = 20  # the first call compiles, the second is replayed
+
+
+def host_us(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Microseconds from a call to its return, each with an idle GPU before it."""
+    found = []
+    for index in range(WARM_UPS + repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter_ns()
+        call()
+        if index >= WARM_UPS:
+            found.append((time.perf_counter_ns() - start) / 1000)
+    return found
+
+
+@torch.no_grad()
+def host_rows(length: int, device: torch.device, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
+    """SDPA, dense attention through `dense="auto"`, and every selector: one row each, medians and percentiles in µs."""
+    inputs = structured_inputs(
+        length, HEADS, KV_HEADS, HEAD_DIM, sharpness=1.0, batch=1, dtype=dtype, device=device, seed=0
+    )
+    tensors = inputs.query, inputs.key, inputs.value
+    sdpa = partial(F.scaled_dot_product_attention, *tensors, is_causal=True, enable_gqa=True)
+    short = FlexPrefillConfig(min_budget=length)  # keeps every block of a prompt of this length
+    cases: list[tuple[str, str, Callable[[], object]]] = [
+        ("sdpa", "sdpa", sdpa),
+        ("dense auto", fastest_dense(inputs.query), partial(sparse_prefill_attention, *tensors, short)),
+    ]
+    kernel, _ = kernel_for(inputs.query, inputs.key, 128, Request())
+    for name in selector_names():
+        config: Selector = get_selector(name)()
+        cases.append((name, kernel, partial(sparse_prefill_attention, *tensors, config, dense="never")))
+    base = None
+    for case, backend, call in cases:
+        low, *_, high = statistics.quantiles(found := host_us(call, device, repeats), n=5, method="inclusive")
+        median = statistics.median(found)
+        base = median if base is None else base
+        row: Row = {"kind": "host", "device": device.type, **environment(device), "length": length}
+        row |= {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": str(dtype).removeprefix("torch.")}
+        row |= {"case": case, "kernel": backend, "host_us": round(median, 1), "repeats": repeats}
+        row |= {"host_us_p20": round(low, 1), "host_us_p80": round(high, 1)}
+        yield row | {"more_than_sdpa_us": round(median - base, 1)}

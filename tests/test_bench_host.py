@@ -1,0 +1,41 @@
+"""`python -m bench host` on the CPU: a row for each case, none added to a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_checks import assert_refused
+from typer.testing import CliRunner
+
+from bench.cli import app
+from flexprefill_fa import selector_names
+
+
+def run(*options: str):
+    return CliRunner().invoke(app, ["host", *options])
+
+
+def test_rows_of_the_cpu_are_printed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.host.HEADS", 4)
+    monkeypatch.setattr("bench.host.KV_HEADS", 2)
+    monkeypatch.setattr("bench.host.HEAD_DIM", 32)
+    monkeypatch.setattr("bench.host.WARM_UPS", 2)
+    out = tmp_path / "host.jsonl"
+    result = run("--lengths", "300", "--device", "cpu", "--dtype", "float32", "--repeats", "3", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["case"] for row in rows] == ["sdpa", "dense auto", *selector_names()]
+    assert not out.exists(), "a CPU's times are no result"
+    sdpa = rows[0]["host_us"]
+    for row in rows:
+        assert (row["kind"], row["device"], row["length"], row["heads"]) == ("host", "cpu", 300, 4)
+        assert 0 < row["host_us_p20"] <= row["host_us"] <= row["host_us_p80"]
+        assert row["more_than_sdpa_us"] == pytest.approx(row["host_us"] - sdpa, abs=0.11)
+    assert (rows[1]["kernel"], {row["kernel"] for row in rows[2:]}) == ("sdpa", {"CPU"})
+
+
+def test_what_cannot_run_is_refused() -> None:
+    assert_refused(run("--dtype", "auto"), "dtype must be bfloat16, float16 or float32, got 'auto'")
+    assert_refused(run("--lengths", "4k"), "lengths must be whole numbers of tokens")
