@@ -20,21 +20,25 @@ def torch_version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
-def check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    """A finite real number in [low, high] (or (low, high] with open_low)."""
+def check_number(
+    name: str, value: object, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """A finite real number in [low, high], without the ends that are open."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     number = float(value)
-    if not (low < number if open_low else low <= number) or not number <= high:
-        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}], got {value}")
+    above = low < number if open_low else low <= number
+    if not above or not (number < high if open_high else number <= high):
+        ends = "(" if open_low else "[", ")" if open_high else "]"
+        raise ValueError(f"{name} must be in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value}")
 
 
-def check_integer(name: str, value: object, low: int) -> None:
-    """A whole number of at least low."""
+def check_integer(name: str, value: object, low: int, high: int = MAX_INTEGER) -> None:
+    """A whole number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
-    if int(value) > MAX_INTEGER:
-        raise ValueError(f"{name} must be at most {MAX_INTEGER}, got {value}")
+    if int(value) > high:
+        raise ValueError(f"{name} must be at most {high}, got {value}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
 

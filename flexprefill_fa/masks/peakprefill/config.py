@@ -1,0 +1,70 @@
+"""The settings of PeakPrefill."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flexprefill_fa.masks.element import Element
+from flexprefill_fa.masks.peakprefill import reference
+from flexprefill_fa.masks.selector import Selector
+from flexprefill_fa.validation import check_block_size, check_integer, check_number
+
+MOST_REPRESENTATIVES = 16
+
+
+@dataclass(frozen=True)
+class PeakPrefillConfig(Selector, name="peakprefill"):
+    """Which share of one query's attention a key block must hold, and how closely its keys are looked at.
+
+    Published rules keep the blocks that hold most of a query block's mean attention; a block that one row in 128 needs
+    holds at most 1/128 of that. This one asks each row. The method and its measurements: docs/peakprefill.md.
+
+    Args:
+        peak: the share, in (0, 1). Shares of the rows of a query block count together as a norm of order 4: a block
+            that one row gives a share of `peak` is kept, and one that 16 rows give half of it.
+        representatives: "clusters" of a block's keys, or its "outliers" by themselves and the mean of the rest.
+        per_block: representatives of a key block, from 1 to 16; None: 8 in sequences of up to 32,768 tokens, 4 in
+            longer ones.
+        variance: whether a representative also stands for how far its keys lie from it.
+        last_full_blocks: last query blocks with a real query, which keep all they see (at least 0).
+        block_size: tokens per block, 64 or 128.
+
+    Raises:
+        ValueError, TypeError: for a value outside its range.
+    """
+
+    triton = "flexprefill_fa.masks.peakprefill.kernels:select"
+    sweep = {"peak": (0.6, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125)}  # noqa: RUF012
+
+    peak: float = 0.2
+    representatives: Literal["clusters", "outliers"] = "clusters"
+    per_block: int | None = None
+    variance: bool = True
+    last_full_blocks: int = 1
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        check_number("peak", self.peak, 0, 1, open_low=True, open_high=True)
+        if self.representatives not in ("clusters", "outliers"):
+            raise ValueError(f"representatives must be 'clusters' or 'outliers', got {self.representatives!r}")
+        if self.per_block is not None:
+            check_integer("per_block", self.per_block, 1, MOST_REPRESENTATIVES)
+        if not isinstance(self.variance, bool):
+            raise TypeError(f"variance must be True or False, got {self.variance!r}")
+        check_integer("last_full_blocks", self.last_full_blocks, 0)
+        check_block_size(self.block_size)
+
+    @property
+    def dense_tokens(self) -> int:
+        """Prompts of at most this many tokens keep every block: there are no others than those kept in any case."""
+        return (2 + self.last_full_blocks) * self.block_size
+
+    def keep(self, element: Element) -> Tensor:
+        """Blocks with a share above `peak` for some row, see `reference`."""
+        return reference.row_norms(element, self) >= self.peak
+
+    def always(self, element: Element) -> Tensor:
+        """The first block, a row's own positions, the last rows."""
+        return torch.logical_or(super().always(element), element.last_rows(self.last_full_blocks))

@@ -1,0 +1,37 @@
+"""PeakPrefill's selection in Triton: representatives of the keys, then one program per query block does all the rest.
+
+Three launches, no host synchronisation, and no memory but the lists themselves.
+"""
+
+import math
+
+from torch import Tensor
+
+from flexprefill_fa.kernels.outputs import empty_lists, prepare
+from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
+from flexprefill_fa.masks.peakprefill.kernels.representatives import representatives
+from flexprefill_fa.masks.peakprefill.kernels.rows import write_rows
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    config: PeakPrefillConfig,
+    scale: float | None = None,
+    all_partial: bool = False,
+    zero_tails: bool = False,
+) -> tuple[Tensor, ...]:
+    """The same as the rule in `reference`; entries past the counts are unwritten unless zero_tails.
+
+    Raises:
+        ValueError: for more key blocks than the row writer can count.
+    """
+    query, key, grid, ranges = prepare(query, key, starts, lengths, config.block_size)
+    batch, heads, _, dim = query.shape
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    lists = empty_lists(batch, heads, grid, query.device)
+    seen = representatives(query, key, ranges, grid, config, scale)
+    write_rows(query, key, seen, ranges, lists, grid, config, scale, all_partial=all_partial, zero_tails=zero_tails)
+    return lists

@@ -1,0 +1,72 @@
+"""PeakPrefill's rule in plain PyTorch: the specification that the Triton kernels are tested against.
+
+    z_q[J] = max_i (bias_{J,i} + s q . r_{J,i})        of the representatives r_{J,i} of key block J
+    p_q[J] = exp(z_q[J] - logsumexp_J z_q[J])
+    X[I, J] = (sum over the real queries q of I of p_q[J]^4)^(1/4)
+
+A query block I keeps J where X[I, J] >= peak. The first block and the blocks that hold a position of I are kept in any
+case; z of those is the exact log-sum-exp over the keys that q sees. All others that q sees lie wholly before I.
+
+Shapes in comments: H query heads, nq query blocks, nk key blocks, R representatives, B block size, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from flexprefill_fa.masks.element import Element
+from flexprefill_fa.masks.peakprefill.representatives import representatives
+
+if TYPE_CHECKING:
+    from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
+
+NORM = 4
+"""Order of the norm over a query block's rows; at infinity it would be the largest share of a row."""
+
+
+def row_norms(element: Element, config: PeakPrefillConfig) -> Tensor:
+    """X, fp32 `[H, nq, nk]`; 0 for blocks that no real query of I sees. A few query blocks at a time."""
+    grid, size = element.grid, config.block_size
+    vectors, bias = representatives(element, config)
+    vectors, count = rearrange(vectors, "h j r d -> h (j r) d"), vectors.shape[2]
+    bias = element.per_head(rearrange(bias, "h j r -> h 1 j r"))
+    queries, real = element.query_slots(), rearrange(element.real_queries, "(i b) -> i b", b=size)
+    block = torch.arange(grid.kv_blocks, device=element.device)
+    first, last = (place.clamp(min=0) for place in element.diagonal())  # [nq]
+    parts = []
+    for rows in element.row_pieces(4 * element.heads * size * (grid.kv_blocks * count + 3 * size)):
+        scores = element.products(queries[:, rows.start * size : rows.stop * size], vectors)
+        scores = (rearrange(scores, "h m (j r) -> h m j r", r=count) + bias).amax(-1)
+        scores = rearrange(scores, "h (i b) j -> h i b j", b=size)  # [H, rows, B, nk]
+        scores.masked_fill_((block >= first[rows, None])[:, None], -torch.inf)
+        for places in (torch.zeros_like(first[rows]), first[rows], last[rows]):
+            exact = exact_scores(element, rows, places)  # [H, rows, B]
+            scores.scatter_(3, places[:, None, None].expand(*exact.shape, 1), exact[..., None])
+        shares = (scores - scores.logsumexp(-1, keepdim=True)).exp()
+        shares = torch.where(real[rows, :, None], shares, 0.0)
+        parts.append(shares.pow(NORM).sum(2).pow(1 / NORM))
+    return torch.cat(parts, 1)
+
+
+def exact_scores(element: Element, rows: slice, places: Tensor) -> Tensor:
+    """Log-sum-exp of each query's scores with the keys that it sees of one key block.
+
+    Args:
+        element: the sequence. rows: query blocks. places: int64 `[rows]`, the key block of each.
+
+    Returns:
+        fp32 `[H, rows, B]`, minus infinity where the query sees none.
+    """
+    size = element.grid.block_size
+    queries = rearrange(element.query_slots(), "(h g) (i b) d -> h i (g b) d", g=element.groups, b=size)[:, rows]
+    keys = rearrange(element.key_slots(), "h (j b) d -> h j b d", b=size)[:, places]
+    scores = rearrange(queries.float() @ keys.float().mT, "h i (g b) k -> (h g) i b k", g=element.groups)
+    position = rearrange(element.query_position, "(i b) -> i b 1", b=size)[rows]
+    seen = (rearrange(element.key_position, "(j k) -> j 1 k", k=size)[places] <= position) & rearrange(
+        element.real_keys, "(j k) -> j 1 k", k=size
+    )[places]
+    return (scores * element.scale).masked_fill(~seen, -torch.inf).logsumexp(-1)
