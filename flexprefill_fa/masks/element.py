@@ -31,6 +31,7 @@ class SequenceGrid:
         key_pad: the first so many of them are padding, fewer than B.
         query_pad: the first query is this many rows into its block, fewer than B.
         block_size: B.
+        batch_keys: positions of the batch's keys, all padding included.
     """
 
     queries: int
@@ -38,6 +39,7 @@ class SequenceGrid:
     key_pad: int
     query_pad: int
     block_size: int
+    batch_keys: int
 
     @property
     def offset(self) -> int:
@@ -222,6 +224,6 @@ def element_of(
     keys = key[:, base:end]
     if start > base:
         keys = F.pad(keys[:, start - base :], (0, 0, start - base, 0))
-    place = SequenceGrid(q_end - q_first, end - base, start - base, q_first % size, size)
+    place = SequenceGrid(q_end - q_first, end - base, start - base, q_first % size, size, grid.kv_len)
     rows, columns = slice(q_first // size, cdiv(q_end, size)), slice(base // size, cdiv(end, size))
     return Element(query[:, q_first:q_end], keys, place, scale), rows, columns

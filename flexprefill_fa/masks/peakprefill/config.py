@@ -25,8 +25,8 @@ class PeakPrefillConfig(Selector, name="peakprefill"):
         peak: the share, in (0, 1). Shares of the rows of a query block count together as a norm of order 4: a block
             that one row gives a share of `peak` is kept, and one that 16 rows give half of it.
         representatives: "clusters" of a block's keys, or its "outliers" by themselves and the mean of the rest.
-        per_block: representatives of a key block, from 1 to 16; None: 8 in sequences of up to 32,768 tokens, 4 in
-            longer ones.
+        per_block: representatives of a key block, from 1 to 16; None: 8 for up to 32,768 positions, padding
+            included, and 4 for more.
         variance: whether a representative also stands for how far its keys lie from it.
         last_full_blocks: last query blocks with a real query, which keep all they see (at least 0).
         block_size: tokens per block, 64 or 128.

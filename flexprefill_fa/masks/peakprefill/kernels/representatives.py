@@ -1,6 +1,7 @@
-"""Representatives of key blocks: one program for each block of a key head, whose keys stay in registers.
+"""Representatives of key blocks: one program for each block of a key head, whose keys are read once.
 
-Per key: R seeds, CLUSTER_STEPS + 1 looks at R centres and as many means, some 20 R D operations; keys are read once.
+Seeds by distances as they are, a key at a time; after that distances to centres and means of members are matrix
+products. Centres go as two parts of the inputs' dtype, which together hold 16 bits of bf16 or 22 of fp16.
 """
 
 # Triton's kernels and launches are not what a type checker sees in them.
@@ -13,31 +14,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid
+from flexprefill_fa.grid import Grid, cdiv
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range
 from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
-from flexprefill_fa.masks.peakprefill.representatives import BY_LENGTH, CLUSTER_STEPS, QUERY_STEP
+from flexprefill_fa.masks.peakprefill.representatives import CLUSTER_STEPS, QUERY_STEP, count_of
 
 SPLITS = 16  # programs that share the queries of a key head
 QUERY_ROWS = 32  # queries of a program at a time
-MOST_BY_LENGTH, FEWEST_BY_LENGTH, LONGEST_WITH_MOST = map(tl.constexpr, BY_LENGTH)
+ROUND = 16  # representatives at most, and the least side of a matrix product
 
 
 class Representatives(NamedTuple):
-    """Representative i of key block J of kv head g of element b is row ((b Hkv + g) most + i) nk + J."""
+    """Representative i of key block J of kv head g of element b, R = `most` and T = `width` / R:
 
-    vectors: Tensor  # [B * Hkv * most * nk, BLOCK_D] in the inputs' dtype, 0 in the padding of D
-    biases: Tensor  # [B * Hkv * most * nk] fp32, in units of log 2
-    most: int  # representatives that a block may have
-    per_block: int  # those that it has, 0 where its sequence's length decides
+    row (((b Hkv + g) tiles + J // T) R + i) T + J % T. Undefined for blocks without a real key.
+    """
 
-
-@triton.jit
-def count_of(start, end, per_block, BLOCK: tl.constexpr):
-    """Representatives of a block of the sequence at [start, end)."""
-    keys = end - start // BLOCK * BLOCK
-    by_length = tl.where(keys <= LONGEST_WITH_MOST, MOST_BY_LENGTH, FEWEST_BY_LENGTH)
-    return tl.where(per_block > 0, per_block, by_length)
+    vectors: Tensor  # [B * Hkv * tiles * R * T, BLOCK_D] in the inputs' dtype, 0 in the padding of D
+    biases: Tensor  # [B * Hkv * tiles * R * T] fp32, in units of log 2, minus infinity for those that stand for nothing
+    tiles: int
+    most: int  # representatives of a block, rounded up to a power of two
+    width: int  # representatives of a tile
 
 
 @triton.jit
@@ -74,22 +71,30 @@ def _squares_kernel(
         item = first + tl.arange(0, ROWS)
         place = (item % groups).to(tl.int64) * stride_h + (last - item // groups * STEP).to(tl.int64) * stride_l
         inside = (item < count * groups)[:, None] & (dim < D)[None, :]
-        values = tl.load(query + place[:, None] + dim[None, :], mask=inside, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+        values = tl.load(query + place[:, None] + dim[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )  # [ROWS, BLOCK_D]
         total += tl.sum(values * values, 0)
     tl.store(sums + (row * SPLITS + split) * BLOCK_D + dim, total)
 
 
 @triton.jit
-def _squared_distance(keys, centre):
-    apart = keys - centre[None, :]
-    return tl.sum(apart * apart, 1)
+def _product(a, b):
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
-def _item(values, place):
-    """Row `place` of values `[N, BLOCK_D]`."""
-    row = tl.arange(0, values.shape[0])
-    return tl.sum(tl.where((row == place)[:, None], values, 0.0), 0)
+def _parts(values, like):
+    """Two parts of the dtype of `like`, which sum up to `values`; of fp32 the second is 0."""
+    high = values.to(like.dtype)
+    return high, (values - high.to(tl.float32)).to(like.dtype)
+
+
+@triton.jit
+def _means(keys, members):
+    """Sums of the members' keys over their number, `[ROUND, BLOCK_D]`; members `[BLOCK, ROUND]`, 0 or 1."""
+    number = tl.maximum(tl.sum(members, 0), 1.0)
+    return _product(tl.trans(members.to(keys.dtype)), keys) / number[:, None]
 
 
 @triton.jit
@@ -98,71 +103,81 @@ def _farthest(distance, real):
     lane = tl.arange(0, distance.shape[0])
     distance = tl.where(real, distance, -1.0)
     largest = tl.max(distance, 0)
-    return tl.min(tl.where(distance == largest, lane, distance.shape[0]), 0), largest
+    return tl.min(tl.where(distance == largest, lane, distance.shape[0] - 1), 0), largest
 
 
 @triton.jit
-def _clusters(keys, real, distance, count, ROUND: tl.constexpr, STEPS: tl.constexpr):
-    """Cluster of each key, int32 `[BLOCK]`, of at most ROUND."""
-    index = tl.arange(0, ROUND)
-    centres = tl.zeros([ROUND, keys.shape[1]], tl.float32)
-    used = tl.zeros([ROUND], tl.int32)
+def _members(keys, real, centres, used, index):
+    """0 or 1 `[BLOCK, ROUND]`: each real key with its nearest centre, the lower one among equals."""
+    high, low = _parts(centres, keys)
+    products = _product(keys, tl.trans(low)) + _product(keys, tl.trans(high))
+    apart = tl.sum(centres * centres, 1)[None, :] - 2.0 * products  # less the key's own square
+    apart = tl.where(used[None, :] > 0, apart, float("inf"))
+    nearest = tl.min(apart, 1)
+    cluster = tl.min(tl.where(apart == nearest[:, None], index[None, :], index.shape[0]), 1)
+    return tl.where(real[:, None] & (cluster[:, None] == index[None, :]), 1.0, 0.0)
+
+
+@triton.jit
+def _squared_distance(keys, vector):
+    apart = keys.to(tl.float32) - vector[None, :]
+    return tl.sum(apart * apart, 1)
+
+
+@triton.jit
+def _clusters(
+    key, stride_l, first, keys, real, distance, count, D: tl.constexpr, ROUND: tl.constexpr, STEPS: tl.constexpr
+):
+    """Members `[BLOCK, ROUND]` of `count` clusters; distance: of each key to the mean."""
+    index, dim = tl.arange(0, ROUND), tl.arange(0, keys.shape[1])
+    places, used = tl.zeros([ROUND], tl.int32), tl.zeros([ROUND], tl.int32)
     for seed in range(count):
         place, largest = _farthest(distance, real)
-        centre = _item(keys, place)
-        centres = tl.where((index == seed)[:, None], centre[None, :], centres)
+        places = tl.where(index == seed, place, places)
         used = tl.where(index == seed, tl.where(seed == 0, 1, (largest > 0).to(tl.int32)), used)
-        distance = tl.minimum(distance, _squared_distance(keys, centre))
-    cluster = tl.zeros([keys.shape[0]], tl.int32)
-    for step in range(STEPS + 1):
-        nearest = tl.full([keys.shape[0]], float("inf"), tl.float32)
-        for i in range(count):
-            known = tl.sum(tl.where(index == i, used, 0), 0) > 0
-            apart = _squared_distance(keys, _item(centres, i))
-            closer = apart < tl.where(known, nearest, 0.0)  # never for a centre that stands for nothing
-            cluster = tl.where(closer, i, cluster)
-            nearest = tl.where(closer, apart, nearest)
-        if step < STEPS:
-            for i in range(count):
-                member = (real & (cluster == i)).to(tl.float32)
-                members = tl.sum(member, 0)
-                mean = tl.sum(keys * member[:, None], 0) / tl.maximum(members, 1.0)
-                moved = tl.where(index == i, members, 0.0) > 0
-                centres = tl.where(moved[:, None], mean[None, :], centres)
-    return cluster
+        vector = tl.load(key + (first + place).to(tl.int64) * stride_l + dim, mask=dim < D, other=0.0)
+        distance = tl.minimum(distance, _squared_distance(keys, vector.to(tl.float32)))
+    source = (first + places).to(tl.int64)[:, None] * stride_l + dim[None, :]
+    seeds = tl.load(key + source, mask=(index < count)[:, None] & (dim < D)[None, :], other=0.0)
+    centres = seeds.to(tl.float32)  # [ROUND, BLOCK_D]
+    for _ in range(STEPS):
+        members = _members(keys, real, centres, used, index)
+        centres = tl.where((tl.sum(members, 0) > 0)[:, None], _means(keys, members), centres)
+    return _members(keys, real, centres, used, index)
 
 
 @triton.jit
-def _outliers(real, distance, count):
-    """1, 2, ... for the keys farthest from the mean, 0 for all others."""
-    lane = tl.arange(0, distance.shape[0])
-    cluster = tl.zeros([distance.shape[0]], tl.int32)
+def _outliers(real, distance, count, ROUND: tl.constexpr):
+    """Members `[BLOCK, ROUND]`: the farthest keys from the mean by themselves, behind all others together."""
+    index, lane = tl.arange(0, ROUND), tl.arange(0, real.shape[0])
+    cluster = tl.zeros([real.shape[0]], tl.int32)
     for i in range(1, count):
         place, largest = _farthest(distance, real & (cluster == 0))
-        cluster = tl.where(lane == place, tl.where(largest >= 0, i, 0), cluster)
-    return cluster
+        cluster = tl.where(lane == place, tl.where(largest >= 0, i, cluster), cluster)
+    return tl.where(real[:, None] & (cluster[:, None] == index[None, :]), 1.0, 0.0)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "per_block"])
+@triton.jit(do_not_specialize=[*LENGTHS, "count"])
 def _representatives_kernel(
     key,  # [B, Hkv, kv_len, D]
     ranges,  # [B, 2]
     squares,  # [B * Hkv, SPLITS, BLOCK_D] fp32
-    vectors,  # [B * Hkv, MOST, blocks, BLOCK_D], out
-    biases,  # [B * Hkv, MOST, blocks] fp32, out
+    vectors,  # [B * Hkv, tiles, R, T, BLOCK_D], out
+    biases,  # [B * Hkv, tiles, R, T] fp32, out
     stride_b,
     stride_h,
     stride_l,
     kv_heads,
     groups,
     offset,
-    blocks,
-    per_block,
+    tiles,
+    count,
     factor,  # s^2 log2(e) / 2
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
-    MOST: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
     ROUND: tl.constexpr,
     CLUSTERS: tl.constexpr,
     VARIANCE: tl.constexpr,
@@ -174,34 +189,32 @@ def _representatives_kernel(
     start, end = real_range(ranges, row // kv_heads)
     position = block * BLOCK + tl.arange(0, BLOCK)
     real = (position >= start) & (position < end)
-    dim = tl.arange(0, BLOCK_D)
-    source = row // kv_heads * stride_b + row % kv_heads * stride_h + position.to(tl.int64)[:, None] * stride_l
+    dim, index = tl.arange(0, BLOCK_D), tl.arange(0, ROUND)
+    key += row // kv_heads * stride_b + row % kv_heads * stride_h
     inside = real[:, None] & (dim < D)[None, :]
-    keys = tl.load(key + source + dim[None, :], mask=inside, other=0.0).to(tl.float32)  # [BLOCK, BLOCK_D]
-    count = count_of(start, end, per_block, BLOCK)
-    mean = tl.sum(keys, 0) / tl.maximum(tl.sum(real.to(tl.float32), 0), 1.0)
+    keys = tl.load(key + position.to(tl.int64)[:, None] * stride_l + dim[None, :], mask=inside, other=0.0)
+    mean = tl.sum(keys.to(tl.float32), 0) / tl.maximum(tl.sum(real.to(tl.float32), 0), 1.0)
     distance = _squared_distance(keys, mean)
     if CLUSTERS:
-        cluster = _clusters(keys, real, distance, count, ROUND, STEPS)
+        members = _clusters(key, stride_l, block * BLOCK, keys, real, distance, count, D, ROUND, STEPS)
     else:
-        cluster = _outliers(real, distance, count)
+        members = _outliers(real, distance, count, ROUND)
+    number = tl.sum(members, 0)
+    means = _means(keys, members)
+    bias = tl.log2(number)
     if VARIANCE:
         _, queries = sampled_queries(start, end, offset, STEP)
         split = tl.arange(0, SPLITS)
         square = tl.sum(tl.load(squares + (row * SPLITS + split)[:, None] * BLOCK_D + dim[None, :]), 0)
         square = square / tl.maximum((queries * groups).to(tl.float32), 1.0) * factor
-    for i in range(count):
-        member = (real & (cluster == i)).to(tl.float32)
-        members = tl.sum(member, 0)
-        vector = tl.sum(keys * member[:, None], 0) / tl.maximum(members, 1.0)
-        bias = tl.log2(members)
-        if VARIANCE:
-            apart = keys - vector[None, :]
-            spread = tl.sum(apart * apart * member[:, None], 0) / tl.maximum(members, 1.0)
-            bias += tl.sum(spread * square, 0)
-        target = (row * MOST + i) * blocks + block
-        tl.store(vectors + target * BLOCK_D + dim, vector.to(vectors.dtype.element_ty))
-        tl.store(biases + target, bias)
+        high, low = _parts(means, keys)
+        which = members.to(keys.dtype)
+        apart = keys.to(tl.float32) - (_product(which, low) + _product(which, high))
+        spread = tl.sum(apart * apart * square[None, :], 1)
+        bias += tl.sum(members * spread[:, None], 0) / tl.maximum(number, 1.0)
+    target = ((row * tiles + block // T) * R + index) * T + block % T
+    tl.store(vectors + target[:, None] * BLOCK_D + dim[None, :], means.to(keys.dtype), mask=(index < R)[:, None])
+    tl.store(biases + target, bias, mask=index < R)
 
 
 def representatives(
@@ -210,9 +223,11 @@ def representatives(
     """The same as the plain `representatives`, of a batch; undefined for blocks without a real key."""
     batch, kv_heads, _, dim = key.shape
     groups, padded = query.shape[1] // kv_heads, max(16, triton.next_power_of_2(dim))
-    per_block = config.per_block or 0
-    most = per_block or BY_LENGTH[0]
-    rows = batch * kv_heads * most * grid.kv_blocks
+    count = count_of(config, grid.kv_len)
+    most = triton.next_power_of_2(count)
+    width = tile_width(padded, key.element_size())
+    tiles = cdiv(grid.kv_blocks, width // most)
+    rows = batch * kv_heads * tiles * width
     vectors = torch.empty(rows, padded, dtype=key.dtype, device=key.device)
     biases = torch.empty(rows, dtype=torch.float32, device=key.device)
     squares = torch.empty(batch * kv_heads, SPLITS, padded, dtype=torch.float32, device=key.device)
@@ -223,9 +238,20 @@ def representatives(
                 query, ranges, squares, *query.stride()[:3], kv_heads, groups, grid.offset, ROWS=QUERY_ROWS, **sizes
             )
         _representatives_kernel[(grid.kv_blocks, batch * kv_heads)](
-            key, ranges, squares, vectors, biases, *key.stride()[:3], kv_heads, groups, grid.offset, grid.kv_blocks,
-            per_block, scale * scale * LOG2E / 2, BLOCK=grid.block_size, MOST=most,
-            ROUND=triton.next_power_of_2(most), CLUSTERS=config.representatives == "clusters",
-            VARIANCE=config.variance, STEPS=CLUSTER_STEPS, num_warps=4 if padded <= 64 else 8, **sizes,
+            key, ranges, squares, vectors, biases, *key.stride()[:3], kv_heads, groups, grid.offset, tiles, count,
+            scale * scale * LOG2E / 2, BLOCK=grid.block_size, R=most, T=width // most, ROUND=ROUND,
+            CLUSTERS=config.representatives == "clusters", VARIANCE=config.variance, STEPS=CLUSTER_STEPS,
+            num_warps=warps_of(padded), **sizes,
         )  # fmt: skip
-    return Representatives(vectors, biases, most, per_block)
+    return Representatives(vectors, biases, tiles, most, width)
+
+
+def tile_width(padded_dim: int, item_bytes: int) -> int:
+    """Representatives of a tile, so that queries and tiles stay within 163 KB."""
+    wide = padded_dim * item_bytes
+    return 64 if wide <= 256 else 32 if wide <= 512 else 16
+
+
+def warps_of(padded_dim: int) -> int:
+    """Warps that hold the keys of a block."""
+    return 4 if padded_dim <= 64 else 8

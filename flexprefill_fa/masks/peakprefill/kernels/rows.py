@@ -1,12 +1,15 @@
 """One program per query block: scores, shares, kept blocks and their lists.
 
-    c = exact log-sum-exp over the first block and those of the query block itself, per row
-    look at every representative, nearest blocks first: z = max_i (bias_i + s q . r_i); l += exp(z - c);
-        a block whose rows' shares come near the peak by c, which is too small a sum, is a candidate
-    look at the candidates again, by the whole sum; those that reach the peak are kept
+    exact scores of the first block and of the query block's own positions
+    all tiles of representatives, nearest first: z = max_i (bias_i + s q . r_i) and the running log-sum-exp of each row;
+        a tile with a block whose norm of shares comes near the peak is noted: the sum so far is too small, so shares
+        are too large, and no other tile can hold one
+    the noted tiles again, by the whole sum: what reaches the peak is kept
 
-The products are R / B of dense attention's. Candidates are few, and stand in the row of the full list meanwhile, at its
-end: what is written at its beginning stays behind what is read. Scores are in units of log 2.
+The products are R / B of dense attention's, and some again. A tile holds COLUMNS representatives, i first: i and block
+b at column i T + b, so that the maximum over i stays in a thread. Notes stand at the end of the row of the full list,
+whose beginning is written meanwhile: it has fewer entries than there are blocks in the tiles looked at. Scores are in
+units of log 2.
 """
 
 # Triton's kernels and launches are not what a type checker sees in them.
@@ -21,67 +24,46 @@ from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range
 from flexprefill_fa.kernels.outputs import row_constants
 from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_blocks
 from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
-from flexprefill_fa.masks.peakprefill.kernels.representatives import Representatives, count_of
+from flexprefill_fa.masks.peakprefill.kernels.representatives import Representatives
 
 LEAST = 1e-37  # of peak ** 4: fp32 holds nothing smaller
 
 
 @triton.jit
-def _exact_scores(keys, block, start, end, position, queries, factor, stride_l, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Log-sum-exp of each query's scores with the keys that it sees of a block; minus infinity for none."""
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    dim = tl.arange(0, queries.shape[0])
-    real = (token >= start) & (token < end)
-    source = keys + token.to(tl.int64)[:, None] * stride_l + dim[None, :]
-    tile = tl.load(source, mask=real[:, None] & (dim < D)[None, :], other=0.0)  # [BLOCK, BLOCK_D]
-    scores = tl.dot(tile, queries, input_precision="tf32x3") * factor  # [BLOCK, BLOCK]: keys x queries
-    scores = tl.where(real[:, None] & (token[:, None] <= position[None, :]), scores, float("-inf"))
-    return _log_sum(scores)
-
-
-@triton.jit
-def _log_sum(scores):
-    """Log-sum-exp over the first dimension."""
-    top = tl.max(scores, 0)
+def _joined(highest, total, scores):
+    """Running maximum and sum of each row with some more scores, and their exponentials by that maximum."""
+    top = tl.maximum(highest, tl.max(scores, 1))
     base = tl.where(top == float("-inf"), 0.0, top)
-    return base + tl.log2(tl.sum(tl.exp2(scores - base[None, :]), 0))
+    powers = tl.exp2(scores - base[:, None])
+    return top, total * tl.exp2(highest - base) + tl.sum(powers, 1), powers
 
 
 @triton.jit
-def _add(a, b):
-    """log2(2^a + 2^b)"""
-    top = tl.maximum(a, b)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    return base + tl.log2(tl.exp2(a - base) + tl.exp2(b - base))
-
-
-@triton.jit
-def _scores(vectors, biases, block, inside, blocks, queries, factor, count):
-    """z of some blocks, `[COLUMNS, BLOCK]`; minus infinity for those that are not inside."""
-    dim = tl.arange(0, queries.shape[0])
-    scores = tl.full([block.shape[0], queries.shape[1]], float("-inf"), tl.float32)
-    for i in range(count):
-        row = i * blocks + block
-        source = vectors + row[:, None] * queries.shape[0] + dim[None, :]
-        tile = tl.load(source, mask=inside[:, None], other=0.0)  # [COLUMNS, BLOCK_D]
-        bias = tl.load(biases + row, mask=inside, other=float("-inf"))
-        scores = tl.maximum(scores, tl.dot(tile, queries, input_precision="tf32x3") * factor + bias[:, None])
-    return scores
+def _tile_scores(queries, vectors, biases, tile, factor, inside, R: tl.constexpr, T: tl.constexpr):
+    """z of the blocks of a tile, `[BLOCK, T]`; minus infinity for those that are not inside."""
+    row = tile * (R * T) + tl.arange(0, R * T)
+    dim = tl.arange(0, queries.shape[1])
+    values = tl.load(vectors + row[:, None] * queries.shape[1] + dim[None, :])  # [R T, BLOCK_D]
+    products = tl.dot(queries, tl.trans(values), input_precision="tf32x3")
+    scores = products * factor + tl.load(biases + row)[None, :]
+    if R > 1:
+        scores = tl.max(tl.reshape(scores, [queries.shape[0], R, T]), 1)
+    return tl.where(inside[None, :], scores, float("-inf"))
 
 
 @triton.jit
 def _norms(shares):
     """Sum over the rows of the fourth powers."""
     squares = shares * shares
-    return tl.sum(squares * squares, 1)
+    return tl.sum(squares * squares, 0)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "last_full_blocks", "per_block"])
+@triton.jit(do_not_specialize=[*LENGTHS, "last_full_blocks"])
 def _rows_kernel(
     query,  # [B, Hq, q_len, D]
     key,  # [B, Hkv, kv_len, D]
-    vectors,  # [B * Hkv, MOST, kv_blocks, BLOCK_D]
-    biases,  # [B * Hkv, MOST, kv_blocks] fp32
+    vectors,  # [B * Hkv, tiles, R, T, BLOCK_D]
+    biases,  # [B * Hkv, tiles, R, T] fp32
     ranges,  # [B, 2]
     partial_counts,
     partial_indices,
@@ -100,15 +82,16 @@ def _rows_kernel(
     kv_len,
     q_blocks,
     kv_blocks,
+    tiles,
     last_full_blocks,
-    per_block,
     factor,  # s log2(e)
     threshold,  # peak^4
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
-    MOST: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
     ALL_PARTIAL: tl.constexpr,
     ZERO_TAILS: tl.constexpr,
@@ -123,77 +106,71 @@ def _rows_kernel(
     base = start // BLOCK
     own, own_end = tl.maximum(row_first // BLOCK, base), (row_last + BLOCK) // BLOCK  # 0 without a real query
     is_last = row_block > (end - 1 - offset) // BLOCK - last_full_blocks
-    lane = tl.arange(0, COLUMNS)
-    scratch = full_indices + target * kv_blocks
+    lane = tl.arange(0, T)
     written = 0
     if is_last:
-        for first in range(base, own_end, COLUMNS):
-            block = first + lane
-            written = write_blocks(
-                block < own_end, block, written, start, end, row_first, target, kv_blocks, partial_indices,
-                full_indices, BLOCK, ALL_PARTIAL,
-            )  # fmt: skip
+        own = base  # all that it sees
     elif own_end > 0:
         token = row_block * BLOCK + tl.arange(0, BLOCK)
         position = offset + token
         real = (position >= start) & (position <= row_last)
         dim = tl.arange(0, BLOCK_D)
-        source = query + batch * q_stride_b + head * q_stride_h + token.to(tl.int64)[:, None] * q_stride_l
-        queries = tl.load(source + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0)
-        queries = tl.trans(queries)  # [BLOCK_D, BLOCK]
+        query += batch * q_stride_b + head * q_stride_h
+        queries = tl.load(  # [BLOCK, BLOCK_D]
+            query + token.to(tl.int64)[:, None] * q_stride_l + dim[None, :],
+            mask=real[:, None] & (dim < D)[None, :],
+            other=0.0,
+        )
         kv_row = batch * (heads // groups) + head // groups
         keys = key + batch * k_stride_b + head // groups * k_stride_h
-        vectors += kv_row * MOST * kv_blocks * BLOCK_D
-        biases += kv_row * MOST * kv_blocks
-        count = count_of(start, end, per_block, BLOCK)
+        vectors += kv_row * tiles * (R * T) * BLOCK_D
+        biases += kv_row * tiles * (R * T)
 
-        exact = _exact_scores(keys, own, start, end, position, queries, factor, k_stride_l, D, BLOCK)
-        if own_end > own + 1:
-            exact = _add(
-                exact, _exact_scores(keys, own + 1, start, end, position, queries, factor, k_stride_l, D, BLOCK)
-            )
-        if own > base:
-            exact = _add(exact, _exact_scores(keys, base, start, end, position, queries, factor, k_stride_l, D, BLOCK))
-        exact = tl.where(real, exact, float("inf"))  # whose shares are then 0
-        bound = exact  # c, a lower bound of the row's log-sum-exp
-        sums = tl.zeros([COLUMNS, BLOCK], tl.float32)  # over the tiles
-        place = kv_blocks
-        for above in range(own, base + 1, -COLUMNS):
-            block = above - COLUMNS + lane
-            inside = block > base
-            scores = _scores(vectors, biases, block, inside, kv_blocks, queries, factor, count)
-            shares = tl.exp2(scores - bound[None, :])
-            norms = _norms(shares)
-            if not (tl.max(norms, 0) < 1e30):  # fp32 would end: the bound rises to the largest score
-                rise = tl.where(real, tl.maximum(tl.max(scores - bound[None, :], 0), 0.0), 0.0)
-                bound += rise
-                sums *= tl.exp2(-rise)[None, :]
-                shares = tl.exp2(scores - bound[None, :])
-                norms = _norms(shares)
-            sums += shares
-            candidate = inside & (norms >= 0.999 * threshold)
-            number = candidate.to(tl.int32)
-            place -= tl.sum(number, 0)
-            tl.store(scratch + place + tl.cumsum(number, 0) - number, block, mask=candidate)
-        total = bound + tl.log2(tl.sum(sums, 0) + tl.exp2(exact - bound))
-        total = tl.where(real, total, float("inf"))
-        tl.debug_barrier()  # candidates are read by other threads than wrote them
+        highest = tl.full([BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        of_first = tl.where(base < own, BLOCK // KEYS, 0)
+        for part in range(of_first + (own_end - own) * (BLOCK // KEYS)):
+            first = tl.where(part < of_first, base * BLOCK, own * BLOCK - of_first * KEYS) + part * KEYS
+            seen = first + tl.arange(0, KEYS)
+            there = (seen >= start) & (seen < end)
+            source = keys + seen.to(tl.int64)[:, None] * k_stride_l + dim[None, :]
+            some = tl.load(source, mask=there[:, None] & (dim < D)[None, :], other=0.0)  # [KEYS, BLOCK_D]
+            scores = tl.dot(queries, tl.trans(some), input_precision="tf32x3") * factor
+            visible = there[None, :] & (seen[None, :] <= position[:, None])
+            highest, total, _ = _joined(highest, total, tl.where(visible, scores, float("-inf")))
 
-        block = base + lane
+        note = full_indices + target * kv_blocks + kv_blocks
+        noted = 0
+        first_tile, tile_end = (base + 1) // T, (own + T - 1) // T
+        for step in range(tile_end - first_tile):
+            tile = tile_end - 1 - step
+            block = tile * T + lane
+            inside = (block > base) & (block < own)
+            scores = _tile_scores(queries, vectors, biases, tile, factor, inside, R, T)
+            highest, total, powers = _joined(highest, total, scores)
+            shares = powers * tl.where(real, 1.0 / total, 0.0)[:, None]
+            if tl.max(_norms(shares), 0) >= 0.999 * threshold:
+                noted += 1
+                tl.store(note - noted, tile)
+        total = highest + tl.log2(total)
+        tl.debug_barrier()  # notes are read by other threads than wrote them
+
         written = write_blocks(
-            lane < tl.where(base < own, 1, 0), block, written, start, end, row_first, target, kv_blocks, partial_indices,
-            full_indices, BLOCK, ALL_PARTIAL,
+            lane < tl.where(base < own, 1, 0), base + lane, written, start, end, row_first, target, kv_blocks,
+            partial_indices, full_indices, BLOCK, ALL_PARTIAL,
         )  # fmt: skip
-        for first in range(place, kv_blocks, COLUMNS):
-            inside = first + lane < kv_blocks
-            block = tl.load(scratch + first + lane, mask=inside, other=0)
-            scores = _scores(vectors, biases, block, inside, kv_blocks, queries, factor, count)
-            keep = inside & (_norms(tl.exp2(scores - total[None, :])) >= threshold)
+        for step in range(noted):
+            tile = tl.load(note - noted + step)
+            block = tile * T + lane
+            inside = (block > base) & (block < own)
+            scores = _tile_scores(queries, vectors, biases, tile, factor, inside, R, T)
+            shares = tl.where(real[:, None], tl.exp2(scores - total[:, None]), 0.0)
             written = write_blocks(
-                keep, block, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices, BLOCK,
-                ALL_PARTIAL,
+                inside & (_norms(shares) >= threshold), block, written, start, end, row_first, target, kv_blocks,
+                partial_indices, full_indices, BLOCK, ALL_PARTIAL,
             )  # fmt: skip
-        block = own + lane
+    for first in range(own, own_end, T):
+        block = first + lane
         written = write_blocks(
             block < own_end, block, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices,
             BLOCK, ALL_PARTIAL,
@@ -201,14 +178,6 @@ def _rows_kernel(
     finish_row(
         written, target, kv_blocks, partial_counts, partial_indices, full_counts, full_indices, WIDTH, ZERO_TAILS
     )
-
-
-def tile_options(head_dim: int, item_bytes: int) -> dict[str, int]:
-    """Key blocks of a tile, warps and stages, so that queries and tiles stay within 163 KB."""
-    wide = head_dim * item_bytes
-    if wide <= 256:
-        return {"COLUMNS": 64, "num_warps": 4, "num_stages": 2}
-    return {"COLUMNS": 32 if wide <= 512 else 16, "num_warps": 8, "num_stages": 1}
 
 
 def write_rows(
@@ -228,9 +197,15 @@ def write_rows(
     batch, heads, _, dim = query.shape
     with on_device(query):
         _rows_kernel[(grid.q_blocks * batch * heads,)](
-            query, key, seen.vectors, seen.biases, ranges, *lists, *query.stride()[:3], *key.stride()[:3], batch * heads, heads,
-            heads // key.shape[1], grid.offset, grid.kv_len, grid.q_blocks, grid.kv_blocks,
-            min(config.last_full_blocks, grid.q_blocks), seen.per_block, scale * LOG2E, max(config.peak**4, LEAST), D=dim,
-            BLOCK_D=seen.vectors.shape[1], MOST=seen.most, **row_constants(grid, all_partial, zero_tails),
-            **tile_options(seen.vectors.shape[1], query.element_size()),
+            query, key, seen.vectors, seen.biases, ranges, *lists, *query.stride()[:3], *key.stride()[:3],
+            batch * heads, heads, heads // key.shape[1], grid.offset, grid.kv_len, grid.q_blocks, grid.kv_blocks,
+            seen.tiles, min(config.last_full_blocks, grid.q_blocks), scale * LOG2E, max(config.peak**4, LEAST), D=dim,
+            BLOCK_D=seen.vectors.shape[1], R=seen.most, T=seen.width // seen.most, KEYS=seen.width,
+            **row_constants(grid, all_partial, zero_tails), **launch_options(seen.vectors),
         )  # fmt: skip
+
+
+def launch_options(vectors: Tensor) -> dict[str, int]:
+    """Warps and stages, so that queries and tiles stay within 163 KB."""
+    wide = vectors.shape[1] * vectors.element_size()
+    return {"num_warps": 4 if wide <= 256 else 8, "num_stages": 3 if wide <= 256 else 1}
