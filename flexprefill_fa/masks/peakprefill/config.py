@@ -22,10 +22,9 @@ class PeakPrefillConfig(Selector, name="peakprefill"):
     holds at most 1/128 of that. This one asks each row. The method and its measurements: docs/peakprefill.md.
 
     Args:
-        peak: the share, in (0, 1). Shares of the rows of a query block count together as a norm of order 4: a block
-            that one row gives a share of `peak` is kept, and one that 16 rows give half of it.
+        peak: a query block keeps a key block to which some row of it gives at least this share, in (0, 1).
         representatives: "clusters" of a block's keys, or its "outliers" by themselves and the mean of the rest.
-        per_block: representatives of a key block, from 1 to 16; None: 8 for up to 32,768 positions, padding
+        per_block: representatives of a key block, from 1 to 16; None: 8 for up to 65,536 positions, padding
             included, and 4 for more.
         variance: whether a representative also stands for how far its keys lie from it.
         last_full_blocks: last query blocks with a real query, which keep all they see (at least 0).
@@ -62,8 +61,8 @@ class PeakPrefillConfig(Selector, name="peakprefill"):
         return (2 + self.last_full_blocks) * self.block_size
 
     def keep(self, element: Element) -> Tensor:
-        """Blocks with a share above `peak` for some row, see `reference`."""
-        return reference.row_norms(element, self) >= self.peak
+        """Blocks with a share of `peak` for some row, see `reference`."""
+        return reference.peak_shares(element, self) >= self.peak
 
     def always(self, element: Element) -> Tensor:
         """The first block, a row's own positions, the last rows."""

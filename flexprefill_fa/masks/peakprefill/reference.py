@@ -2,7 +2,7 @@
 
     z_q[J] = max_i (bias_{J,i} + s q . r_{J,i})        of the representatives r_{J,i} of key block J
     p_q[J] = exp(z_q[J] - logsumexp_J z_q[J])
-    X[I, J] = (sum over the real queries q of I of p_q[J]^4)^(1/4)
+    X[I, J] = max of p_q[J] over the real queries q of I
 
 A query block I keeps J where X[I, J] >= peak. The first block and the blocks that hold a position of I are kept in any
 case; z of those is the exact log-sum-exp over the keys that q sees. All others that q sees lie wholly before I.
@@ -24,11 +24,8 @@ from flexprefill_fa.masks.peakprefill.representatives import representatives
 if TYPE_CHECKING:
     from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
 
-NORM = 4
-"""Order of the norm over a query block's rows; at infinity it would be the largest share of a row."""
 
-
-def row_norms(element: Element, config: PeakPrefillConfig) -> Tensor:
+def peak_shares(element: Element, config: PeakPrefillConfig) -> Tensor:
     """X, fp32 `[H, nq, nk]`; 0 for blocks that no real query of I sees. A few query blocks at a time."""
     grid, size = element.grid, config.block_size
     vectors, bias = representatives(element, config)
@@ -47,8 +44,7 @@ def row_norms(element: Element, config: PeakPrefillConfig) -> Tensor:
             exact = exact_scores(element, rows, places)  # [H, rows, B]
             scores.scatter_(3, places[:, None, None].expand(*exact.shape, 1), exact[..., None])
         shares = (scores - scores.logsumexp(-1, keepdim=True)).exp()
-        shares = torch.where(real[rows, :, None], shares, 0.0)
-        parts.append(shares.pow(NORM).sum(2).pow(1 / NORM))
+        parts.append(torch.where(real[rows, :, None], shares, 0.0).amax(2))
     return torch.cat(parts, 1)
 
 

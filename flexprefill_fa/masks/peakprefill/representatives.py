@@ -28,7 +28,7 @@ CLUSTER_STEPS = 3
 """Rounds in which keys move to the nearest centre and centres to their keys' mean (Lloyd's algorithm)."""
 QUERY_STEP = 16
 """Positions from one query to the next in E[q^2]."""
-BY_LENGTH = (8, 4, 32768)
+BY_LENGTH = (8, 4, 65536)
 """Representatives of a block for batches of up to so many positions, and for longer ones, where they cost more to score
 than the blocks that they spare."""
 

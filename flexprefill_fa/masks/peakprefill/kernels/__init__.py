@@ -5,12 +5,14 @@ Three launches, no host synchronisation, and no memory but the lists themselves.
 
 import math
 
+import torch
 from torch import Tensor
 
 from flexprefill_fa.kernels.outputs import empty_lists, prepare
 from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
 from flexprefill_fa.masks.peakprefill.kernels.representatives import representatives
 from flexprefill_fa.masks.peakprefill.kernels.rows import write_rows
+from flexprefill_fa.masks.selector import select_plain
 
 
 def select(
@@ -25,9 +27,13 @@ def select(
 ) -> tuple[Tensor, ...]:
     """The same as the rule in `reference`; entries past the counts are unwritten unless zero_tails.
 
+    fp32 with a head dim above 128, whose tiles do not fit in shared memory, goes by that rule.
+
     Raises:
         ValueError: for more key blocks than the row writer can count.
     """
+    if query.dtype == torch.float32 and query.shape[3] > 128:
+        return select_plain(query, key, starts, lengths, config, scale, all_partial)
     query, key, grid, ranges = prepare(query, key, starts, lengths, config.block_size)
     batch, heads, _, dim = query.shape
     scale = 1 / math.sqrt(dim) if scale is None else scale

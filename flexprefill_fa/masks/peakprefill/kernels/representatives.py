@@ -1,7 +1,8 @@
 """Representatives of key blocks: one program for each block of a key head, whose keys are read once.
 
-Seeds by distances as they are, a key at a time; after that distances to centres and means of members are matrix
-products. Centres go as two parts of the inputs' dtype, which together hold 16 bits of bf16 or 22 of fp16.
+Seeds by distances as they are, a key at a time. After that distances to centres and means of members are matrix
+products, where centres go as two parts of the inputs' dtype: together 16 bits of bf16 or 22 of fp16. fp32 goes without
+products, a cluster at a time.
 """
 
 # Triton's kernels and launches are not what a type checker sees in them.
@@ -79,22 +80,81 @@ def _squares_kernel(
 
 
 @triton.jit
-def _product(a, b):
-    return tl.dot(a, b, input_precision="tf32x3")
+def _row(values, i):
+    """Row i of values `[N, BLOCK_D]`."""
+    return tl.sum(tl.where((tl.arange(0, values.shape[0]) == i)[:, None], values, 0.0), 0)
+
+
+@triton.jit
+def _column(values, i):
+    """Column i of values `[N, ROUND]`."""
+    return tl.sum(tl.where((tl.arange(0, values.shape[1]) == i)[None, :], values, 0.0), 1)
 
 
 @triton.jit
 def _parts(values, like):
-    """Two parts of the dtype of `like`, which sum up to `values`; of fp32 the second is 0."""
+    """Two parts of the dtype of `like` that sum up to the values."""
     high = values.to(like.dtype)
     return high, (values - high.to(tl.float32)).to(like.dtype)
 
 
 @triton.jit
-def _means(keys, members):
-    """Sums of the members' keys over their number, `[ROUND, BLOCK_D]`; members `[BLOCK, ROUND]`, 0 or 1."""
-    number = tl.maximum(tl.sum(members, 0), 1.0)
-    return _product(tl.trans(members.to(keys.dtype)), keys) / number[:, None]
+def _means(keys, members, count):
+    """Means of the members' keys, fp32 `[ROUND, BLOCK_D]`; members `[BLOCK, ROUND]`, 0 or 1."""
+    if keys.dtype == tl.float32:
+        index = tl.arange(0, members.shape[1])
+        sums = tl.zeros([members.shape[1], keys.shape[1]], tl.float32)
+        for i in range(count):
+            sums = tl.where((index == i)[:, None], tl.sum(keys * _column(members, i)[:, None], 0)[None, :], sums)
+    else:
+        sums = tl.dot(tl.trans(members.to(keys.dtype)), keys)
+    return sums / tl.maximum(tl.sum(members, 0), 1.0)[:, None]
+
+
+@triton.jit
+def _of_each_key(keys, members, means, count):
+    """The mean that each key belongs to, fp32 `[BLOCK, BLOCK_D]`."""
+    if keys.dtype == tl.float32:
+        found = tl.zeros([keys.shape[0], keys.shape[1]], tl.float32)
+        for i in range(count):
+            found += _column(members, i)[:, None] * _row(means, i)[None, :]
+    else:
+        high, low = _parts(means, keys)
+        found = tl.dot(members.to(keys.dtype), low)
+        found = tl.dot(members.to(keys.dtype), high, found)
+    return found
+
+
+@triton.jit
+def _distances(keys, centres, count):
+    """Squared distances `[BLOCK, ROUND]`, less each key's own square where they come from a product."""
+    if keys.dtype == tl.float32:
+        index = tl.arange(0, centres.shape[0])
+        apart = tl.zeros([keys.shape[0], centres.shape[0]], tl.float32)
+        for i in range(count):
+            apart = tl.where((index == i)[None, :], _squared_distance(keys, _row(centres, i))[:, None], apart)
+    else:
+        high, low = _parts(centres, keys)
+        products = tl.dot(keys, tl.trans(low))
+        products = tl.dot(keys, tl.trans(high), products)
+        apart = tl.sum(centres * centres, 1)[None, :] - 2.0 * products
+    return apart
+
+
+@triton.jit
+def _members(keys, real, centres, used, count):
+    """0 or 1 `[BLOCK, ROUND]`: each real key with its nearest centre, the lower one among equals."""
+    index = tl.arange(0, centres.shape[0])
+    apart = tl.where(used[None, :] > 0, _distances(keys, centres, count), float("inf"))
+    nearest = tl.min(apart, 1)
+    cluster = tl.min(tl.where(apart == nearest[:, None], index[None, :], centres.shape[0]), 1)
+    return tl.where(real[:, None] & (cluster[:, None] == index[None, :]), 1.0, 0.0)
+
+
+@triton.jit
+def _squared_distance(keys, vector):
+    apart = keys.to(tl.float32) - vector[None, :]
+    return tl.sum(apart * apart, 1)
 
 
 @triton.jit
@@ -104,24 +164,6 @@ def _farthest(distance, real):
     distance = tl.where(real, distance, -1.0)
     largest = tl.max(distance, 0)
     return tl.min(tl.where(distance == largest, lane, distance.shape[0] - 1), 0), largest
-
-
-@triton.jit
-def _members(keys, real, centres, used, index):
-    """0 or 1 `[BLOCK, ROUND]`: each real key with its nearest centre, the lower one among equals."""
-    high, low = _parts(centres, keys)
-    products = _product(keys, tl.trans(low)) + _product(keys, tl.trans(high))
-    apart = tl.sum(centres * centres, 1)[None, :] - 2.0 * products  # less the key's own square
-    apart = tl.where(used[None, :] > 0, apart, float("inf"))
-    nearest = tl.min(apart, 1)
-    cluster = tl.min(tl.where(apart == nearest[:, None], index[None, :], index.shape[0]), 1)
-    return tl.where(real[:, None] & (cluster[:, None] == index[None, :]), 1.0, 0.0)
-
-
-@triton.jit
-def _squared_distance(keys, vector):
-    apart = keys.to(tl.float32) - vector[None, :]
-    return tl.sum(apart * apart, 1)
 
 
 @triton.jit
@@ -141,9 +183,9 @@ def _clusters(
     seeds = tl.load(key + source, mask=(index < count)[:, None] & (dim < D)[None, :], other=0.0)
     centres = seeds.to(tl.float32)  # [ROUND, BLOCK_D]
     for _ in range(STEPS):
-        members = _members(keys, real, centres, used, index)
-        centres = tl.where((tl.sum(members, 0) > 0)[:, None], _means(keys, members), centres)
-    return _members(keys, real, centres, used, index)
+        members = _members(keys, real, centres, used, count)
+        centres = tl.where((tl.sum(members, 0) > 0)[:, None], _means(keys, members, count), centres)
+    return _members(keys, real, centres, used, count)
 
 
 @triton.jit
@@ -200,16 +242,14 @@ def _representatives_kernel(
     else:
         members = _outliers(real, distance, count, ROUND)
     number = tl.sum(members, 0)
-    means = _means(keys, members)
+    means = _means(keys, members, count)
     bias = tl.log2(number)
     if VARIANCE:
         _, queries = sampled_queries(start, end, offset, STEP)
         split = tl.arange(0, SPLITS)
         square = tl.sum(tl.load(squares + (row * SPLITS + split)[:, None] * BLOCK_D + dim[None, :]), 0)
         square = square / tl.maximum((queries * groups).to(tl.float32), 1.0) * factor
-        high, low = _parts(means, keys)
-        which = members.to(keys.dtype)
-        apart = keys.to(tl.float32) - (_product(which, low) + _product(which, high))
+        apart = keys.to(tl.float32) - _of_each_key(keys, members, means, count)
         spread = tl.sum(apart * apart * square[None, :], 1)
         bias += tl.sum(members * spread[:, None], 0) / tl.maximum(number, 1.0)
     target = ((row * tiles + block // T) * R + index) * T + block % T

@@ -2,9 +2,9 @@
 
     exact scores of the first block and of the query block's own positions
     all tiles of representatives, nearest first: z = max_i (bias_i + s q . r_i) and the running log-sum-exp of each row;
-        a tile with a block whose norm of shares comes near the peak is noted: the sum so far is too small, so shares
-        are too large, and no other tile can hold one
-    the noted tiles again, by the whole sum: what reaches the peak is kept
+        a tile with a share near the peak is noted: the sum so far is too small, so shares are too large, and no
+        other tile can hold one
+    the noted tiles again, by the whole sum: blocks that reach the peak are kept
 
 The products are R / B of dense attention's, and some again. A tile holds COLUMNS representatives, i first: i and block
 b at column i T + b, so that the maximum over i stays in a thread. Notes stand at the end of the row of the full list,
@@ -26,7 +26,7 @@ from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_blo
 from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
 from flexprefill_fa.masks.peakprefill.kernels.representatives import Representatives
 
-LEAST = 1e-37  # of peak ** 4: fp32 holds nothing smaller
+NEAR = tl.constexpr(0.999)  # of the peak: sums that are still too small are so by far more than rounding
 
 
 @triton.jit
@@ -49,13 +49,6 @@ def _tile_scores(queries, vectors, biases, tile, factor, inside, R: tl.constexpr
     if R > 1:
         scores = tl.max(tl.reshape(scores, [queries.shape[0], R, T]), 1)
     return tl.where(inside[None, :], scores, float("-inf"))
-
-
-@triton.jit
-def _norms(shares):
-    """Sum over the rows of the fourth powers."""
-    squares = shares * shares
-    return tl.sum(squares * squares, 0)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "last_full_blocks"])
@@ -85,7 +78,7 @@ def _rows_kernel(
     tiles,
     last_full_blocks,
     factor,  # s log2(e)
-    threshold,  # peak^4
+    peak,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -149,7 +142,7 @@ def _rows_kernel(
             scores = _tile_scores(queries, vectors, biases, tile, factor, inside, R, T)
             highest, total, powers = _joined(highest, total, scores)
             shares = powers * tl.where(real, 1.0 / total, 0.0)[:, None]
-            if tl.max(_norms(shares), 0) >= 0.999 * threshold:
+            if tl.max(tl.max(shares, 1), 0) >= NEAR * peak:
                 noted += 1
                 tl.store(note - noted, tile)
         total = highest + tl.log2(total)
@@ -166,7 +159,7 @@ def _rows_kernel(
             scores = _tile_scores(queries, vectors, biases, tile, factor, inside, R, T)
             shares = tl.where(real[:, None], tl.exp2(scores - total[:, None]), 0.0)
             written = write_blocks(
-                inside & (_norms(shares) >= threshold), block, written, start, end, row_first, target, kv_blocks,
+                inside & (tl.max(shares, 0) >= peak), block, written, start, end, row_first, target, kv_blocks,
                 partial_indices, full_indices, BLOCK, ALL_PARTIAL,
             )  # fmt: skip
     for first in range(own, own_end, T):
@@ -199,7 +192,7 @@ def write_rows(
         _rows_kernel[(grid.q_blocks * batch * heads,)](
             query, key, seen.vectors, seen.biases, ranges, *lists, *query.stride()[:3], *key.stride()[:3],
             batch * heads, heads, heads // key.shape[1], grid.offset, grid.kv_len, grid.q_blocks, grid.kv_blocks,
-            seen.tiles, min(config.last_full_blocks, grid.q_blocks), scale * LOG2E, max(config.peak**4, LEAST), D=dim,
+            seen.tiles, min(config.last_full_blocks, grid.q_blocks), scale * LOG2E, config.peak, D=dim,
             BLOCK_D=seen.vectors.shape[1], R=seen.most, T=seen.width // seen.most, KEYS=seen.width,
             **row_constants(grid, all_partial, zero_tails), **launch_options(seen.vectors),
         )  # fmt: skip
@@ -208,4 +201,4 @@ def write_rows(
 def launch_options(vectors: Tensor) -> dict[str, int]:
     """Warps and stages, so that queries and tiles stay within 163 KB."""
     wide = vectors.shape[1] * vectors.element_size()
-    return {"num_warps": 4 if wide <= 256 else 8, "num_stages": 3 if wide <= 256 else 1}
+    return {"num_warps": 4 if wide < 256 else 8, "num_stages": 3 if wide <= 256 else 1}
