@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench.attention import YARDSTICK
 from bench.report import number
+from flexprefill_fa.masks import get_selector
 from flexprefill_fa.rows import Row, latest
 
 GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "layer", "model_sha256")
@@ -125,7 +127,12 @@ def demo_table(rows: Sequence[Row]) -> str:
     if recalls:
         worst = min(layer["lowest_recall"] for layer in row["sparse"]["layers"])
         recall = f" Mean recall per layer {min(recalls):.2f} to {max(recalls):.2f}, worst head {worst:.2f}."
-    settings = ", ".join(f"{name} {row[name]:g}" for name in ("gamma", "tau", "min_budget"))
+    selector = row.get("selector", "flexprefill")  # the demo's only one, once
+    fields: Any = get_selector(selector)
+    told = [
+        f"{field.name} {row[field.name]}" for field in dataclasses.fields(fields) if row.get(field.name) is not None
+    ]
+    settings = ", ".join([selector, *told])
     where = f"{row['prompt']['tokens']:,} tokens on {row['gpu']}; {row['dtype']}, torch {row['torch']}"
     when = f"commit {row['commit']}, {row['date']}"
     return f"{table}\n\n({where}, {when}; {settings}; the prefill time includes selection.{recall})"

@@ -43,15 +43,24 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Gamma = Annotated[float | None, typer.Option(help="Share of the attention probability to cover, in (0, 1].")]
-Tau = Annotated[float | None, typer.Option(help="Jensen-Shannon distance below which a head is query-aware.")]
-MinBudget = Annotated[int | None, typer.Option(help="Tokens that every query row keeps at least.")]
-Selector = Annotated[
-    str, typer.Option(help="Which selector chooses the blocks: name, or name:field=value+field=value.")
+Gamma = Annotated[
+    float | None, typer.Option(help="FlexPrefill: share of the attention probability to cover, in (0, 1].")
 ]
-MaxBudget = Annotated[int | None, typer.Option(help="Tokens that a query row keeps at most.")]
+Tau = Annotated[
+    float | None, typer.Option(help="FlexPrefill: Jensen-Shannon distance below which a head is query-aware.")
+]
+MinBudget = Annotated[int | None, typer.Option(help="FlexPrefill: tokens that every query row keeps at least.")]
+Selector = Annotated[
+    str | None,
+    typer.Option(
+        help="Which selector chooses the blocks: name, or name:field=value+field=value; default: "
+        f"{masks.DEFAULT_SELECTOR}, or flexprefill where an option of its own is given.",
+        show_default=False,
+    ),
+]
+MaxBudget = Annotated[int | None, typer.Option(help="FlexPrefill: tokens that a query row keeps at most.")]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
-Variant = Annotated[str | None, typer.Option(help="published or paper.")]
+Variant = Annotated[str | None, typer.Option(help="FlexPrefill: published or paper.")]
 Model = Annotated[str, typer.Option(help="A local folder with a causal language model in Hugging Face format.")]
 PromptFile = Annotated[str, typer.Option(help="The prompt, UTF-8 text; - reads standard input.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
@@ -80,9 +89,10 @@ def demo(
     tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens.")] = 16384,
     needles: Annotated[int, typer.Option(help="How many numbers are hidden in it.")] = 8,
     seed: Annotated[int, typer.Option(help="Chooses the source text, the numbers and their places.")] = 0,
-    gamma: Gamma = 0.9,
-    tau: Tau = 0.1,
-    min_budget: MinBudget = 512,
+    selector: Selector = None,
+    gamma: Gamma = None,
+    tau: Tau = None,
+    min_budget: MinBudget = None,
     dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU, bfloat16 on a GPU) or as named.")] = "auto",
     device: Device = "auto",
     repeats: Repeats = 1,
@@ -95,7 +105,7 @@ def demo(
     from flexprefill_fa.demo import run_demo
 
     with one_line_errors():
-        config = make_config("flexprefill", gamma=gamma, tau=tau, min_budget=min_budget)
+        config = _selector_config(selector, {"gamma": gamma, "tau": tau, "min_budget": min_budget})
         where, weights = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
         result = run_demo(
@@ -137,7 +147,7 @@ def demo(
 def generate(
     model: Model,
     prompt_file: PromptFile,
-    selector: Selector = "flexprefill",
+    selector: Selector = None,
     gamma: Gamma = None,
     tau: Tau = None,
     min_budget: MinBudget = None,
@@ -202,7 +212,7 @@ def inspect_heads(
     model: Model,
     prompt_file: PromptFile,
     out: Annotated[Path, typer.Option(help="The page to write, such as report.html.")],
-    selector: Selector = "flexprefill",
+    selector: Selector = None,
     gamma: Gamma = None,
     tau: Tau = None,
     min_budget: MinBudget = None,
@@ -236,8 +246,10 @@ def inspect_heads(
     )
 
 
-def _selector_config(selector: str, settings: dict[str, Any]) -> Any:
+def _selector_config(selector: str | None, settings: dict[str, Any]) -> Any:
     """The config for `--selector` and the options beside it, where None means not given."""
+    if selector is None:
+        selector = masks.default_selector(name for name, value in settings.items() if value is not None)
     name, fields = selector_spec(selector)
     for field in fields:
         if settings.get(field) is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexprefill_fa.masks import FlexPrefillConfig, Selector
+from flexprefill_fa.masks import DEFAULT_SELECTOR, FlexPrefillConfig, Selector, get_selector
 from flexprefill_fa.masks.selector import check_selector
 from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import MAX_HEAD_DIM
@@ -99,7 +99,7 @@ class LayerPlan:
 
 
 def default_plan() -> LayerPlan:
-    """For a model that asks for the implementation by name alone."""
+    """For a model that asks for the implementation by name alone, which is that of FlexPrefill."""
     config = FlexPrefillConfig()
     return LayerPlan(config, config.dense_tokens + 1, None)
 
@@ -184,7 +184,7 @@ def configs_of(layers: Mapping[int, nn.Module], config: ConfigChoice, dense_laye
         elif callable(config) and not hasattr(config, "operator"):
             chosen[layer] = config(layer)
         else:
-            chosen[layer] = FlexPrefillConfig() if config is None else config
+            chosen[layer] = get_selector(DEFAULT_SELECTOR)() if config is None else config
         if chosen[layer] is not None:
             check_selector(chosen[layer])
     return chosen

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flexprefill_fa.generation import check_some_sparse
 from flexprefill_fa.loading import Choice, parse_choice
+from flexprefill_fa.masks import DEFAULT_SELECTOR
 
 from .hf_plan import AS_ASKED
 from .transformers import SparsePrefill, collect_statistics, describe_sparse_prefill, enable_sparse_prefill
@@ -48,7 +49,7 @@ class FlexPrefillLM(_Base):
         TypeError, ValueError: for a model that sparse prefill cannot serve.
     """
 
-    def __init__(self, pretrained: str | PreTrainedModel, selector: str = "flexprefill", **options: Any) -> None:
+    def __init__(self, pretrained: str | PreTrainedModel, selector: str = DEFAULT_SELECTOR, **options: Any) -> None:
         choice = parse_choice(selector)
         super().__init__(pretrained, **options)
         # Sorting requests by length encodes every prompt once more, and one run asks the same of several selectors.

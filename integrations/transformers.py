@@ -3,9 +3,11 @@
 Importing this module registers the attention implementation "flexprefill". Prompts run sparse from
 `min_prompt_tokens` on; decode steps, short prompts and short verification chunks are dense. Nothing is patched.
 
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="flexprefill")   # default settings
-    with enable_sparse_prefill(model, FlexPrefillConfig(gamma=0.9)):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with enable_sparse_prefill(model):  # or with another selector: (model, FlexPrefillConfig(gamma=0.9))
         model.generate(**inputs)
+
+`from_pretrained(path, attn_implementation="flexprefill")` by itself is FlexPrefill with its default settings.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ def enable_sparse_prefill(
     Args:
         model: a decoder-only transformers model whose attention goes through the attention interface, or a module that
             holds exactly one: a PEFT, a `torch.compile`d, a DataParallel model.
-        config: the selector and its settings, default `FlexPrefillConfig()`; or one for each layer: a mapping from
+        config: the selector and its settings, default `PeakPrefillConfig()`; or one for each layer: a mapping from
             layer index, or a function of it. Layers without one (None) are dense.
         dense_layers: layers that stay dense, by index; negative ones count from the last.
         min_prompt_tokens: prompts (cached prefix included) of fewer tokens run dense; default: the longest prompt of
@@ -215,8 +217,8 @@ def describe_sparse_prefill(model: nn.Module) -> list[LayerDescription]:
     """What each attention layer does in a long prompt, and why.
 
     Args:
-        model: with or without `enable_sparse_prefill`; without, for `attn_implementation="flexprefill"` and its default
-            settings.
+        model: with or without `enable_sparse_prefill`; without, for `attn_implementation="flexprefill"`, which is
+            FlexPrefill with its default settings.
 
     Returns:
         One description for each language layer, in order, then one for each part that keeps its own attention.

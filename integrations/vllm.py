@@ -2,7 +2,7 @@
 
 Installed beside vLLM 0.24, the package registers itself as the backend CUSTOM:
 
-    vllm serve MODEL --attention-backend CUSTOM --additional-config '{"sparse_prefill": {"gamma": 0.95}}'
+    vllm serve MODEL --attention-backend CUSTOM --additional-config '{"sparse_prefill": {"peak": 0.2}}'
 
 Long prefill chunks are then attended sparsely over the keys that they see, cached prefix included; decode steps, short
 chunks and layers that cannot run sparse are served by the backend that vLLM would have chosen itself. Importing this

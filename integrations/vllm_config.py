@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from flexprefill_fa.backends import BACKENDS
-from flexprefill_fa.masks import FlexPrefillConfig, Selector, get_selector, selector_names
+from flexprefill_fa.masks import DEFAULT_SELECTOR, Selector, default_selector, get_selector, selector_names
 from flexprefill_fa.validation import check_integer
 
 SECTION = "sparse_prefill"
@@ -46,7 +46,7 @@ class Settings:
         source: where the settings came from, in words.
     """
 
-    selector: Selector = dataclasses.field(default_factory=FlexPrefillConfig)
+    selector: Selector = dataclasses.field(default_factory=lambda: get_selector(DEFAULT_SELECTOR)())
     min_prefill_tokens: int = _MIN_PREFILL_TOKENS
     min_prompt_tokens: int = _MIN_PROMPT_TOKENS
     backend: str = "auto"
@@ -87,8 +87,8 @@ def read_settings(
 
     Args:
         additional_config: vLLM's. What is under "sparse_prefill" counts, such as
-            `{"sparse_prefill": {"selector": "flexprefill", "gamma": 0.9, "min_prefill_tokens": 2048}}`: the keys are
-            those of `Settings` and the fields of the selector.
+            `{"sparse_prefill": {"selector": "peakprefill", "peak": 0.1, "min_prefill_tokens": 2048}}`: the keys are
+            those of `Settings` and the fields of the selector. Without "selector", see `default_selector`.
         environment: where that is missing, the variable FLEXPREFILL_FA_VLLM, the same object as JSON.
         chunk: queries of the engine's longest chunk, which the default of `min_prefill_tokens` respects.
 
@@ -120,7 +120,7 @@ def _check_top_level(additional_config: Mapping[Any, Any]) -> None:
         if misspelt or name in ours:
             raise ValueError(
                 f"additional_config[{name!r}] is no setting: those of sparse prefill are expected under {SECTION!r}, "
-                f'as in {{"{SECTION}": {{"gamma": 0.95}}}}'
+                f'as in {{"{SECTION}": {{"peak": 0.2}}}}'
             )
 
 
@@ -133,7 +133,7 @@ def make_settings(given: Any, source: str, chunk: int | None = None) -> Settings
     if not isinstance(given, Mapping):
         raise ValueError(f"{source} must be an object of settings, got {type(given).__name__} {given!r}")
     try:
-        name = given.get("selector", FlexPrefillConfig.name)
+        name = given.get("selector", default_selector(set(given) - set(_OWN)))
         if not isinstance(name, str):
             raise TypeError(f"selector must be a name, got {type(name).__name__} {name!r}")
         kind: Any = get_selector(name)

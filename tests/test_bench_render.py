@@ -155,6 +155,11 @@ def test_round_trip(results: Path) -> None:
     assert "| dense SDPA | 0123456 right | 30.00 | - | - | 1.00x |" in once
     assert "| sparse | 6 wrong | 20.00 | 27.0 | 0.316 | 1.50x |" in once
     assert "Mean recall per layer 0.95 to 0.95, worst head 0.85." in once
+    assert "; flexprefill, gamma 0.9, tau 0.1, min_budget 512; the prefill time" in once
+    row = read(results / "demo.jsonl")[-1]
+    append(results / "demo.jsonl", row | {"selector": "peakprefill", "peak": 0.2, "per_block": None, "variance": True})
+    assert "; peakprefill, peak 0.2, variance True; the prefill time" in render_text(once, results)
+    once = render_text(once, results)
     assert "| 65,536 | 0.060 | FLASH | 4.1 | 571 | 93% |" in once
     assert "Layer 2 of the needle model (SHA-256 0123456789) on" in once and "wall clock" in once and "1.67x" in once
     assert "](" in once and "attention.png)" in once
@@ -172,9 +177,8 @@ def test_demo_prints_a_row_that_renders(monkeypatch: pytest.MonkeyPatch) -> None
     assert printed["kind"] == "demo" and printed["commit"] == commit()
     table = demo_table([printed])
     assert "| sparse | 0 wrong | 1.50 | 7.0 | 0.300 | 2.00x |" in table
-    assert (
-        f"torch {torch.__version__}, commit {commit()}, {printed['date']}; gamma 0.9, tau 0.1, min_budget 512" in table
-    )
+    settings = "peakprefill, peak 0.2, representatives clusters, variance True, last_full_blocks 1, block_size 128"
+    assert f"torch {torch.__version__}, commit {commit()}, {printed['date']}; {settings}; the" in table
 
 
 def test_without_rows_nothing_stands_between_the_markers(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_short_prompt_runs_dense_and_says_so(tiny_models: dict[str, Path], tmp_p
     file.write_text("def f(x):\n    return x\n")
     result = generate(file, "--device", "cpu", "--max-new-tokens", "2", model=tiny_models["short"])
     assert result.exit_code == 0, result.output
-    assert "Every block was kept: prompts of up to 1024 tokens run dense" in result.stderr
+    assert "Every block was kept: prompts of up to 384 tokens run dense" in result.stderr
     assert "warning" not in result.stderr
 
 

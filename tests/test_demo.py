@@ -1,8 +1,10 @@
 """The demo on a short prompt: both answers right, sparse prefill really sparse, and honest exit codes."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,20 +12,30 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import flexprefill_fa.demo
+from flexprefill_fa import PeakPrefillConfig
 from flexprefill_fa.cli import app
 from flexprefill_fa.demo import Answer, DemoResult
 from flexprefill_fa.generation import LayerReport, Measurement
+from flexprefill_fa.masks import DEFAULT_SELECTOR
 from flexprefill_fa.progress import WorkProgress
 
-SMALL = ("demo", "--tokens", "1536", "--needles", "4", "--min-budget", "128", "--device", "cpu")
+SMALL = ("demo", "--tokens", "1536", "--needles", "4", "--device", "cpu")
 
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_json_report() -> None:
-    result = run(*SMALL, "--gamma", "0.9", "--repeats", "2", "--json")
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ((), {"selector": DEFAULT_SELECTOR} | dataclasses.asdict(PeakPrefillConfig())),
+        (("--gamma", "0.9", "--min-budget", "128"), {"selector": "flexprefill", "gamma": 0.9, "min_budget": 128}),
+        (("--selector", "flashprefill:alpha=0.2+window_blocks=1"), {"selector": "flashprefill", "alpha": 0.2}),
+    ],
+)
+def test_json_report(options: tuple[str, ...], settings: dict[str, Any]) -> None:
+    result = run(*SMALL, *options, "--repeats", "2", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["ok"] is True
@@ -38,7 +50,7 @@ def test_json_report() -> None:
     assert len(sparse["layers"]) == 6
     assert all(0.5 < layer["recall"] <= 1 for layer in sparse["layers"])
     assert report["dtype"] == "float32"
-    assert report["selector"] == "flexprefill"
+    assert settings.items() <= report.items()
 
 
 @pytest.fixture
@@ -86,6 +98,8 @@ def test_exit_code_1_when_an_answer_is_wrong(canned: Callable[[str], Result]) ->
         (("--tokens", "50"), "tokens must be at least"),
         (("--needles", "0"), "needles must be at least 1, got 0"),
         (("--gamma", "0"), "gamma must be in (0, 1], got 0"),
+        (("--selector", "peakprefill:peak=1"), "peak must be in (0, 1), got 1"),
+        (("--selector", "peakprefill", "--gamma", "0.9"), "selector peakprefill has no gamma, only peak"),
         (("--device", "tpu"), "device must be auto, cpu, cuda or cuda:N"),
     ],
 )

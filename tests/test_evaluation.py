@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'flexprefill-fa[eval]'")
 from bench.needle import MODEL_DIR
+from flexprefill_fa import PeakPrefillConfig
 from flexprefill_fa.cli import app
 from flexprefill_fa.evaluation.budget import Sample
 from flexprefill_fa.evaluation.cells import Evaluation
@@ -64,6 +66,14 @@ def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=2048)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
     return folder
+
+
+def test_without_a_selector(tmp_path: Path) -> None:
+    out = tmp_path / "quality.jsonl"
+    assert evaluate(out, "--samples", "1", "--measured-prompts", "0").exit_code == 0
+    dense, sparse = read(out)
+    assert (dense["selector"], sparse["selector"]) == ("dense", "peakprefill")
+    assert sparse["settings"] == dataclasses.asdict(PeakPrefillConfig()) and sparse["density"] < 0.95
 
 
 def test_rows_resume_repeat_and_carry_their_conditions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

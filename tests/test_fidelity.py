@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from bench.needle import MODEL_DIR
+from flexprefill_fa import PeakPrefillConfig
 from flexprefill_fa.cli import app
 from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.fidelity.cells import Fidelity
@@ -111,6 +113,15 @@ def test_rows_say_what_a_plain_comparison_says(tmp_path: Path, needle_model: Pre
     again = fidelity(out, *specs)
     assert again.exit_code == 0 and out.read_bytes() == before, "nothing is measured twice"
     assert "alpha=0.2" in again.stdout, "the table shows what was there"
+
+
+def test_without_a_selector(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    assert fidelity(out, "--no-recall", "--lengths", "1024").exit_code == 0
+    assert [(row["selector"], row["settings"]) for row in read(out)] == [
+        ("peakprefill", dataclasses.asdict(PeakPrefillConfig()))
+    ] * 2
+    assert all(row["density"] < 0.9 and row["kl"] > 1e-4 for row in read(out))
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,7 +296,9 @@ def test_a_short_prompt_is_an_error(tmp_path: Path) -> None:
     out, short = tmp_path / "report.html", tmp_path / "prompt.txt"
     short.write_text("def f(x):\n    return x\n")
     result = inspect(short, out, "--dtype", "float32")
-    assert_one_line_error(result, "the prompt runs dense, there is nothing to inspect", "up to 1024 tokens", "this has")
+    assert_one_line_error(
+        result, "the prompt runs dense, there is nothing to inspect", "peakprefill", "up to 384 tokens", "this has"
+    )
     # Short of the queries that sparse prefill starts at, whatever the selector would drop.
     short.write_text("x = 1\n" * 20)
     result = inspect(short, out, "--selector", "streaming_llm:sink=1+window=1+block_size=64", "--dtype", "float32")

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from workloads import random_qk
 
-from flexprefill_fa import Selector, VerticalSlashConfig, get_selector, select_blocks, selector_names
+from flexprefill_fa import (
+    Selector,
+    VerticalSlashConfig,
+    default_selector,
+    get_selector,
+    select_blocks,
+    selector_names,
+)
 from flexprefill_fa.masks import selector as selector_module
 from flexprefill_fa.masks.element import Element
 
@@ -237,6 +244,22 @@ def test_a_class_that_is_defined_again() -> None:
         select_blocks(query, key, old)
     with pytest.raises(ValueError, match=r"'near' was defined with diagnostics \(\) and triton None"):
         define_near(1, ("more",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ((), "peakprefill"),
+        (("peak", "per_block"), "peakprefill"),
+        (("block_size",), "peakprefill"),
+        (("gamma",), "flexprefill"),
+        (("min_budget", "block_size"), "flexprefill"),
+        (("alpha",), "peakprefill"),  # which refuses it
+        (("gamma", "peak"), "peakprefill"),
+    ],
+)
+def test_the_selector_that_is_meant_without_a_name(settings: tuple[str, ...], name: str) -> None:
+    assert default_selector(settings) == name
 
 
 def test_slots() -> None:

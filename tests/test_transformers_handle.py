@@ -14,7 +14,13 @@ from hf_models import prompt, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, StreamingLLMConfig, VerticalSlashConfig
+from flexprefill_fa import (
+    FlashPrefillConfig,
+    FlexPrefillConfig,
+    PeakPrefillConfig,
+    StreamingLLMConfig,
+    VerticalSlashConfig,
+)
 from flexprefill_fa.integrations.transformers import (
     NAME,
     collect_statistics,
@@ -163,13 +169,26 @@ def test_min_prompt_tokens(llama: PreTrainedModel) -> None:
 
 
 def test_by_attn_implementation_alone(llama: PreTrainedModel) -> None:
-    """Without enable_sparse_prefill the default settings apply: short prompts are dense."""
+    """The name is FlexPrefill's, and its default settings apply: short prompts are dense."""
     dense = run(llama).logits
     llama.set_attn_implementation(NAME)
     try:
+        assert [layer.config for layer in describe_sparse_prefill(llama)] == [FlexPrefillConfig()] * 2
         torch.testing.assert_close(run(llama).logits, dense, atol=1e-5, rtol=1e-5)
     finally:
         llama.set_attn_implementation("sdpa")
+
+
+def test_without_a_config(llama: PreTrainedModel) -> None:
+    """The default selector, and it runs: blocks of a long prompt are dropped, and it shows."""
+    dense = run(llama, 3000).logits
+    with enable_sparse_prefill(llama, statistics="density") as handle:
+        assert [layer.config for layer in describe_sparse_prefill(llama)] == [PeakPrefillConfig()] * 2
+        sparse = run(llama, 3000).logits
+        density = handle.statistics[0].density
+    with enable_sparse_prefill(llama, PeakPrefillConfig()):
+        assert torch.equal(run(llama, 3000).logits, sparse)
+    assert (density < 1).any() and (sparse - dense).abs().max() > 0.01
 
 
 def test_save_pretrained_while_enabled(llama: PreTrainedModel, tmp_path: Path) -> None:

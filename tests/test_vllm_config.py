@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, StreamingLLMConfig
+from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, PeakPrefillConfig, StreamingLLMConfig
 from flexprefill_fa.integrations.vllm_config import (
     SECTION,
     VARIABLE,
@@ -27,6 +27,14 @@ def test_defaults() -> None:
     assert read_settings({}, {}) == Settings()
     assert read_settings(None, {}) == Settings()
     assert read_settings({"somebody_elses": 1}, {}) == Settings()
+    assert Settings().selector == PeakPrefillConfig()
+    assert read_settings({SECTION: {"peak": 0.1, "min_prefill_tokens": 512}}, {}).selector == PeakPrefillConfig(0.1)
+
+
+def test_settings_of_flexprefill_without_a_name_are_still_its_own() -> None:
+    assert read_settings({SECTION: {"gamma": 0.9, "backend": "TRITON"}}, {}).selector == FlexPrefillConfig(gamma=0.9)
+    with pytest.raises(ValueError, match=r"unknown setting 'gamma', expected one of .*peak"):
+        read_settings({SECTION: {"selector": "peakprefill", "gamma": 0.9}}, {})
 
 
 def test_additional_config_counts_before_the_environment() -> None:
@@ -53,7 +61,8 @@ def test_prompts_of_which_everything_is_kept_stay_dense() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"gama": 0.9}, r"additional_config\['sparse_prefill'\]: unknown setting 'gama', expected one of .*gamma"),
+        ({"peek": 0.9}, r"additional_config\['sparse_prefill'\]: unknown setting 'peek', expected one of .*peak"),
+        ({"gamma": 0.9, "gama": 0.9}, "unknown setting 'gamma', expected one of .*peak"),
         ({"alpha": 0.1}, "unknown setting 'alpha'"),
         ({"selector": "flash"}, "unknown selector 'flash', expected one of cosa, flashprefill"),
         ({"gamma": 1.5}, r"gamma must be in \(0, 1\], got 1.5"),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexprefill_fa.loading import (
+    DENSE,
     UsageError,
     first_line,
     load_model,
@@ -24,6 +25,7 @@ from flexprefill_fa.loading import (
     resolve_dtype,
     token_count,
 )
+from flexprefill_fa.masks import DEFAULT_SELECTOR
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.reporting import open_console, settings_text
 from flexprefill_fa.rows import Row, append, rows_before
@@ -40,7 +42,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="dense, or name:field=value+field=value, where mean_correction=true and dense_layers=0/4 are fields "
-            "too. May be repeated; default: dense and flexprefill."
+            f"too. May be repeated; default: dense and {DEFAULT_SELECTOR}."
         ),
     ] = None,
     lengths: Annotated[
@@ -83,7 +85,7 @@ def evaluate(
         from flexprefill_fa.evaluation.harness import Tasks, require_lm_eval
 
         require_lm_eval()
-        choices = dict.fromkeys(parse_choice(spec) for spec in (selector or ["dense", "flexprefill"]))
+        choices = dict.fromkeys(parse_choice(spec) for spec in (selector or [DENSE, DEFAULT_SELECTOR]))
         numbers = tuple(sorted({token_count(item.strip()) for item in lengths.split(",")}))
         where, precision = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)

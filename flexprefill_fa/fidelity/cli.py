@@ -35,11 +35,11 @@ from flexprefill_fa.loading import (
     resolve_dtype,
     token_count,
 )
+from flexprefill_fa.masks import DEFAULT_SELECTOR
 from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.reporting import open_console
 from flexprefill_fa.rows import Row, append, rows_before
 
-_DEFAULT_SELECTORS = ("flexprefill", "flashprefill")
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -49,7 +49,7 @@ def fidelity(
         list[str] | None,
         typer.Option(
             help="name or name:field=value+field=value, where mean_correction=true and dense_layers=0/4 are fields "
-            "too. May be repeated; default: flexprefill and flashprefill."
+            f"too. May be repeated; default: {DEFAULT_SELECTOR}."
         ),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of text, comma-separated.")] = "4096",
@@ -110,7 +110,7 @@ def fidelity(
             typer.echo(json.dumps(row))
 
     with one_line_errors():
-        choices = _choices(selector or _DEFAULT_SELECTORS, mean_correction, dense_layers)
+        choices = _choices(selector or [DEFAULT_SELECTOR], mean_correction, dense_layers)
         numbers = _numbers(lengths, skip)
         aims = Aims(target_kl, dense_layers == "auto")
         aims.check(choices, numbers)

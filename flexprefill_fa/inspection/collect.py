@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 
 from flexprefill_fa.exact import block_mass
 from flexprefill_fa.generation import check_some_sparse, generate_greedily, refusal_in_one_line
-from flexprefill_fa.inspection.maps import MAP_BYTES, LayerMaps, blocks_per_cell, layer_maps
+from flexprefill_fa.inspection.maps import KINDS, MAP_BYTES, LayerMaps, blocks_per_cell, layer_maps
+from flexprefill_fa.inspection.peaks import PARTS, block_peaks
 from flexprefill_fa.integrations.transformers import (
     LayerDescription,
     SparseCall,
@@ -22,7 +24,7 @@ from flexprefill_fa.integrations.transformers import (
     observe_sparse_prefill,
 )
 from flexprefill_fa.loading import UsageError
-from flexprefill_fa.masks import Selector
+from flexprefill_fa.masks import PeakPrefillConfig, Selector
 from flexprefill_fa.progress import WorkProgress
 
 
@@ -56,6 +58,7 @@ class Inspection:
         layers: what each layer of the model does in this prompt, and why.
         heads: of the sparse layers.
         maps: by layer, of the sparse layers.
+        peaks: by layer, where PeakPrefill runs and a cell of the maps is one block: `Peaks.data`.
     """
 
     tokens: int
@@ -63,6 +66,7 @@ class Inspection:
     layers: tuple[LayerDescription, ...]
     heads: tuple[HeadReport, ...]
     maps: dict[int, LayerMaps]
+    peaks: dict[int, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def density(self) -> float:
@@ -94,6 +98,7 @@ def inspect_prefill(model: PreTrainedModel, input_ids: Tensor, config: Selector,
     tokens = input_ids.shape[1]
     recall: dict[int, list[float]] = {}
     maps: dict[int, LayerMaps] = {}
+    peaks: dict[int, bytes] = {}
     with refusal_in_one_line():
         handle = enable_sparse_prefill(model, config)
     with handle, collect_statistics(model) as found:
@@ -106,9 +111,13 @@ def inspect_prefill(model: PreTrainedModel, input_ids: Tensor, config: Selector,
                 f"to {config.dense_tokens} tokens with these settings, this has {tokens}"
             )
         budget = MAP_BYTES / sum(layer.runs == "sparse" for layer in described)
+        if isinstance(config, PeakPrefillConfig):
+            budget *= len(KINDS) / len((*KINDS, *PARTS))
 
         def look(call: SparseCall) -> None:
             recall[call.layer], maps[call.layer] = _look(call, tokens, budget)
+            if isinstance(config, PeakPrefillConfig) and maps[call.layer].group == 1:
+                peaks[call.layer] = block_peaks(call.query[0], call.key[0], config, call.scale).data()
 
         with observe_sparse_prefill(model, look):
             generate_greedily(model, input_ids, 1, progress, f"inspecting {tokens} tokens")
@@ -116,7 +125,7 @@ def inspect_prefill(model: PreTrainedModel, input_ids: Tensor, config: Selector,
             raise UsageError(f"every layer ran dense in this prompt of {tokens} tokens: there is nothing to inspect")
         rows = found.latest().rows()
     layers = tuple(_as_it_ran(layer, layer.layer in maps) for layer in described)
-    return Inspection(tokens, config.block_size, layers, tuple(_report(row, recall) for row in rows), maps)
+    return Inspection(tokens, config.block_size, layers, tuple(_report(row, recall) for row in rows), maps, peaks)
 
 
 def _look(call: SparseCall, tokens: int, budget: float) -> tuple[list[float], LayerMaps]:

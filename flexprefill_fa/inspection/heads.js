@@ -59,20 +59,31 @@ const palettes = Object.fromEntries(
 
 const unpacked = new Map();
 
-function mapsOf(layer) {
-  if (!unpacked.has(layer)) {
-    const packed = Uint8Array.from(atob(byId(`maps-${layer}`).textContent), (letter) => letter.charCodeAt(0));
+function bytesOf(id) {
+  if (!unpacked.has(id)) {
+    const packed = Uint8Array.from(atob(byId(id).textContent), (letter) => letter.charCodeAt(0));
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-    unpacked.set(layer, new Response(stream).arrayBuffer().then((buffer) => new Uint8Array(buffer)));
+    unpacked.set(id, new Response(stream).arrayBuffer().then((buffer) => new Uint8Array(buffer)));
   }
-  return unpacked.get(layer);
+  return unpacked.get(id);
 }
 
 async function mapOf(head, kind) {
   const { cells } = layers.get(head.layer);
   const size = (cells * (cells + 1)) / 2;
   const at = (headsOf.get(head.layer).indexOf(head) * data.kinds.length + data.kinds.indexOf(kind)) * size;
-  return (await mapsOf(head.layer)).subarray(at, at + size);
+  return (await bytesOf(`maps-${head.layer}`)).subarray(at, at + size);
+}
+
+// Which query gives a cell's block its largest share, and through which representative (0: by all keys).
+async function peakOf(head, row, at) {
+  const { cells } = layers.get(head.layer);
+  const size = (cells * (cells + 1)) / 2;
+  const start = 2 * headsOf.get(head.layer).indexOf(head) * size + at;
+  const bytes = await bytesOf(`peaks-${head.layer}`);
+  const query = (row * data.block_size + bytes[start]).toLocaleString("en");
+  const number = bytes[start + size];
+  return `needed most by query ${query}, ${number ? `through representative ${number}` : "scored by all its keys"}`;
 }
 
 async function drawMap(canvas, head, kind) {
@@ -107,7 +118,7 @@ function span(cell, group) {
 }
 
 async function tipFor(event, head) {
-  const { cells, group } = layers.get(head.layer);
+  const { cells, group, peaks } = layers.get(head.layer);
   const box = event.target.getBoundingClientRect();
   const [x, y] = [event.clientX - box.left, event.clientY - box.top];
   const [column, row] = [Math.floor((x / box.width) * cells), Math.floor((y / box.height) * cells)];
@@ -118,6 +129,7 @@ async function tipFor(event, head) {
   data.kinds.forEach((kind, i) => {
     if (kind !== "missed" || found[i][at]) lines.push(said(kind, found[i][at]));
   });
+  if (peaks) lines.push(await peakOf(head, row, at));
   showTip(event, lines);
 }
 

@@ -22,13 +22,15 @@ def render(inspection: Inspection, about: dict[str, Any]) -> str:
 
     Returns:
         HTML with the data as JSON in the element `data`, and the maps of layer N, compressed by zlib and in base64, in
-        the element `maps-N`. At most `MAP_BYTES` of maps and some 70 bytes for each head, beside 30 KB of page.
+        the element `maps-N`, its peaks in `peaks-N`. At most `MAP_BYTES` of both and some 70 bytes for each head,
+        beside 30 KB of page.
     """
     template, style = _asset("page.html"), _asset("page.css")
     script = _asset("heads.js") + _asset("overview.js")
+    packed = {f"maps-{layer}": found.data for layer, found in inspection.maps.items()}
+    packed |= {f"peaks-{layer}": found for layer, found in inspection.peaks.items()}
     maps = "\n".join(
-        f'<script type="text/plain" id="maps-{layer}">{_packed(found.data)}</script>'
-        for layer, found in inspection.maps.items()
+        f'<script type="text/plain" id="{name}">{_packed(found)}</script>' for name, found in packed.items()
     )
     page = template.replace("/* style */", style).replace("/* script */", script)
     before, after = page.split("<!-- data -->")
@@ -47,7 +49,7 @@ def _data(inspection: Inspection, about: dict[str, Any]) -> dict[str, Any]:
     for layer in inspection.layers:
         entry = {"layer": layer.layer, "runs": layer.runs, "why": layer.why}
         if layer.layer is not None and (found := inspection.maps.get(layer.layer)):
-            entry |= {"group": found.group, "cells": found.cells}
+            entry |= {"group": found.group, "cells": found.cells, "peaks": layer.layer in inspection.peaks}
         layers.append(entry)
     return {
         "about": about,

@@ -11,7 +11,8 @@ from typing import Any
 from flexprefill_fa.masks.block_masks import create_block_mask, mask_function, select_blocks
 from flexprefill_fa.masks.flashprefill import FlashPrefillConfig
 from flexprefill_fa.masks.flexprefill import FlexPrefillConfig
-from flexprefill_fa.masks.selector import Selector, get_selector, selector_names
+from flexprefill_fa.masks.peakprefill import PeakPrefillConfig
+from flexprefill_fa.masks.selector import DEFAULT_SELECTOR, Selector, default_selector, get_selector, selector_names
 from flexprefill_fa.masks.streaming_llm import StreamingLLMConfig
 from flexprefill_fa.masks.vertical_slash import VerticalSlashConfig
 
@@ -19,6 +20,7 @@ SelectorConfig = Selector  # its former name
 
 create_flexprefill_block_mask = mask_function(FlexPrefillConfig)
 create_flashprefill_block_mask = mask_function(FlashPrefillConfig)
+create_peakprefill_block_mask = mask_function(PeakPrefillConfig)
 create_streaming_llm_block_mask = mask_function(StreamingLLMConfig)
 create_vertical_slash_block_mask = mask_function(VerticalSlashConfig)
 
@@ -36,9 +38,11 @@ if len(_CLASSES) < len(_FUNCTIONS):
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]  # by their files
     *_CLASSES,
     *_FUNCTIONS,
+    "DEFAULT_SELECTOR",
     "Selector",
     "SelectorConfig",
     "create_block_mask",
+    "default_selector",
     "get_selector",
     "select_blocks",
     "selector_names",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,9 @@ from flexprefill_fa.validation import check_block_size
 Lists = tuple[Tensor, ...]
 SelectOperator = Callable[..., Lists]
 
+DEFAULT_SELECTOR = "peakprefill"
+"""The name of the selector that is meant where none is named."""
+
 _REGISTRY: dict[str, type[Selector]] = {}
 _OPERATORS: dict[str, SelectOperator] = {}
 _LIBRARIES: dict[str, torch.library.Library] = {}  # what defines each operator, as long as it is here
@@ -37,6 +41,19 @@ def get_selector(name: str) -> type[Selector]:
     if name not in _REGISTRY:
         raise ValueError(f"unknown selector {name!r}, expected one of {', '.join(selector_names())}")
     return _REGISTRY[name]
+
+
+def default_selector(settings: Iterable[str] = ()) -> str:
+    """The name of the selector that settings are for, by their names, where no selector is named.
+
+    The default one, but FlexPrefill where they are its own: it was the default once, and what was written for it still
+    means it.
+    """
+    given = set(settings)
+    for name in (DEFAULT_SELECTOR, "flexprefill"):
+        if given <= {field.name for field in dataclasses.fields(get_selector(name))}:  # pyright: ignore[reportArgumentType]
+            return name
+    return DEFAULT_SELECTOR
 
 
 def selector_names() -> list[str]:
