@@ -46,9 +46,9 @@ def row_norms(element: Element, config: PeakPrefillConfig) -> Tensor:
         for places in (torch.zeros_like(first[rows]), first[rows], last[rows]):
             exact = exact_scores(element, rows, places)  # [H, rows, B]
             scores.scatter_(3, places[:, None, None].expand(*exact.shape, 1), exact[..., None])
-        shares = (scores - scores.logsumexp(-1, keepdim=True)).exp()
-        shares = torch.where(real[rows, :, None], shares, 0.0)
-        parts.append(shares.pow(NORM).sum(2).pow(1 / NORM))
+        shares = scores - scores.logsumexp(-1, keepdim=True)  # ln p: fp32 holds no fourth power of 1e-12
+        shares = torch.where(real[rows, :, None], shares, -torch.inf)
+        parts.append(((NORM * shares).logsumexp(2) / NORM).exp())
     return torch.cat(parts, 1)
 
 
