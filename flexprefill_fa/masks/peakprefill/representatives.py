@@ -44,7 +44,8 @@ def representatives(element: Element, config: PeakPrefillConfig) -> tuple[Tensor
     size = config.block_size
     keys = rearrange(element.key_slots().float(), "h (j b) d -> h j b d", b=size)
     real = rearrange(element.real_keys, "(j b) -> j b", b=size).expand(keys.shape[:3])
-    member = (_clusters if config.representatives == "clusters" else _outliers)(keys, real, count_of(config, element.grid.keys))
+    members_of = _clusters if config.representatives == "clusters" else _outliers
+    member = members_of(keys, real, count_of(config, element.grid.keys))
     count = member.sum(-1)  # [Hkv, nk, R]
     mean = member @ keys / count.clamp(min=1)[..., None]
     bias = count.log()
@@ -68,7 +69,8 @@ def _clusters(keys: Tensor, real: Tensor, count: int) -> Tensor:
     """Which keys belong to which of R clusters, fp32 0 or 1 `[Hkv, nk, R, B]`.
 
     Seeds: the key farthest from the mean, then each time the key farthest from the mean and all seeds. A seed at
-    distance 0 stands for nothing, so equal keys make one cluster. Among equals the lower position, or cluster, is taken.
+    distance 0 stands for nothing, so equal keys make one cluster. Among equals the lower position, or cluster, is
+    taken.
     """
     centres, used = [], []
     nearest = _distance(keys, _mean(keys, real.float()))
@@ -88,7 +90,7 @@ def _clusters(keys: Tensor, real: Tensor, count: int) -> Tensor:
 
 
 def _outliers(keys: Tensor, real: Tensor, count: int) -> Tensor:
-    """The same for all keys but R - 1, and for those R - 1 that are farthest from the mean, the lower position first."""
+    """The same for all keys but R - 1, and for those R - 1 that are farthest from the mean, lower positions first."""
     distance = _distance(keys, _mean(keys, real.float())).masked_fill(~real, -1.0)
     order = distance.sort(dim=-1, descending=True, stable=True).indices[..., : count - 1]
     alone = torch.zeros(*keys.shape[:2], count - 1, keys.shape[2], device=keys.device)
