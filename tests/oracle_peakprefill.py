@@ -15,6 +15,7 @@ import torch
 
 INF = math.inf
 CLUSTER_TIE = 2e-6  # of the largest squared norm: distances that differ by less may be ordered either way in fp32
+CLUSTER_SHIFT = 2.0  # of z, by such a change
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PeakOracle:
     keep: bool. by_score: bool, cells that nothing but X keeps or drops.
     norms: float64, X; 0 where no real row sees the block.
     margin: float64, how far ln X is from ln peak, relatively to the scores' size; 0 where a near tie among distances of
-        keys decides; inf for cells whose X decides nothing.
+        keys may decide; inf for cells whose X decides nothing.
     """
 
     keep: np.ndarray
@@ -76,16 +77,17 @@ def _cluster(keys: np.ndarray, count: int) -> tuple[list[list[int]], float]:
         seeds.append(seed)
         centres.append(keys[seed])
         shortest = np.minimum(shortest, _distances(keys, keys[seed]))
-    members: list[list[int]] = []
+    owner = np.zeros(len(keys), int)
     for last in (False, False, False, True):
-        members = [[] for _ in centres]
-        for n, k in enumerate(keys):
-            ranked = sorted((float(((k - c) ** 2).sum()), i) for i, c in enumerate(centres) if alive[i])
-            members[ranked[0][1]].append(n)
-            if len(ranked) > 1:
-                gap = min(gap, ranked[1][0] - ranked[0][0])
+        apart = ((keys[:, None] - np.stack(centres)) ** 2).sum(2)  # [n, R]
+        apart[:, ~np.array(alive)] = INF
+        owner = apart.argmin(1)  # the lowest centre of the nearest
+        if sum(alive) > 1:
+            nearest, second = np.sort(apart, 1)[:, :2].T
+            gap = min(gap, float((second - nearest).min()))
         if not last:
-            centres = [keys[m].mean(0) if m else c for m, c in zip(members, centres, strict=True)]
+            centres = [keys[owner == i].mean(0) if (owner == i).any() else c for i, c in enumerate(centres)]
+    members = [[n for n in range(len(keys)) if owner[n] == i] for i in range(count)]
     return members, gap
 
 
@@ -130,17 +132,16 @@ def _fourth_norms(z: np.ndarray) -> np.ndarray:
 def _logarithms(z: np.ndarray, unsure: np.ndarray, peak: float, size: float) -> tuple[np.ndarray, np.ndarray]:
     """(ln X, margins) of z `[rows, blocks]`; unsure `[blocks]`: whose representatives a near tie decides.
 
-    Such a block has margin 0. The others' shares must fall on the same side of the peak whatever it holds, from nothing
-    to e times its weight.
+    All shares must fall on the same side of the peak if the unsure blocks' z is off by CLUSTER_SHIFT either way; where
+    they do not, the margin is 0.
     """
     log_x = _fourth_norms(z)
     cases = [log_x]
     if unsure.any():
-        for shift in (-INF, 1.0):
+        for shift in (-CLUSTER_SHIFT, CLUSTER_SHIFT):
             cases.append(_fourth_norms(np.where(unsure, z + shift, z)))
     gaps = np.stack(cases) - math.log(peak)
-    margin = np.where((gaps > 0).all(0) | (gaps < 0).all(0), np.abs(gaps).min(0), 0.0) / size
-    return log_x, np.where(unsure, 0.0, margin)
+    return log_x, np.where((gaps > 0).all(0) | (gaps < 0).all(0), np.abs(gaps).min(0), 0.0) / size
 
 
 # --- The selection ----------------------------------------------------------------------------------------------------
@@ -216,10 +217,10 @@ def oracle_select(
                     exact = {real_blocks[0]} | local
                     for column, j in enumerate(visible):
                         if j in exact:
-                            for row, p in enumerate(positions):
-                                keys = k[b, h_kv, max(j * size, start) : min((j + 1) * size, end, p + 1)]
-                                if len(keys):
-                                    z[row, column] = _log_sum_exp(scale * keys @ vectors[row], 0)
+                            tokens = range(max(j * size, start), min((j + 1) * size, end))
+                            future = np.array(tokens) > np.array(positions)[:, None]
+                            scores = scale * vectors @ k[b, h_kv, tokens[0] : tokens[-1] + 1].T
+                            z[:, column] = _log_sum_exp(np.where(future, -INF, scores), 1)
                         else:
                             z[:, column] = (bias[j] + scale * vectors @ rounded(made[j].means).T).max(1)
                     unsure = np.array([j not in exact and made[j].gap < CLUSTER_TIE for j in visible])
