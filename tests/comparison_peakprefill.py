@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from oracle_peakprefill import PeakOracle, oracle_select
+from oracle_peakprefill import CLUSTER_SHIFT, CLUSTER_TIE, PeakOracle, count_of, oracle_select, represent
 from torch import Tensor
 
 from flexprefill_fa import BlockSelection, PeakPrefillConfig
+from flexprefill_fa.grid import Grid
+from flexprefill_fa.masks.element import element_of
+from flexprefill_fa.masks.peakprefill.reference import row_norms
 
 # ln X that comes closer to ln peak, relatively to the scores' size, may fall on either side in fp32; with rounded
 # representatives a mean between two numbers of the inputs' dtype may become either.
@@ -55,3 +59,34 @@ def compare(selection: BlockSelection, oracle: PeakOracle, dtype: torch.dtype, w
     )
     decided = torch.from_numpy(oracle.by_score)
     return Counts(int(decided.sum()), int((decided & keep).sum()), int((~clear).sum()))
+
+
+def explained(query: Tensor, key: Tensor, config: PeakPrefillConfig, ranges: Tensor, unequal: Tensor) -> Tensor:
+    """bool `[B, Hq, nq, nk]`: where a near tie may turn a cell, without an oracle of all; tied keys only where unequal.
+
+    X comes near the peak, by the plain rule on the tensors' device; or distances tie among the keys of the cell's block,
+    and X is within e^CLUSTER_SHIFT of the peak; or among those of another block of the row, and it is within 2 percent.
+    """
+    near = torch.zeros_like(unequal)
+    grid, size = Grid(query.shape[2], key.shape[2], config.block_size), config.block_size
+    scale = query.shape[-1] ** -0.5
+
+    def tied(b: int, head: int, block: int, positions: int) -> bool:
+        keys = key[b, head, block * size : (block + 1) * size].double().cpu().numpy()
+        return represent(keys, config.representatives, count_of(positions, config.per_block)).gap < CLUSTER_TIE
+
+    for b, (start, end) in enumerate(ranges.tolist()):
+        found = element_of(query[b], key[b], start, end, grid, scale)
+        if found is None:  # all its queries are padding
+            continue
+        element, rows, columns = found
+        apart = (row_norms(element, config).log() - math.log(config.peak)).abs()
+        sizes = scale * element.query.float().norm(dim=-1).amax(-1) * element.key.float().norm(dim=-1).amax()  # [Hq]
+        near[b, :, rows, columns] = apart < NEAR_TIE[query.dtype] * (1 + sizes[:, None, None])
+        for h, i, j in (unequal[b] & ~near[b]).nonzero().tolist():
+            gap, place = apart[h, i - rows.start, j - columns.start], (b, h // element.groups)
+            own = (grid.offset + i * size) // size
+            near[b, h, i, j] = (gap < CLUSTER_SHIFT and tied(*place, j, element.grid.keys)) or (
+                gap < 0.02 and any(tied(*place, block, element.grid.keys) for block in range(columns.start + 1, own))
+            )
+    return near

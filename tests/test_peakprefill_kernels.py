@@ -47,7 +47,8 @@ def as_tensor(values: list[int] | None) -> Tensor | None:
 
 
 def to_dense(lists: Any, query: Tensor, key: Tensor, block_size: int) -> Tensor:
-    return BlockSelection(*lists, query.shape[2], key.shape[2], block_size).to_dense()
+    shape: tuple[Any, ...] = query.shape[2], key.shape[2], block_size
+    return BlockSelection(*lists[:4], *shape).to_dense()
 
 
 def same(got: Any, expected: Any) -> bool:
