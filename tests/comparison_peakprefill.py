@@ -64,8 +64,8 @@ def compare(selection: BlockSelection, oracle: PeakOracle, dtype: torch.dtype, w
 def explained(query: Tensor, key: Tensor, config: PeakPrefillConfig, ranges: Tensor, unequal: Tensor) -> Tensor:
     """bool `[B, Hq, nq, nk]`: where a near tie may turn a cell, without an oracle of all; tied keys only where unequal.
 
-    X comes near the peak, by the plain rule on the tensors' device; or distances tie among the keys of the cell's block,
-    and X is within e^CLUSTER_SHIFT of the peak; or among those of another block of the row, and it is within 2 percent.
+    X comes near the peak, by the plain rule on the tensors' device; or distances tie among the keys of the cell's
+    block, and X is within e^CLUSTER_SHIFT of the peak, or of another block of the row, and it is within 2 percent.
     """
     near = torch.zeros_like(unequal)
     grid, size = Grid(query.shape[2], key.shape[2], config.block_size), config.block_size
@@ -73,7 +73,7 @@ def explained(query: Tensor, key: Tensor, config: PeakPrefillConfig, ranges: Ten
 
     def tied(b: int, head: int, block: int, positions: int) -> bool:
         keys = key[b, head, block * size : (block + 1) * size].double().cpu().numpy()
-        return represent(keys, config.representatives, count_of(positions, config.per_block)).gap < CLUSTER_TIE
+        return bool(represent(keys, config.representatives, count_of(positions, config.per_block)).gap < CLUSTER_TIE)
 
     for b, (start, end) in enumerate(ranges.tolist()):
         found = element_of(query[b], key[b], start, end, grid, scale)
@@ -86,7 +86,7 @@ def explained(query: Tensor, key: Tensor, config: PeakPrefillConfig, ranges: Ten
         for h, i, j in (unequal[b] & ~near[b]).nonzero().tolist():
             gap, place = apart[h, i - rows.start, j - columns.start], (b, h // element.groups)
             own = (grid.offset + i * size) // size
-            near[b, h, i, j] = (gap < CLUSTER_SHIFT and tied(*place, j, element.grid.keys)) or (
+            near[b, h, i, j] = (gap < CLUSTER_SHIFT and tied(*place, j, element.grid.keys)) or bool(
                 gap < 0.02 and any(tied(*place, block, element.grid.keys) for block in range(columns.start + 1, own))
             )
     return near

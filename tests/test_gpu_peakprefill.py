@@ -25,7 +25,7 @@ KINDS: list[Any] = ["clusters", "outliers"]
 def assert_equals_the_rule(query: Tensor, key: Tensor, config: PeakPrefillConfig, **place: Any) -> BlockSelection:
     """The kernels' selection; equal to the rule's but for near ties, which are few; and the same when asked again."""
     got = select_blocks(query, key, config, **place)
-    lists = select_plain(query, key, got.starts, got.lengths, config)
+    lists: Any = select_plain(query, key, got.starts, got.lengths, config)
     shape: tuple[Any, ...] = query.shape[2], key.shape[2], config.block_size
     expected = BlockSelection(*lists[:4], *shape).to_dense()
     unequal = got.to_dense() != expected
