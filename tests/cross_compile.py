@@ -17,9 +17,18 @@ from flexprefill_fa.masks.flashprefill.kernels import rows as flash_rows
 from flexprefill_fa.masks.flashprefill.kernels import scores as flash_scores
 from flexprefill_fa.masks.flexprefill.kernels import paper, pattern, rows
 from flexprefill_fa.masks.flexprefill.kernels.pooled_attention import _pooled_attention_kernel, tile_options
+from flexprefill_fa.masks.peakprefill.kernels import rows as peak_rows
+from flexprefill_fa.masks.peakprefill.kernels.representatives import (
+    CLUSTER_STEPS,
+    QUERY_ROWS,
+    QUERY_STEP,
+    SPLITS,
+    _representatives_kernel,
+    _squares_kernel,
+)  # fmt: skip
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-FLOATS = {"scale", "tau", "gamma", "gamma_rest", "log_alpha"}
+FLOATS = {"scale", "tau", "gamma", "gamma_rest", "log_alpha", "factor", "threshold"}
 INT_POINTERS = {
     "ranges", "aware", "active", "counts", "values", "cuts", "above", "ties", "partial_counts",
     "partial_indices", "full_counts", "full_indices",
@@ -27,12 +36,13 @@ INT_POINTERS = {
 FLOAT_POINTERS = {
     "thresholds", "scores", "means", "maxima", "sums", "totals", "lse", "vertical", "slash", "carry", "mean_key",
     "mean_query", "columns", "column_sums", "diagonals", "diagonal_sums", "logits", "distance", "pooled_scores",
-    "mass", "diagonal_mass", "goals", "factors", "tokens", "best_scores",
+    "mass", "diagonal_mass", "goals", "factors", "tokens", "best_scores", "squares", "biases",
 }  # fmt: skip
 BYTE_POINTERS = {"kept", "again", "chosen", "hit", "diagonal_hit"}
-OF_THE_INPUTS = {("_block_mean_kernel", "values")} | {
-    ("_correct_kernel", name) for name in ("mean_key", "mean_value", "out", "result")
-}
+OF_THE_INPUTS = {
+    ("_block_mean_kernel", "values"), ("_representatives_kernel", "vectors"), ("_rows_kernel", "vectors"),
+    *(("_correct_kernel", name) for name in ("mean_key", "mean_value", "out", "result")),
+}  # fmt: skip
 # The same name for another type of data in one kernel.
 EXCEPTIONS = {
     ("_paper_rows_kernel", "columns"): "*i8",
@@ -118,6 +128,16 @@ def variants(dtype: torch.dtype, dim: int, block: int):
     yield flash_scores._scores_kernel, options, {**padding, "BLOCK": block, "TWO_PARTS": two_parts, **shape}
     row = {"BLOCK": block, "WIDTH": 1024, "CHUNK": flash_rows.CHUNK, "ALL_PARTIAL": False, "ZERO_TAILS": True}
     yield flash_rows._rows_kernel, {"num_warps": 4}, row
+    sampled = {**padding, "SPLITS": SPLITS, "STEP": QUERY_STEP}
+    yield _squares_kernel, {}, {**sampled, "ROWS": QUERY_ROWS}
+    for flag in (True, False):
+        most = {"MOST": 16, "ROUND": 16, "STEPS": CLUSTER_STEPS, "BLOCK": block}
+        constants = {**sampled, **most, "CLUSTERS": flag, "VARIANCE": True}
+        yield _representatives_kernel, {"num_warps": 4 if padded <= 64 else 8}, constants
+    shape = peak_rows.tile_options(padded, dtype.itemsize)
+    options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
+    row = {"BLOCK": block, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True}
+    yield peak_rows._rows_kernel, options, {**padding, **row, "MOST": 16, **shape}
 
 
 def main() -> None:
@@ -125,10 +145,10 @@ def main() -> None:
     for dtype, dim in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 256)):
         for kernel, options, constants in variants(dtype, dim, block := 128):
             first_shape = dim == 128 and dtype is torch.bfloat16
-            if not first_shape and not {"SLICE", "ROWS", "TWO_PARTS"} & constants.keys():
+            if not first_shape and not {"SLICE", "ROWS", "TWO_PARTS", "MOST"} & constants.keys():
                 continue  # holds no tile of the head dim: its memory stays the same
             shared = shared_memory(kernel, arch, dtype, options, constants)
-            name = kernel.fn.__name__
+            name = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
             print(json.dumps({"kernel": name, "dtype": str(dtype), "dim": dim, "block": block, "shared": shared}))
 
 
