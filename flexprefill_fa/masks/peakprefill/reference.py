@@ -34,13 +34,15 @@ def peak_shares(element: Element, config: PeakPrefillConfig) -> Tensor:
     queries, real = element.query_slots(), rearrange(element.real_queries, "(i b) -> i b", b=size)
     block = torch.arange(grid.kv_blocks, device=element.device)
     first, last = (place.clamp(min=0) for place in element.diagonal())  # [nq]
+    aligned = (grid.offset - grid.query_pad) % size == 0  # a query block's positions fill one key block
     parts = []
     for rows in element.row_pieces(4 * element.heads * size * (grid.kv_blocks * count + 3 * size)):
         scores = element.products(queries[:, rows.start * size : rows.stop * size], vectors)
         scores = (rearrange(scores, "h m (j r) -> h m j r", r=count) + bias).amax(-1)
         scores = rearrange(scores, "h (i b) j -> h i b j", b=size)  # [H, rows, B, nk]
         scores.masked_fill_((block >= first[rows, None])[:, None], -torch.inf)
-        for places in (torch.zeros_like(first[rows]), first[rows], last[rows]):
+        own = [first[rows]] if aligned else [first[rows], last[rows]]
+        for places in (torch.zeros_like(first[rows]), *own):
             exact = exact_scores(element, rows, places)  # [H, rows, B]
             scores.scatter_(3, places[:, None, None].expand(*exact.shape, 1), exact[..., None])
         shares = (scores - scores.logsumexp(-1, keepdim=True)).exp()

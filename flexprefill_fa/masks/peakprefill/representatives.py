@@ -43,20 +43,20 @@ def representatives(element: Element, config: PeakPrefillConfig) -> tuple[Tensor
     """r `[Hkv, nk, R, D]` in the inputs' dtype, and biases fp32 `[Hkv, nk, R]`, minus infinity where w is 0."""
     size = config.block_size
     keys = rearrange(element.key_slots().float(), "h (j b) d -> h j b d", b=size)
-    real = rearrange(element.real_keys, "(j b) -> j b", b=size).expand(keys.shape[:3])
-    member = (_clusters if config.representatives == "clusters" else _outliers)(
-        keys, real, count_of(config, element.grid.batch_keys)
-    )
-    count = member.sum(-1)  # [Hkv, nk, R]
-    mean = member @ keys / count.clamp(min=1)[..., None]
-    bias = count.log()
+    real = rearrange(element.real_keys, "(j b) -> j b", b=size)[..., None]
+    centre = keys.sum(2, keepdim=True) / real.sum(1, keepdim=True)
+    keys = (keys - centre) * real  # from the block's mean on, so that differences of squares are exact enough
+    real = real[..., 0].expand(keys.shape[:3])
+    count = count_of(config, element.grid.batch_keys)
+    member = (_clusters if config.representatives == "clusters" else _outliers)(keys, real, count)
+    number = member.sum(-1)  # [Hkv, nk, R]
+    mean = _means(keys, member)
+    bias = number.log()
     if config.variance:
-        squares = mean_square_query(element)
-        spread = [  # one representative at a time: all differences would be R times the keys
-            _mean((keys - r[:, :, None]).square(), m) for r, m in zip(mean.unbind(2), member.unbind(2), strict=True)
-        ]
-        bias = bias + 0.5 * element.scale**2 * torch.stack([torch.einsum("hjd,hd->hj", v, squares) for v in spread], -1)
-    return mean.to(element.key.dtype), bias
+        variance = (_means(keys.square(), member) - mean.square()).clamp(min=0)
+        spread = torch.einsum("hjrd,hd->hjr", variance, mean_square_query(element))
+        bias = bias + 0.5 * element.scale**2 * spread
+    return (mean + centre).to(element.key.dtype), bias
 
 
 def mean_square_query(element: Element) -> Tensor:
@@ -67,55 +67,51 @@ def mean_square_query(element: Element) -> Tensor:
 
 
 def _clusters(keys: Tensor, real: Tensor, count: int) -> Tensor:
-    """Which keys belong to which of R clusters, fp32 0 or 1 `[Hkv, nk, R, B]`.
+    """Which keys belong to which of R clusters, fp32 0 or 1 `[Hkv, nk, R, B]`; keys less the mean of their block.
 
     Seeds: the key farthest from the mean, then each time the key farthest from the mean and all seeds. A seed at
     distance 0 stands for nothing: equal keys make one cluster. Among equals the lower position, or cluster, is taken.
     """
-    centres, used = [], []
-    nearest = _distance(keys, _mean(keys, real.float()))
+    nearest = keys.square().sum(-1)
+    seeds, used = [], []
     for seed in range(count):
         far = nearest.masked_fill(~real, -1.0)
-        place = _first(far == far.amax(-1, keepdim=True))
-        used.append(torch.ones_like(place, dtype=torch.bool) if seed == 0 else far.amax(-1) > 0)
-        centres.append(keys.gather(2, place[..., None, None].expand(*place.shape, 1, keys.shape[-1]))[:, :, 0])
-        nearest = torch.minimum(nearest, _distance(keys, centres[-1]))
+        farthest = far.amax(-1, keepdim=True)
+        place = _first(far == farthest)
+        used.append(farthest > 0 if seed else torch.ones_like(farthest, dtype=torch.bool))
+        seeds.append(keys.gather(2, place[..., None, None].expand(*place.shape, 1, keys.shape[-1])))
+        nearest = torch.minimum(nearest, (keys - seeds[-1]).square().sum(-1))
+    centres, unused = torch.cat(seeds, 2), ~torch.cat(used, 2)
     for _ in range(CLUSTER_STEPS):
-        member = _nearest(keys, real, centres, used)
-        centres = [
-            torch.where(m.sum(-1, keepdim=True) > 0, _mean(keys, m), centre)
-            for m, centre in zip(member.unbind(2), centres, strict=True)
-        ]
-    return _nearest(keys, real, centres, used)
+        member = _members(keys, real, centres, unused)
+        centres = torch.where(member.sum(-1, keepdim=True) > 0, _means(keys, member), centres)
+    return _members(keys, real, centres, unused)
 
 
 def _outliers(keys: Tensor, real: Tensor, count: int) -> Tensor:
     """The same for all keys but R - 1, and for those R - 1 farthest from the mean, the lower position first."""
-    distance = _distance(keys, _mean(keys, real.float())).masked_fill(~real, -1.0)
+    distance = keys.square().sum(-1).masked_fill(~real, -1.0)
     order = distance.sort(dim=-1, descending=True, stable=True).indices[..., : count - 1]
     alone = torch.zeros(*keys.shape[:2], count - 1, keys.shape[2], device=keys.device)
     alone = alone.scatter(-1, order[..., None], 1.0) * real[:, :, None]
     return torch.cat((real[:, :, None] * (1 - alone.sum(2, keepdim=True)), alone), 2)
 
 
-def _mean(keys: Tensor, weight: Tensor) -> Tensor:
-    """`[Hkv, nk, D]`: the mean of keys with a weight of 1, of `[Hkv, nk, B]`."""
-    return (weight[:, :, None] @ keys)[:, :, 0] / weight.sum(-1, keepdim=True).clamp(min=1)
+def _means(values: Tensor, member: Tensor) -> Tensor:
+    """`[Hkv, nk, R, D]`: the mean over each cluster's members, 0 for none."""
+    return member @ values / member.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _distance(keys: Tensor, centre: Tensor) -> Tensor:
-    """Squared, `[Hkv, nk, B]`."""
-    return (keys - centre[:, :, None]).square().sum(-1)
-
-
-def _nearest(keys: Tensor, real: Tensor, centres: list[Tensor], used: list[Tensor]) -> Tensor:
-    distances = torch.stack([_distance(keys, centre) for centre in centres], 2)  # [Hkv, nk, R, B]
-    distances = distances.masked_fill(~torch.stack(used, 2)[..., None], torch.inf)
-    cluster = _first((distances == distances.amin(2, keepdim=True)).transpose(2, 3))
-    return (cluster[:, :, None] == torch.arange(len(centres), device=keys.device)[:, None]) * real[:, :, None].float()
+def _members(keys: Tensor, real: Tensor, centres: Tensor, unused: Tensor) -> Tensor:
+    """Each real key with its nearest centre."""
+    distance = centres.square().sum(-1, keepdim=True) - 2 * centres @ keys.mT  # less the key's own square
+    distance = distance.masked_fill(unused[..., None], torch.inf)
+    cluster = _first((distance == distance.amin(2, keepdim=True)).transpose(2, 3))
+    return (cluster[:, :, None] == torch.arange(centres.shape[2], device=keys.device)[:, None]) * real[
+        :, :, None
+    ].float()
 
 
 def _first(true: Tensor) -> Tensor:
     """Index of the first true item of the last dimension."""
-    place = torch.arange(true.shape[-1], device=true.device)
-    return torch.where(true, place, true.shape[-1] - 1).amin(-1)
+    return true.to(torch.int8).argmax(-1)
