@@ -13,7 +13,7 @@ from torch import Tensor
 from flexprefill_fa import BlockSelection, PeakPrefillConfig
 from flexprefill_fa.grid import Grid
 from flexprefill_fa.masks.element import element_of
-from flexprefill_fa.masks.peakprefill.reference import row_norms
+from flexprefill_fa.masks.peakprefill.reference import peak_shares
 
 # ln X that comes closer to ln peak, relatively to the scores' size, may fall on either side in fp32; with rounded
 # representatives a mean between two numbers of the inputs' dtype may become either.
@@ -54,7 +54,7 @@ def compare(selection: BlockSelection, oracle: PeakOracle, dtype: torch.dtype, w
     wrong = ((keep != expected) & clear).nonzero().tolist()
     assert not wrong, (
         f"{len(wrong)} cells differ from the oracle, {wrong[:5]}: X "
-        f"{[float(oracle.norms[tuple(cell)]) for cell in wrong[:5]]}, margins "
+        f"{[float(oracle.peaks[tuple(cell)]) for cell in wrong[:5]]}, margins "
         f"{[float(oracle.margin[tuple(cell)]) for cell in wrong[:5]]}, {what}"
     )
     decided = torch.from_numpy(oracle.by_score)
@@ -71,22 +71,22 @@ def explained(query: Tensor, key: Tensor, config: PeakPrefillConfig, ranges: Ten
     grid, size = Grid(query.shape[2], key.shape[2], config.block_size), config.block_size
     scale = query.shape[-1] ** -0.5
 
-    def tied(b: int, head: int, block: int, positions: int) -> bool:
+    def tied(b: int, head: int, block: int) -> bool:
         keys = key[b, head, block * size : (block + 1) * size].double().cpu().numpy()
-        return bool(represent(keys, config.representatives, count_of(positions, config.per_block)).gap < CLUSTER_TIE)
+        return bool(represent(keys, config.representatives, count_of(key.shape[2], config.per_block)).gap < CLUSTER_TIE)
 
     for b, (start, end) in enumerate(ranges.tolist()):
         found = element_of(query[b], key[b], start, end, grid, scale)
         if found is None:  # all its queries are padding
             continue
         element, rows, columns = found
-        apart = (row_norms(element, config).log() - math.log(config.peak)).abs()
+        apart = (peak_shares(element, config).log() - math.log(config.peak)).abs()
         sizes = scale * element.query.float().norm(dim=-1).amax(-1) * element.key.float().norm(dim=-1).amax()  # [Hq]
         near[b, :, rows, columns] = apart < NEAR_TIE[query.dtype] * (1 + sizes[:, None, None])
         for h, i, j in (unequal[b] & ~near[b]).nonzero().tolist():
             gap, place = apart[h, i - rows.start, j - columns.start], (b, h // element.groups)
             own = (grid.offset + i * size) // size
-            near[b, h, i, j] = (gap < CLUSTER_SHIFT and tied(*place, j, element.grid.keys)) or bool(
-                gap < 0.02 and any(tied(*place, block, element.grid.keys) for block in range(columns.start + 1, own))
+            near[b, h, i, j] = (gap < CLUSTER_SHIFT and tied(*place, j)) or bool(
+                gap < 0.02 and any(tied(*place, block) for block in range(columns.start + 1, own))
             )
     return near

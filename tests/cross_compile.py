@@ -22,13 +22,16 @@ from flexprefill_fa.masks.peakprefill.kernels.representatives import (
     CLUSTER_STEPS,
     QUERY_ROWS,
     QUERY_STEP,
+    ROUND,
     SPLITS,
     _representatives_kernel,
     _squares_kernel,
+    tile_width,
+    warps_of,
 )  # fmt: skip
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-FLOATS = {"scale", "tau", "gamma", "gamma_rest", "log_alpha", "factor", "threshold"}
+FLOATS = {"scale", "tau", "gamma", "gamma_rest", "log_alpha", "factor", "peak"}
 INT_POINTERS = {
     "ranges", "aware", "active", "counts", "values", "cuts", "above", "ties", "partial_counts",
     "partial_indices", "full_counts", "full_indices",
@@ -130,14 +133,15 @@ def variants(dtype: torch.dtype, dim: int, block: int):
     yield flash_rows._rows_kernel, {"num_warps": 4}, row
     sampled = {**padding, "SPLITS": SPLITS, "STEP": QUERY_STEP}
     yield _squares_kernel, {}, {**sampled, "ROWS": QUERY_ROWS}
+    if dtype == torch.float32 and dim > 128:  # by the plain rule
+        return
+    width = tile_width(padded, dtype.itemsize)
+    tile = {"BLOCK": block, "R": 16, "T": width // 16}
     for flag in (True, False):
-        most = {"MOST": 16, "ROUND": 16, "STEPS": CLUSTER_STEPS, "BLOCK": block}
-        constants = {**sampled, **most, "CLUSTERS": flag, "VARIANCE": True}
-        yield _representatives_kernel, {"num_warps": 4 if padded <= 64 else 8}, constants
-    shape = peak_rows.tile_options(padded, dtype.itemsize)
-    options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
-    row = {"BLOCK": block, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True}
-    yield peak_rows._rows_kernel, options, {**padding, **row, "MOST": 16, **shape}
+        constants = {**sampled, **tile, "ROUND": ROUND, "STEPS": CLUSTER_STEPS, "CLUSTERS": flag, "VARIANCE": True}
+        yield _representatives_kernel, {"num_warps": warps_of(padded)}, constants
+    row = {"KEYS": width, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True}
+    yield peak_rows._rows_kernel, peak_rows.launch_options(padded, dtype.itemsize), {**padding, **row, **tile}
 
 
 def main() -> None:

@@ -23,14 +23,14 @@ class PeakOracle:
     """What `oracle_select` returns; numpy arrays over `[B, Hq, nq, nk]`.
 
     keep: bool. by_score: bool, cells that nothing but X keeps or drops.
-    norms: float64, X; 0 where no real row sees the block.
+    peaks: float64, X; 0 where no real row sees the block.
     margin: float64, how far ln X is from ln peak, relatively to the scores' size; 0 where a near tie among distances of
         keys may decide; inf for cells whose X decides nothing.
     """
 
     keep: np.ndarray
     by_score: np.ndarray
-    norms: np.ndarray
+    peaks: np.ndarray
     margin: np.ndarray
 
 
@@ -48,10 +48,10 @@ class Representatives:
 
 
 def count_of(positions: int, per_block: int | None) -> int:
-    """R, of a sequence of so many positions."""
+    """R, of a batch of so many positions, padding included."""
     if per_block is not None:
         return per_block
-    return 8 if positions <= 32768 else 4
+    return 8 if positions <= 65536 else 4
 
 
 # --- Representatives --------------------------------------------------------------------------------------------------
@@ -123,10 +123,9 @@ def _log_sum_exp(values: np.ndarray, axis: int) -> np.ndarray:
         return np.log(np.exp(values - top).sum(axis)) + top.squeeze(axis)
 
 
-def _fourth_norms(z: np.ndarray) -> np.ndarray:
+def _largest_shares(z: np.ndarray) -> np.ndarray:
     """ln X `[blocks]` of z `[rows, blocks]`."""
-    share = z - _log_sum_exp(z, 1)[:, None]  # ln p
-    return _log_sum_exp(4 * share, 0) / 4
+    return (z - _log_sum_exp(z, 1)[:, None]).max(0)
 
 
 def _logarithms(z: np.ndarray, unsure: np.ndarray, peak: float, size: float) -> tuple[np.ndarray, np.ndarray]:
@@ -135,11 +134,11 @@ def _logarithms(z: np.ndarray, unsure: np.ndarray, peak: float, size: float) -> 
     All shares must fall on the same side of the peak if the unsure blocks' z is off by CLUSTER_SHIFT either way; where
     they do not, the margin is 0.
     """
-    log_x = _fourth_norms(z)
+    log_x = _largest_shares(z)
     cases = [log_x]
     if unsure.any():
         for shift in (-CLUSTER_SHIFT, CLUSTER_SHIFT):
-            cases.append(_fourth_norms(np.where(unsure, z + shift, z)))
+            cases.append(_largest_shares(np.where(unsure, z + shift, z)))
     gaps = np.stack(cases) - math.log(peak)
     return log_x, np.where((gaps > 0).all(0) | (gaps < 0).all(0), np.abs(gaps).min(0), 0.0) / size
 
@@ -176,7 +175,7 @@ def oracle_select(
     off, size, group = lkv - lq, block_size, n_heads // n_kv_heads
     shape = (n_batch, n_heads, math.ceil(lq / size), math.ceil(lkv / size))
     keep, by_score = np.zeros(shape, bool), np.zeros(shape, bool)
-    norms, margin = np.zeros(shape), np.full(shape, INF)
+    peaks, margin = np.zeros(shape), np.full(shape, INF)
 
     def rounded(means: np.ndarray) -> np.ndarray:
         return torch.from_numpy(means).to(query.dtype).double().numpy()
@@ -194,7 +193,7 @@ def oracle_select(
         if not rows:
             continue
         last_rows = sorted(rows)[len(rows) - min(last_full_blocks, len(rows)) :]
-        count = count_of(end - real_blocks[0] * size, per_block)
+        count = count_of(lkv, per_block)
         seen = [p - off for p in range(end - 1, max(start, off) - 1, -16)]  # queries whose squares are averaged
         for h_kv in range(n_kv_heads):
             heads = range(h_kv * group, (h_kv + 1) * group)
@@ -229,9 +228,9 @@ def oracle_select(
                     for column, j in enumerate(visible):
                         always = j in exact or i in last_rows
                         cell = b, h, i, j
-                        norms[cell] = math.exp(log_x[column])
+                        peaks[cell] = math.exp(log_x[column])
                         keep[cell] = always or log_x[column] >= math.log(peak)
                         by_score[cell] = not always
                         if not always:
                             margin[cell] = margins[column]
-    return PeakOracle(keep, by_score, norms, margin)
+    return PeakOracle(keep, by_score, peaks, margin)

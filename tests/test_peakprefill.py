@@ -1,4 +1,4 @@
-"""PeakPrefill's rule in plain PyTorch against the brute-force oracle: blocks, representatives and norms."""
+"""PeakPrefill's rule in plain PyTorch against the brute-force oracle: blocks, representatives and shares."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def element(query: Tensor, key: Tensor, block_size: int, start: int = 0, end: in
 @pytest.mark.parametrize("kind", ["clusters", "outliers"])
 @pytest.mark.parametrize("per_block", [1, 3, 8, 16])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_representatives_and_norms(kind: Any, per_block: int, dtype: torch.dtype) -> None:
+def test_representatives_and_shares(kind: Any, per_block: int, dtype: torch.dtype) -> None:
     """Vectors, biases and X themselves, of blocks with 5 and 37 real keys too."""
     query, key = (x.to(dtype) for x in structured_qk(1, 4, 2, 600, 677, 24, seed=per_block))
     place = element(query, key, 64, 59, 677)
@@ -155,10 +155,10 @@ def test_representatives_and_norms(kind: Any, per_block: int, dtype: torch.dtype
         assert adds.isfinite().sum() == min(per_block, len(keys))
     assert unclear <= 2
     oracle = ask_oracle(query, key, config, [59], [618])
-    norms = reference.row_norms(place, config)[:, :, 1:].double()
+    peaks = reference.peak_shares(place, config)[:, :, 1:].double()
     clear = torch.from_numpy(oracle.margin[0, :, :, 1:]) >= NEAR_TIE[dtype]
-    exact = torch.from_numpy(oracle.norms[0, :, :, 1:])
-    torch.testing.assert_close(norms[clear], exact[clear], rtol=1e-4 if dtype is FP32 else 0.1, atol=1e-7)
+    exact = torch.from_numpy(oracle.peaks[0, :, :, 1:])
+    torch.testing.assert_close(peaks[clear], exact[clear], rtol=1e-4 if dtype is FP32 else 0.1, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["clusters", "outliers"])
@@ -178,7 +178,6 @@ def test_flat_and_peaked_scores(kind: Any, sharpness: float) -> None:
 
 @pytest.mark.parametrize("peak", [1e-3, 1e-9, 1e-12])
 def test_small_peaks(peak: float) -> None:
-    """Whose fourth power fp32 does not hold."""
     query, key = structured_qk(1, 2, 1, 700, 700, 32, seed=3)
     config = PeakPrefillConfig(peak, last_full_blocks=0, block_size=64)
     counts = compare(select_blocks(8 * query, key, config), ask_oracle(8 * query, key, config), FP32)

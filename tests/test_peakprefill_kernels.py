@@ -86,13 +86,15 @@ def test_repeated_and_in_one_list() -> None:
     assert torch.equal(*kept) and not kept[0][:, :, -1, :-1].all()
 
 
-def test_more_blocks_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Candidates are many and stand in the list that is written, and few of them are kept in the end."""
-    options = {"COLUMNS": 2, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr("flexprefill_fa.masks.peakprefill.kernels.rows.tile_options", lambda *_: options)
-    query, key = structured_qk(1, 2, 1, 129, 700, 16, seed=2)
-    got = check(query, key, PeakPrefillConfig(0.5, "outliers", 3, last_full_blocks=0, block_size=64), [70])
-    assert 0 < (got[0] + got[2])[0, :, 0].sum() < 2 * 8
+@pytest.mark.parametrize("per_block", [3, 16])
+def test_more_blocks_than_a_tile(monkeypatch: pytest.MonkeyPatch, per_block: int) -> None:
+    """Notes of tiles stand in the list that is written; of few blocks kept, and of nearly all."""
+    monkeypatch.setattr("flexprefill_fa.masks.peakprefill.kernels.representatives.tile_width", lambda *_: 16)
+    query, key = structured_qk(1, 2, 1, 129, 1400, 16, seed=2)
+    for peak, most in ((0.5, 2 * 12), (1e-6, 2 * 21)):
+        config = PeakPrefillConfig(peak, "outliers", per_block, last_full_blocks=0, block_size=64)
+        got = check(query, key, config, [70])
+        assert most - 22 < (got[0] + got[2])[0, :, 0].sum() <= most
 
 
 @pytest.mark.parametrize(

@@ -56,18 +56,18 @@ def test_one_row_keeps_a_block_that_its_query_block_does_not_need() -> None:
 
 
 @pytest.mark.parametrize("kind", ["clusters", "outliers"])
-def test_rows_count_as_a_norm_of_order_four(kind: Any) -> None:
-    """A share of `peak` in one row, or of half of it in 16 rows, keeps a block; a little less does not."""
+def test_rows_count_each_by_itself(kind: Any) -> None:
+    """A share of `peak` in one row keeps a block; a little less does not, in however many rows."""
     peak, n, outlier, row = 0.2, 1600, 130, 24
     config = PeakPrefillConfig(peak, kind, 2, True, 0, 64)
-    for rows, share in ((1, peak), (16, peak / 2), (64, peak / 64**0.25)):
+    for rows in (1, 16, 64):
         for factor, expected in ((1.01, True), (0.99, False)):
             query, key = torch.zeros(1, 1, n, 16), torch.zeros(1, 1, n, 16)
             key[:, :, outlier, 0] = key[:, :, :64, 1] = 8.0
             query[..., 1] = 8.0  # the first block has all of these rows
             place = row * 64 + torch.arange(64 - rows, 64)
             query[0, 0, place, 1] = 0.0
-            wanted = factor * share
+            wanted = factor * peak
             # e^0 for each key but block 2's; 22 blocks between lose an outlier, which counts less than the rest.
             others = (place + 1 - 64 - (22 if kind == "outliers" else 0)).double()
             query[0, 0, place, 0] = (wanted / (1 - wanted) * others).log().float() / 8.0
@@ -165,22 +165,17 @@ def test_a_scale_must_be_positive(scale: float) -> None:
 
 
 def test_representatives_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 up to 32,768 positions, 4 from one more on, counted from the first block with a real key."""
-    assert [representatives.count_of(PeakPrefillConfig(), n) for n in (1, 32768, 32769, 10**6)] == [8, 8, 4, 4]
-    assert {representatives.count_of(PeakPrefillConfig(per_block=3), n) for n in (1, 32768, 32769)} == {3}
-    monkeypatch.setattr(representatives, "BY_LENGTH", (8, 4, 640))
-    query, key = blocky_qk(1, 4, 2, 900, 900, 16)
-    selections = {
-        (r, end): kept(
-            query, key, PeakPrefillConfig(0.3, per_block=r, block_size=64), starts=[140], lengths=[end - 140]
-        )
-        for r in (None, 8, 4)
-        for end in (768, 769)  # the first block with a real key begins at 128
-    }
-    assert torch.equal(selections[None, 768], selections[8, 768])
-    assert torch.equal(selections[None, 769], selections[4, 769])
-    assert not torch.equal(selections[4, 768], selections[8, 768])
-    assert not torch.equal(selections[4, 769], selections[8, 769])
+    """8 up to 65,536 positions, padding included, 4 from one more on."""
+    assert [representatives.count_of(PeakPrefillConfig(), n) for n in (1, 65536, 65537, 10**6)] == [8, 8, 4, 4]
+    assert {representatives.count_of(PeakPrefillConfig(per_block=3), n) for n in (1, 65536, 65537)} == {3}
+    monkeypatch.setattr(representatives, "BY_LENGTH", (8, 4, 899))
+    for n, taken in ((899, 8), (900, 4)):
+        query, key = blocky_qk(1, 4, 2, n, n, 16)
+        found = {
+            r: kept(query, key, PeakPrefillConfig(0.3, per_block=r, block_size=64), starts=[140], lengths=[n - 200])
+            for r in (None, 8, 4)
+        }
+        assert torch.equal(found[None], found[taken]) and not torch.equal(found[4], found[8])
 
 
 # --- Keys at their limits ---------------------------------------------------------------------------------------------

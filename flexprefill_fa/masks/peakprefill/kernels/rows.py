@@ -194,11 +194,11 @@ def write_rows(
             batch * heads, heads, heads // key.shape[1], grid.offset, grid.kv_len, grid.q_blocks, grid.kv_blocks,
             seen.tiles, min(config.last_full_blocks, grid.q_blocks), scale * LOG2E, config.peak, D=dim,
             BLOCK_D=seen.vectors.shape[1], R=seen.most, T=seen.width // seen.most, KEYS=seen.width,
-            **row_constants(grid, all_partial, zero_tails), **launch_options(seen.vectors),
+            **row_constants(grid, all_partial, zero_tails), **launch_options(seen.vectors.shape[1], query.element_size()),
         )  # fmt: skip
 
 
-def launch_options(vectors: Tensor) -> dict[str, int]:
+def launch_options(padded_dim: int, item_bytes: int) -> dict[str, int]:
     """Warps and stages, so that queries and tiles stay within 163 KB."""
-    wide = vectors.shape[1] * vectors.element_size()
+    wide = padded_dim * item_bytes
     return {"num_warps": 4 if wide < 256 else 8, "num_stages": 3 if wide <= 256 else 1}
