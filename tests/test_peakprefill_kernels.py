@@ -93,6 +93,8 @@ def test_more_blocks_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = structured_qk(1, 2, 1, 129, 700, 16, seed=2)
     got = check(query, key, PeakPrefillConfig(0.5, "outliers", 3, last_full_blocks=0, block_size=64), [70])
     assert 0 < (got[0] + got[2])[0, :, 0].sum() < 2 * 8
+    query, key = random_qk(1, 12, 1, 1, 700, 16, sharpness=40.0)  # a tile may hold a far larger score than those before
+    check(query, key, PeakPrefillConfig(0.95, "outliers", 1, last_full_blocks=0, block_size=64))
 
 
 @pytest.mark.parametrize(
