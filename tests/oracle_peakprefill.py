@@ -15,6 +15,7 @@ import torch
 
 INF = math.inf
 CLUSTER_TIE = 2e-6  # of the largest squared norm: distances that differ by less may be ordered either way in fp32
+ROUNDS = 3  # in which centres move
 CLUSTER_SHIFT = 2.0  # of z, by such a change
 
 
@@ -78,14 +79,14 @@ def _cluster(keys: np.ndarray, count: int) -> tuple[list[list[int]], float]:
         centres.append(keys[seed])
         shortest = np.minimum(shortest, _distances(keys, keys[seed]))
     owner = np.zeros(len(keys), int)
-    for last in (False, False, False, True):
+    for step in range(ROUNDS + 1):
         apart = ((keys[:, None] - np.stack(centres)) ** 2).sum(2)  # [n, R]
         apart[:, ~np.array(alive)] = INF
         owner = apart.argmin(1)  # the lowest centre of the nearest
         if sum(alive) > 1:
             nearest, second = np.sort(apart, 1)[:, :2].T
             gap = min(gap, float((second - nearest).min()))
-        if not last:
+        if step < ROUNDS:
             centres = [keys[owner == i].mean(0) if (owner == i).any() else c for i, c in enumerate(centres)]
     members = [[n for n in range(len(keys)) if owner[n] == i] for i in range(count)]
     return members, gap

@@ -1,4 +1,4 @@
-"""On a CUDA GPU: FlashPrefill and the static patterns, kernels against references and attention against an oracle."""
+"""On a CUDA GPU: FlashPrefill and static patterns against references; attention, PeakPrefill's too, by an oracle."""
 
 import itertools
 from dataclasses import replace
@@ -13,6 +13,7 @@ from workloads import blocky_qk, random_qk, structured_qk
 from flexprefill_fa import (
     BlockSelection,
     FlashPrefillConfig,
+    PeakPrefillConfig,
     StreamingLLMConfig,
     VerticalSlashConfig,
     select_blocks,
@@ -112,6 +113,7 @@ def test_static_patterns_equal_the_cpu(config: Any, q_len: int) -> None:
 
 CONFIGS: list[Any] = [
     FlashPrefillConfig(0.5, 1, 1, 0),
+    PeakPrefillConfig(0.6),
     StreamingLLMConfig(128, 500),
     VerticalSlashConfig(300, 500),
 ]

@@ -95,6 +95,8 @@ def test_more_blocks_than_a_tile(monkeypatch: pytest.MonkeyPatch, per_block: int
         config = PeakPrefillConfig(peak, "outliers", per_block, last_full_blocks=0, block_size=64)
         got = check(query, key, config, [70])
         assert most - 22 < (got[0] + got[2])[0, :, 0].sum() <= most
+    query, key = random_qk(1, 12, 1, 1, 700, 16, sharpness=40.0)  # a tile may hold a far larger score than those before
+    check(query, key, PeakPrefillConfig(0.95, "outliers", per_block, last_full_blocks=0, block_size=64))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def representatives(element: Element, config: PeakPrefillConfig) -> tuple[Tensor
         variance = (_means(keys.square(), member) - mean.square()).clamp(min=0)
         spread = torch.einsum("hjrd,hd->hjr", variance, mean_square_query(element))
         bias = bias + 0.5 * element.scale**2 * spread
-    return (mean + centre).to(element.key.dtype), bias
+    return torch.where(number[..., None] > 0, mean + centre, 0.0).to(element.key.dtype), bias
 
 
 def mean_square_query(element: Element) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexprefill_fa.kernels.outputs import empty_lists, prepare
 from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
-from flexprefill_fa.masks.peakprefill.kernels.representatives import representatives
+from flexprefill_fa.masks.peakprefill.kernels.representatives import represent
 from flexprefill_fa.masks.peakprefill.kernels.rows import write_rows
 from flexprefill_fa.masks.selector import select_plain
 
@@ -38,6 +38,6 @@ def select(
     batch, heads, _, dim = query.shape
     scale = 1 / math.sqrt(dim) if scale is None else scale
     lists = empty_lists(batch, heads, grid, query.device)
-    seen = representatives(query, key, ranges, grid, config, scale)
+    seen = represent(query, key, ranges, grid, config, scale)
     write_rows(query, key, seen, ranges, lists, grid, config, scale, all_partial=all_partial, zero_tails=zero_tails)
     return lists

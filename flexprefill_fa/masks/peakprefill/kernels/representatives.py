@@ -257,7 +257,7 @@ def _representatives_kernel(
     tl.store(biases + target, bias, mask=index < R)
 
 
-def representatives(
+def represent(
     query: Tensor, key: Tensor, ranges: Tensor, grid: Grid, config: PeakPrefillConfig, scale: float
 ) -> Representatives:
     """The same as the plain `representatives`, of a batch; undefined for blocks without a real key."""

@@ -194,7 +194,8 @@ def write_rows(
             batch * heads, heads, heads // key.shape[1], grid.offset, grid.kv_len, grid.q_blocks, grid.kv_blocks,
             seen.tiles, min(config.last_full_blocks, grid.q_blocks), scale * LOG2E, config.peak, D=dim,
             BLOCK_D=seen.vectors.shape[1], R=seen.most, T=seen.width // seen.most, KEYS=seen.width,
-            **row_constants(grid, all_partial, zero_tails), **launch_options(seen.vectors.shape[1], query.element_size()),
+            **row_constants(grid, all_partial, zero_tails),
+            **launch_options(seen.vectors.shape[1], query.element_size()),
         )  # fmt: skip
 
 
