@@ -182,6 +182,7 @@ def test_coverage_reads_the_causal_part_alone(shared: bool, monkeypatch: pytest.
         assert torch.equal(members(clean, prefix)[row], first_of(order, expected)[0])
 
 
+@pytest.mark.timeout(900)  # without Triton's cache and beside others
 def test_kernels_compile_for_a_smaller_gpu() -> None:
     """For sm_80, without one: every kernel fits in the 163 KB of shared memory of an A100."""
     script = Path(__file__).with_name("cross_compile.py")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_quality_regression import change_selection, implementation
+from test_quality_regression import change_selection
 from torch import Tensor
 
 from bench.needle import MODEL_DIR
@@ -20,6 +20,7 @@ from flexprefill_fa.fidelity.cells import Conditions, Fidelity
 from flexprefill_fa.fidelity.texts import Tokens, read_tokens
 from flexprefill_fa.fidelity.trial import Trial
 from flexprefill_fa.loading import Choice, load_model, parse_choice
+from flexprefill_fa.masks import selector
 
 VARIABLE = "FLEXPREFILL_MODEL"
 CPU = torch.device("cpu")
@@ -74,13 +75,12 @@ def real() -> Subject:
 
 def shift_keys(monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
     """Let a selector take each block's pooled key for the next block's."""
-    functions, device = implementation(config.operator())
-    whole = functions[device]
+    whole: Any = selector.select_plain
 
     def shifted(query: Tensor, key: Tensor, *arguments: Any) -> Any:
         return whole(query, key.roll(config.block_size, 2), *arguments)
 
-    monkeypatch.setitem(functions, device, shifted)
+    monkeypatch.setattr(selector, "select_plain", shifted)
 
 
 def no_diagonal_in_chunks(keep: Tensor, query: Tensor, key: Tensor) -> Tensor:

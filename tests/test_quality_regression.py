@@ -33,7 +33,7 @@ from bench.needle.capture import capture_layers
 from bench.needle.prompts import NeedlePrompt, build_prompt
 from flexprefill_fa import BlockSelection, StreamingLLMConfig
 from flexprefill_fa.grid import Grid, unmasked_blocks, visible_blocks
-from flexprefill_fa.masks import Selector, vertical_slash
+from flexprefill_fa.masks import Selector, selector, vertical_slash
 from flexprefill_fa.masks.element import Element, element_of
 from flexprefill_fa.masks.flashprefill import reference as flashprefill
 from flexprefill_fa.masks.flexprefill import reference as flexprefill
@@ -99,18 +99,9 @@ Change = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Kept blocks bool `[1, Hq, nq, nk]`, query, key -> other kept blocks; those that are not causal are dropped later."""
 
 
-def implementation(operator: Any) -> tuple[dict[Any, Callable[..., Any]], str | None]:
-    """Where torch keeps the functions that an operator runs, and the key of the CPU's.
-
-    Replaced there, a function is also what graphs call that were compiled before.
-    """
-    functions = operator._backend_fns
-    return functions, "cpu" if "cpu" in functions else None
-
-
 def change_selection(monkeypatch: pytest.MonkeyPatch, config: Selector, change: Change) -> None:
-    functions, device = implementation(config.operator())
-    whole: Callable[..., Any] = functions[device]
+    """In graphs that were compiled before too: the selectors' operators look the function up at each call."""
+    whole: Callable[..., Any] = selector.select_plain
 
     def changed(query: Tensor, key: Tensor, *arguments: Any) -> Any:
         lists = whole(query, key, *arguments)
@@ -120,7 +111,7 @@ def change_selection(monkeypatch: pytest.MonkeyPatch, config: Selector, change: 
         full = keep & unmasked_blocks(selection.grid, selection.ranges)[:, None]
         return *index_lists(keep & ~full), *index_lists(full), *lists[4:]
 
-    monkeypatch.setitem(functions, device, changed)
+    monkeypatch.setattr(selector, "select_plain", changed)
 
 
 def shifted(keep: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -269,8 +260,9 @@ def test_missing_columns_are_noticed(name: str, layers: list[Layer], monkeypatch
 
 @pytest.mark.parametrize("item", [0, 1], ids=["keys", "values"])
 def test_wrong_means_are_noticed(item: int, layers: list[Layer], monkeypatch: pytest.MonkeyPatch) -> None:
-    functions, device = implementation(with_means)
-    whole: Callable[..., Any] = functions[device]
+    functions: dict[Any, Callable[..., Any]] = with_means._backend_fns  # what graphs compiled before call too
+    (device,) = functions
+    whole = functions[device]
 
     def negative(*arguments: Any) -> tuple[Tensor, ...]:
         found = list(whole(*arguments))
