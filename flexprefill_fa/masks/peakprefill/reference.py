@@ -29,16 +29,17 @@ def peak_shares(element: Element, config: PeakPrefillConfig) -> Tensor:
     """X, fp32 `[H, nq, nk]`; 0 for blocks that no real query of I sees. A few query blocks at a time."""
     grid, size = element.grid, config.block_size
     vectors, bias = representatives(element, config)
-    vectors, count = rearrange(vectors, "h j r d -> h (j r) d"), vectors.shape[2]
-    bias = element.per_head(rearrange(bias, "h j r -> h 1 j r"))
+    bias = element.per_head(bias)[:, None]  # [H, 1, nk, R]
     queries, real = element.query_slots(), rearrange(element.real_queries, "(i b) -> i b", b=size)
     block = torch.arange(grid.kv_blocks, device=element.device)
     first, last = (place.clamp(min=0) for place in element.diagonal())  # [nq]
     aligned = (grid.offset - grid.query_pad) % size == 0  # a query block's positions fill one key block
     parts = []
-    for rows in element.row_pieces(4 * element.heads * size * (grid.kv_blocks * count + 3 * size)):
-        scores = element.products(queries[:, rows.start * size : rows.stop * size], vectors)
-        scores = (rearrange(scores, "h m (j r) -> h m j r", r=count) + bias).amax(-1)
+    for rows in element.row_pieces(4 * element.heads * size * (2 * grid.kv_blocks + 3 * size)):
+        some = queries[:, rows.start * size : rows.stop * size]
+        scores = element.products(some, vectors[:, :, 0]).add_(bias[..., 0])
+        for i in range(1, vectors.shape[2]):
+            scores = torch.maximum(scores, element.products(some, vectors[:, :, i]).add_(bias[..., i]))
         scores = rearrange(scores, "h (i b) j -> h i b j", b=size)  # [H, rows, B, nk]
         scores.masked_fill_((block >= first[rows, None])[:, None], -torch.inf)
         own = [first[rows]] if aligned else [first[rows], last[rows]]
