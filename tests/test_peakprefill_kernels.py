@@ -70,9 +70,11 @@ def check(query: Tensor, key: Tensor, config: PeakPrefillConfig, starts: Any = N
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c[:6])))
 def test_kernels_select_what_the_rule_selects(case: tuple) -> None:
-    kv_len, q_len, head_dim, block_size, dtype, padding, make, numbers = case
+    kv_len, q_len, head_dim, block_size, dtype, padding, make, settings = case
     query, key = (x.to(dtype) for x in make(1 if padding == "none" else 2, 2, 1, q_len, kv_len, head_dim, seed=kv_len))
-    check(query, key, PeakPrefillConfig(*numbers, block_size), *PADDING[padding])
+    names = ("peak", "representatives", "per_block", "variance", "last_full_blocks")
+    config = PeakPrefillConfig(**dict(zip(names, settings, strict=True)), block_size=block_size)
+    check(query, key, config, *PADDING[padding])
 
 
 def test_repeated_and_in_one_list() -> None:
