@@ -135,7 +135,7 @@ def _key(x: Any, tensors: list[Tensor]) -> Any:
         return tuple([(name, _key(item, tensors)) for name, item in x.items()])
     if kind is OpOverload:
         return x
-    if "__dataclass_fields__" in vars(kind):
+    if "__dataclass_fields__" in vars(kind) and hasattr(x, "__dict__") and not callable(x):  # code may read anything
         return kind, _key(vars(x), tensors)
     raise _Unknown
 

@@ -61,6 +61,9 @@ __all__ = [
     "observe_sparse_prefill",
 ]
 
+SHORT_PROMPT = 1024
+"""Prompts of at most so many tokens run dense where neither a selector nor a length is chosen: they gain nothing."""
+
 AttentionInterface.register(NAME, flexprefill_attention)
 AttentionMaskInterface.register(NAME, flexprefill_mask)
 
@@ -89,7 +92,7 @@ def enable_sparse_prefill(
             layer index, or a function of it. Layers without one (None) are dense.
         dense_layers: layers that stay dense, by index; negative ones count from the last.
         min_prompt_tokens: prompts (cached prefix included) of fewer tokens run dense; default: the longest prompt of
-            which the selector keeps every block, plus 1.
+            which the selector keeps every block, plus 1; without a config at least 1,025.
         mean_correction: let dropped blocks count by their means, see `sparse_prefill_attention`.
         statistics: None, "density" to keep each layer's density, kept blocks and JS distance, or "recall" to also
             compute the recall (exact attention: slow).
@@ -113,6 +116,7 @@ def enable_sparse_prefill(
         least = min_prompt_tokens
         if least is None:
             least = 1 if chosen is None else chosen.dense_tokens + 1
+            least = max(least, SHORT_PROMPT + 1) if config is None else least
         window = layer_window(inner, index, layers[index])
         plans[index] = LayerPlan(chosen, least, statistics, mean_correction, window)
     if mean_correction:

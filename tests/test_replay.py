@@ -188,6 +188,19 @@ def test_a_callers_function_may_change() -> None:
         assert counted.compiled == compiled
 
 
+def test_a_callers_object_may_change() -> None:
+    @dataclass(frozen=True)
+    class Times:
+        def __call__(self, x: Tensor) -> Tensor:
+            return x * values
+
+    values, counted = torch.tensor([1.0]), Counted(lambda x, function: function(x))
+    for compiled in (1, 2):
+        values += 1
+        assert torch.equal(counted(torch.ones(3), Times()), torch.full((3,), 1.0 + compiled))
+        assert counted.compiled == compiled
+
+
 def test_a_result_that_is_an_argument() -> None:
     counted = Counted(lambda x: (x, x + 1))
     for compiled in (1, 2):

@@ -126,26 +126,27 @@ def _of_each_key(keys, members, means, count):
 
 
 @triton.jit
-def _distances(keys, centres, count):
-    """Squared distances `[BLOCK, ROUND]`, less each key's own square where they come from a product."""
+def _distances(keys, centres, mean, count):
+    """Squared distances `[BLOCK, ROUND]`; from a product, less each key's own to the mean, beside which centres go."""
     if keys.dtype == tl.float32:
         index = tl.arange(0, centres.shape[0])
         apart = tl.zeros([keys.shape[0], centres.shape[0]], tl.float32)
         for i in range(count):
             apart = tl.where((index == i)[None, :], _squared_distance(keys, _row(centres, i))[:, None], apart)
     else:
-        high, low = _parts(centres, keys)
+        beside = centres - mean[None, :]  # small where all keys are large in some channel
+        high, low = _parts(beside, keys)
         products = tl.dot(keys, tl.trans(low))
         products = tl.dot(keys, tl.trans(high), products)
-        apart = tl.sum(centres * centres, 1)[None, :] - 2.0 * products
+        apart = tl.sum(beside * (beside + 2.0 * mean[None, :]), 1)[None, :] - 2.0 * products
     return apart
 
 
 @triton.jit
-def _members(keys, real, centres, used, count):
+def _members(keys, real, centres, mean, used, count):
     """0 or 1 `[BLOCK, ROUND]`: each real key with its nearest centre, the lower one among equals."""
     index = tl.arange(0, centres.shape[0])
-    apart = tl.where(used[None, :] > 0, _distances(keys, centres, count), float("inf"))
+    apart = tl.where(used[None, :] > 0, _distances(keys, centres, mean, count), float("inf"))
     nearest = tl.min(apart, 1)
     cluster = tl.min(tl.where(apart == nearest[:, None], index[None, :], centres.shape[0]), 1)
     return tl.where(real[:, None] & (cluster[:, None] == index[None, :]), 1.0, 0.0)
@@ -168,7 +169,7 @@ def _farthest(distance, real):
 
 @triton.jit
 def _clusters(
-    key, stride_l, first, keys, real, distance, count, D: tl.constexpr, ROUND: tl.constexpr, STEPS: tl.constexpr
+    key, stride_l, first, keys, real, mean, distance, count, D: tl.constexpr, ROUND: tl.constexpr, STEPS: tl.constexpr
 ):
     """Members `[BLOCK, ROUND]` of `count` clusters; distance: of each key to the mean."""
     index, dim = tl.arange(0, ROUND), tl.arange(0, keys.shape[1])
@@ -183,9 +184,9 @@ def _clusters(
     seeds = tl.load(key + source, mask=(index < count)[:, None] & (dim < D)[None, :], other=0.0)
     centres = seeds.to(tl.float32)  # [ROUND, BLOCK_D]
     for _ in range(STEPS):
-        members = _members(keys, real, centres, used, count)
+        members = _members(keys, real, centres, mean, used, count)
         centres = tl.where((tl.sum(members, 0) > 0)[:, None], _means(keys, members, count), centres)
-    return _members(keys, real, centres, used, count)
+    return _members(keys, real, centres, mean, used, count)
 
 
 @triton.jit
@@ -238,7 +239,7 @@ def _representatives_kernel(
     mean = tl.sum(keys.to(tl.float32), 0) / tl.maximum(tl.sum(real.to(tl.float32), 0), 1.0)
     distance = _squared_distance(keys, mean)
     if CLUSTERS:
-        members = _clusters(key, stride_l, block * BLOCK, keys, real, distance, count, D, ROUND, STEPS)
+        members = _clusters(key, stride_l, block * BLOCK, keys, real, mean, distance, count, D, ROUND, STEPS)
     else:
         members = _outliers(real, distance, count, ROUND)
     number = tl.sum(members, 0)
@@ -289,7 +290,7 @@ def represent(
 def tile_width(padded_dim: int, item_bytes: int) -> int:
     """Representatives of a tile, so that queries and tiles stay within 163 KB."""
     wide = padded_dim * item_bytes
-    return 64 if wide <= 256 else 32 if wide <= 512 else 16
+    return 64 if wide <= 256 else 32
 
 
 def warps_of(padded_dim: int) -> int:

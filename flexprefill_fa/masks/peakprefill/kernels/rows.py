@@ -6,10 +6,10 @@
         other tile can hold one
     the noted tiles again, by the whole sum: blocks that reach the peak are kept
 
-The products are R / B of dense attention's, and some again. A tile holds COLUMNS representatives, i first: i and block
-b at column i T + b, so that the maximum over i stays in a thread. Notes stand at the end of the row of the full list,
-whose beginning is written meanwhile: it has fewer entries than there are blocks in the tiles looked at. Scores are in
-units of log 2.
+The products are R / B of dense attention's, and those of noted tiles again. A tile holds T blocks, representative i of
+block b at column i T + b, so that the maximum over i stays in a thread. Notes stand at the end of the row of the full
+list, whose beginning is written meanwhile: before note k is read, at most one entry for each block of the notes before
+it is there, and one for the first block, and every later note has a block of its own. Scores are in units of log 2.
 """
 
 # Triton's kernels and launches are not what a type checker sees in them.
@@ -26,7 +26,7 @@ from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_blo
 from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
 from flexprefill_fa.masks.peakprefill.kernels.representatives import Representatives
 
-NEAR = tl.constexpr(0.999)  # of the peak: sums that are still too small are so by far more than rounding
+NEAR = tl.constexpr(0.999)  # of the peak: slack for rounding; a sum that is not whole only makes shares larger
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _rows_kernel(
             if tl.max(tl.max(shares, 1), 0) >= NEAR * peak:
                 noted += 1
                 tl.store(note - noted, tile)
-        total = highest + tl.log2(total)
+        whole = highest + tl.log2(total)  # log-sum-exp
         tl.debug_barrier()  # notes are read by other threads than wrote them
 
         written = write_blocks(
@@ -157,7 +157,7 @@ def _rows_kernel(
             block = tile * T + lane
             inside = (block > base) & (block < own)
             scores = _tile_scores(queries, vectors, biases, tile, factor, inside, R, T)
-            shares = tl.where(real[:, None], tl.exp2(scores - total[:, None]), 0.0)
+            shares = tl.where(real[:, None], tl.exp2(scores - whole[:, None]), 0.0)
             written = write_blocks(
                 inside & (tl.max(shares, 0) >= peak), block, written, start, end, row_first, target, kv_blocks,
                 partial_indices, full_indices, BLOCK, ALL_PARTIAL,
