@@ -25,16 +25,8 @@ def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:
     chosen = [row for row in selected if row["backend"] == "auto" and "error" not in row and row["length"] in whole]
     if not chosen:
         return ""
-    head = [
-        "tokens",
-        "blocks kept",
-        "attention: dense",
-        "sparse",
-        "speed-up",
-        "first token: dense",
-        "sparse",
-        "speed-up",
-    ]
+    head = ["tokens", "blocks kept", "attention: dense", "sparse", "speed-up"]
+    head.extend(("first token: dense", "sparse", "speed-up"))
     body = []
     for row in sorted(chosen, key=lambda row: row["length"]):
         dense_ms = [each["total_ms"] for each in dense if each["length"] == row["length"] and "total_ms" in each]
