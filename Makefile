@@ -1,6 +1,7 @@
 # make demo   a 16K-token prompt through a trained model, dense and sparse
 # make test   lint, types and the CPU tests
-# Both build .venv first; PYTHON=... chooses the interpreter.
+# make docs   the documentation as a site, in build/site
+# All build .venv first; PYTHON=... chooses the interpreter.
 
 # torch.compile looks for $CXX, then for g++ alone.
 ifeq ($(origin CXX),default)
@@ -13,13 +14,16 @@ endif
 # Processes that run the tests; each holds torch and compiles kernels.
 WORKERS ?= 2
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test docs lint setup clean
 
 demo: setup
 	.venv/bin/flexprefill demo
 
 test: lint
 	.venv/bin/pytest -m 'not gpu' -n $(WORKERS)
+
+docs: setup
+	.venv/bin/mkdocs build --strict
 
 lint: setup
 	.venv/bin/ruff check .

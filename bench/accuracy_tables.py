@@ -1,4 +1,4 @@
-"""Accuracy rows of `flexprefill eval` as tables for the README."""
+"""Accuracy rows of `flexprefill eval` as tables for the documents."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from bench.paths import RESULTS
 from bench.peers_cli import peers
 from bench.planning import check_memory, head_shape, make_plan
 from bench.quality_cli import quality
-from bench.render import DOCUMENTS, render_text
+from bench.render import DOCUMENTS, render_document
 from bench.report import calibration_table, one_line, result_table
 from bench.spec import parse_lengths, parse_list, parse_numbers, parse_selector
 from bench.synthetic import block_count
@@ -34,7 +34,7 @@ from flexprefill_fa.reporting import open_console
 from flexprefill_fa.rows import Row, append, read, require_appendable
 
 app = typer.Typer(
-    help="Benchmarks. Their rows go to bench/results/, and the README's tables are rendered from those.",
+    help="Benchmarks. Their rows go to bench/results/, and the tables of the README and docs/ are rendered from those.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -218,7 +218,7 @@ def render(
     """Write the documents' tables and the plots from the rows in bench/results/."""
     with one_line_errors():
         before = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
-        after = {document: render_text(text, RESULTS) for document, text in before.items()}
+        after = {document: render_document(document, names, RESULTS) for document, names in DOCUMENTS.items()}
     if check:
         stale = [document.name for document, text in before.items() if after[document] != text]
         if stale:

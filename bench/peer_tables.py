@@ -1,4 +1,4 @@
-"""Rows of `python -m bench peers` as text: tables for the README and lines for the terminal."""
+"""Rows of `python -m bench peers` as text: tables for the documents and lines for the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quality rows as text: tables for the README and for the terminal."""
+"""Quality rows as text: tables for the documents and for the terminal."""
 
 from __future__ import annotations
 

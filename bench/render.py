@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.accuracy_summary import accuracy_summaries
@@ -18,12 +18,40 @@ from bench.quality_points import quality_groups
 from bench.quality_tables import correction_tables, selector_tables
 from bench.real_answers import ANSWERS, RealAnswers
 from bench.selection_costs import selection_costs
+from bench.speed_summary import speed_summary
 from bench.tables import attention_tables, demo_table, density_tables, groups
 from bench.ttft_tables import ttft_tables
 from bench.vllm_tables import vllm_tables
 from flexprefill_fa.rows import read
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "accuracy.md")
+DOCUMENTS: dict[Path, tuple[str, ...]] = {
+    ROOT / "README.md": ("plot", "speed-summary", "fidelity-summary"),
+    ROOT / "docs" / "benchmarks.md": (
+        "attention",
+        "attention-fixed",
+        "attention-needle",
+        "density",
+        "ttft",
+        "vllm",
+        "attention-cpu",
+        "peers",
+    ),
+    ROOT / "docs" / "accuracy.md": (
+        "fidelity-plot",
+        "fidelity",
+        "fidelity-settings",
+        "ruler",
+        "accuracy-plot",
+        "accuracy-summary",
+        "needle",
+        "accuracy",
+        "quality-plot",
+        "quality",
+        "mean-correction",
+    ),
+    ROOT / "docs" / "command_line.md": ("demo",),
+}
+"""Which blocks stand in which document."""
 PLOT = "attention.png"
 QUALITY_PLOT = "quality.png"
 ACCURACY_PLOT = "accuracy.png"
@@ -36,26 +64,32 @@ _MARKER = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
 def _plot(results: Path) -> str:
     if not groups(read(results / "attention.jsonl"), "cuda", "sharpened", synthetic=False):
         return ""
-    return _image(results / PLOT, "Time and speed-up of sparse prefill attention against the length of the prompt")
+    return _image(
+        "plot", results / PLOT, "Time and speed-up of sparse prefill attention against the length of the prompt"
+    )
 
 
 def _accuracy_plot(results: Path) -> str:
     if not task_tables(read(results / "quality.jsonl")):
         return ""
-    return _image(results / ACCURACY_PLOT, "Task accuracy of each selector against the density it keeps")
+    return _image(
+        "accuracy-plot", results / ACCURACY_PLOT, "Task accuracy of each selector against the density it keeps"
+    )
 
 
 def _quality_plot(results: Path) -> str:
     if not quality_groups(read(results / "quality.jsonl")):
         return ""
-    return _image(results / QUALITY_PLOT, "Recall and output error of each selector against the density it keeps")
+    return _image(
+        "quality-plot", results / QUALITY_PLOT, "Recall and output error of each selector against the density it keeps"
+    )
 
 
 def _fidelity_plot(results: Path) -> str:
     if not sweeps(read(results / "fidelity.jsonl")):
         return ""
     what = "KL to dense attention against the density that each selector keeps, on real models"
-    return _image(results / FIDELITY_PLOT, what, ROOT / "docs")
+    return _image("fidelity-plot", results / FIDELITY_PLOT, what)
 
 
 def _leaderboards(results: Path) -> str:
@@ -63,8 +97,9 @@ def _leaderboards(results: Path) -> str:
     return leaderboards(read(results / "fidelity.jsonl"), costs, answers)
 
 
-def _image(file: Path, what: str, folder: Path = ROOT) -> str:
-    """`folder` is that of the document."""
+def _image(block: str, file: Path, what: str) -> str:
+    """The path is relative to the block's document."""
+    folder = next(document.parent for document, names in DOCUMENTS.items() if block in names)
     shown = os.path.relpath(file, folder) if file.is_relative_to(ROOT) else file
     return f"![{what}]({shown})"
 
@@ -76,6 +111,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "attention-cpu": lambda results: attention_tables(read(results / "attention.jsonl"), "cpu", "needle"),
     "density": lambda results: density_tables(read(results / "attention.jsonl")),
     "plot": _plot,
+    "speed-summary": lambda results: speed_summary(read(results / "attention.jsonl"), read(results / "ttft.jsonl")),
     "accuracy": lambda results: accuracy_tables(read(results / "quality.jsonl")),
     "accuracy-summary": lambda results: accuracy_summaries(read(results / "quality.jsonl")),
     "accuracy-plot": _accuracy_plot,
@@ -94,6 +130,22 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "demo": lambda results: demo_table(read(results / "demo.jsonl")),
 }
 """Markdown by the name of its markers, from the folder of result rows; empty where there are no rows for it."""
+
+
+def render_document(document: Path, expected: Sequence[str], results: Path) -> str:
+    """What a document shall say, by the rows in a folder.
+
+    Raises:
+        ValueError: as `render_text`, and where other blocks stand in it than are expected.
+    """
+    text = document.read_text(encoding="utf-8")
+    rendered = render_text(text, results)
+    blocks = [match["name"] for match in _BLOCK.finditer(text)]
+    if sorted(blocks) != sorted(expected):
+        raise ValueError(
+            f"{document.name} must hold the blocks {', '.join(expected) or 'none'}, got {', '.join(blocks) or 'none'}"
+        )
+    return rendered
 
 
 def render_text(text: str, results: Path) -> str:

@@ -1,4 +1,4 @@
-"""README tables from result rows: Markdown, each under a line that says what it was measured on."""
+"""Tables of speed from result rows: Markdown, each under a line that says what it was measured on."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _attention_table(dense: list[Row], selected: list[Row]) -> str:
         cells += [_correction(by_backend.get(name, {})) for name in corrected]
         cells.append(_auto(by_backend.get("auto"), yardstick))
         lines.append(cells)
-    return f"{caption(dense + selected, _selector(selected[0]))}\n\n{markdown_table(header, lines)}"
+    return f"{caption(dense + selected, selector_of(selected[0]))}\n\n{markdown_table(header, lines)}"
 
 
 def _density_table(dense: list[Row], selected: list[Row]) -> str:
@@ -175,7 +175,8 @@ _WORKLOADS = {
 }
 
 
-def _selector(row: Row) -> str:
+def selector_of(row: Row) -> str:
+    """A selector with its settings, for a caption."""
     settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items() if value is not None)
     return f"{row['selector']}, {settings}; total includes selection"
 

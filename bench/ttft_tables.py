@@ -1,4 +1,4 @@
-"""Rows of `python -m bench ttft` as text: tables for the README and lines for the terminal."""
+"""Rows of `python -m bench ttft` as text: tables for the documents and lines for the terminal."""
 
 from __future__ import annotations
 
@@ -31,6 +31,26 @@ def ttft_tables(rows: Iterable[Row], accuracy: Iterable[Row]) -> str:
     true = _true_densities(accuracy)
     alone = {_measured(row): row for row in last if row["ranks"] == 1}
     return "\n\n".join(_table(group, true, alone) for group in groups.values())
+
+
+def first_tokens(rows: Iterable[Row], selector: str, settings: Row) -> dict[int, tuple[Row, Row]]:
+    """By length: the fastest dense row, and the selector's fastest over random blocks; uncompiled, whole, on one rank.
+
+    Of the first model and density measured; lengths without either are left out.
+    """
+    last = latest((row for row in rows if row["kind"] == "ttft"), _measured)
+    plain = [row for row in last if row["ranks"] == 1 and not row["chunk"] and not row["compiled"]]
+    plain = [row for row in plain if "error" not in row and _key(row, _GROUP) == _key(plain[0], _GROUP)]
+    dense = [row for row in plain if row["selector"] is None]
+    sparse = [row for row in plain if (row["selector"], row["settings"]) == (selector, settings)]
+    sparse = [row for row in sparse if row["synthetic_density"] is not None]
+    sparse = [row for row in sparse if row["synthetic_density"] == sparse[0]["synthetic_density"]]
+    found = {}
+    for length in dict.fromkeys(row["length"] for row in sparse):
+        here = [[row for row in each if row["length"] == length] for each in (dense, sparse)]
+        if all(here):
+            found[length] = tuple(min(each, key=lambda row: row["ttft_ms"]) for each in here)
+    return found
 
 
 def ttft_line(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""The README's table of the vLLM rows: the default backend beside the same engine with sparse prefill."""
+"""The table of the vLLM rows: the default backend beside the same engine with sparse prefill."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner, Result
 
 from bench.cli import app
 from bench.paths import RESULTS
-from bench.render import BLOCKS, DOCUMENTS, render_text
+from bench.render import BLOCKS, DOCUMENTS, render_document, render_text
+from bench.speed_summary import speed_summary
 from bench.tables import attention_tables, demo_table
 from flexprefill_fa.cli import app as flexprefill
 from flexprefill_fa.demo import Answer, DemoResult
@@ -201,6 +202,83 @@ def test_broken_markers(text: str, message: str, tmp_path: Path) -> None:
         render_text(text, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected", "message"),
+    [
+        (MARKERS, ("density",), "page.md must hold the blocks density, got attention, "),
+        ("nothing\n", ("density", "demo"), "page.md must hold the blocks density, demo, got none"),
+        (2 * "<!-- bench:demo -->\n<!-- /bench:demo -->\n", ("demo",), "blocks demo, got demo, demo"),
+        ("<!-- bench:demo -->\n<!-- /bench:demo -->\n", (), "blocks none, got demo"),
+    ],
+)
+def test_a_document_holds_its_blocks_and_no_others(
+    text: str, expected: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        render_document(page, expected, tmp_path)
+
+
+FIRST = {
+    "kind": "ttft", "gpu": "NVIDIA H200", "shape": "llama-3.1-8b", "layers": 32, "dtype": "bfloat16", "ranks": 1,
+    "length": 65536, "chunk": None, "compiled": False, "transformers": "5.17.0", "commit": "def456",
+    "date": "2026-11-23", "settings": {"gamma": 0.95, "max_budget": None}, "selector": "flexprefill", "kernel": None,
+    "synthetic_density": 0.05, "backend": "FLASH", "ttft_ms": 2000.0,
+}  # fmt: skip
+DENSE_FIRST = {"selector": None, "settings": {}, "synthetic_density": None, "backend": None}
+FIRST_TOKENS = [
+    FIRST | DENSE_FIRST | {"kernel": "sdpa", "ttft_ms": 4000.0},
+    FIRST | DENSE_FIRST | {"kernel": "FLASH", "ttft_ms": 3000.0},
+    FIRST,
+    FIRST | {"backend": "TRITON", "ttft_ms": 2500.0},
+    FIRST | DENSE_FIRST | {"kernel": "sdpa", "length": 4096, "ttft_ms": 120.0},
+    FIRST | {"length": 4096, "ttft_ms": 150.0},
+    FIRST | {"length": 131072, "ttft_ms": 1.0},  # no dense row
+]
+
+
+def test_the_summary_of_speeds() -> None:
+    table = speed_summary(ROWS, FIRST_TOKENS)
+    assert cells(table, "65,536")[1:] == ["9.0%", "54 ms", "5.5 ms", "9.82x", "3,000 ms", "2,000 ms", "1.50x"]
+    assert cells(table, "4,096")[1:] == ["100.0%", "0.5 ms", "0.5 ms", "1.00x", "120 ms", "150 ms", "0.80x"]
+    assert "131,072" not in table
+    for part in (
+        "gamma 0.95",
+        "commit abc123",
+        "llama-3.1-8b, random weights, 32 layers",
+        "5% density",
+        "commit def456",
+    ):
+        assert part in table.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"compiled": True},
+        {"ranks": 2},
+        {"chunk": 8192},
+        {"settings": {"gamma": 0.9, "max_budget": None}},
+        {"selector": "flashprefill"},
+        {"synthetic_density": None},
+        {"synthetic_density": 0.2},
+        {"shape": "another"},
+        {"error": "0 of 32 calls", "backend": "auto"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_the_summary_compares_like_with_like(other: dict[str, Any]) -> None:
+    faster = FIRST | {"ttft_ms": 10.0} | other
+    assert speed_summary(ROWS, [*FIRST_TOKENS, faster]) == speed_summary(ROWS, FIRST_TOKENS)
+
+
+def test_no_summary_without_both_measurements() -> None:
+    assert speed_summary(ROWS, []) == speed_summary([], FIRST_TOKENS) == ""
+    assert speed_summary(ROWS, FIRST_TOKENS[:2]) == ""
+    assert "| 65,536 |" not in speed_summary(ROWS, [row for row in FIRST_TOKENS if row["length"] != 65536])
+
+
 def test_broken_rows_are_named(tmp_path: Path) -> None:
     file = tmp_path / "attention.jsonl"
     file.write_text('{"a": 1}\n\n{"a": \n')
@@ -218,8 +296,7 @@ def run(*arguments: str) -> Result:
 def test_documents_are_what_the_rows_say() -> None:
     result = run("--check")
     assert result.exit_code == 0, result.output
-    text = "".join(document.read_text() for document in DOCUMENTS)
-    assert [name for name in BLOCKS if text.count(f"<!-- bench:{name} -->") != 1] == []
+    assert sorted(name for names in DOCUMENTS.values() for name in names) == sorted(BLOCKS)
     assert RESULTS.is_dir()
 
 
@@ -228,7 +305,7 @@ def test_render_writes_what_check_wants(results: Path, monkeypatch: pytest.Monke
     readme, other = results / "README.md", results / "other.md"
     readme.write_text(MARKERS)
     other.write_text("nothing to render\n")
-    monkeypatch.setattr("bench.cli.DOCUMENTS", (other, readme))
+    monkeypatch.setattr("bench.cli.DOCUMENTS", {other: (), readme: tuple(BLOCKS)})
     monkeypatch.setattr("bench.cli.RESULTS", results)
     stale = run("--check")
     assert stale.exit_code == 1 and "error: README.md is not what the rows say" in stale.stderr

@@ -1,4 +1,4 @@
-"""The vLLM benchmark on the CPU: its synthetic blocks, its plan, and the README's table."""
+"""The vLLM benchmark on the CPU: its synthetic blocks, its plan, and the documents' table."""
 
 from __future__ import annotations
 
