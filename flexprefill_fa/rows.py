@@ -24,7 +24,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 Row = dict[str, Any]
 
-_MEASURED = (".", ":!bench/results", ":!README.md")  # what a commit says about a measurement
+_MEASURED = (".", ":!bench/results", ":!README.md", ":!docs")  # what a commit says about a measurement
 
 
 def environment(device: torch.device) -> Row:

@@ -1,8 +1,8 @@
 """What a selector's rule sees: one sequence of a batch without its padding, on FlexAttention's blocks.
 
 Positions count from the first position of the first block that holds a real key, so a sequence behind whole blocks of
-padding looks the same as one without, but for `batch_keys`. Shapes in comments and docstrings: H query heads, Hkv key heads, M queries,
-n positions of keys, D head dim, B block size, nq and nk blocks of queries and keys.
+padding looks the same as one without, but for `batch_keys`. Shapes in comments and docstrings: H query heads, Hkv key
+heads, M queries, n positions of keys, D head dim, B block size, nq and nk blocks of queries and keys.
 """
 
 from __future__ import annotations
