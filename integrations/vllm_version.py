@@ -90,15 +90,16 @@ def _layout_of_shape(get_kv_cache_shape: Callable[..., tuple[int, ...]], head_si
 def spec_problem(spec: Any) -> str | None:
     """Why the cache of a layer cannot be read, or None; `spec` is its `FullAttentionSpec`.
 
-    Since 0.29 a spec says how many head slots, states and bytes per state a block has; before, the backend's
+    Since 0.28 a spec says how many head slots, states and bytes per state a block has; before, the backend's
     `get_kv_cache_shape` says all of it, and there is nothing to find here.
     """
     if not hasattr(spec, "state_content_size_bytes"):
         return None
     content = spec.state_content_size_bytes, 2 * spec.head_size * spec.dtype.itemsize
-    if content[0] != content[1] or spec.num_heads != spec.num_kv_heads or spec.num_states != spec.block_size:
+    states = getattr(spec, "num_states", spec.block_size)  # 0.28 has one for each token
+    if content[0] != content[1] or spec.num_heads != spec.num_kv_heads or states != spec.block_size:
         return (
-            f"a KV cache block is {spec.num_heads} heads of {spec.num_states} times {content[0]} bytes, expected "
+            f"a KV cache block is {spec.num_heads} heads of {states} times {content[0]} bytes, expected "
             f"{spec.num_kv_heads} of {spec.block_size} times {content[1]}"
         )
     return None
