@@ -12,11 +12,11 @@ from typing import Any
 COMPILED = ("_C", "_C_stable_libtorch", "_moe_C", "vllm_flash_attn._vllm_fa2_C", "vllm_flash_attn._vllm_fa3_C")
 """Modules of vLLM."""
 PACKAGES = """
-cachetools cbor2 cloudpickle cpuinfo cv2 fastapi mistral_common msgspec openai openai_harmony partial_json_parser
-prometheus_client pybase64 pynvml sentencepiece setproctitle tiktoken uvloop xgrammar zmq
+cachetools cbor2 cloudpickle cpuinfo cv2 fastapi gguf llguidance mistral_common msgspec openai openai_harmony
+partial_json_parser prometheus_client pybase64 pynvml sentencepiece setproctitle tiktoken uvloop xgrammar zmq
 """
 """What vLLM imports at once; replaced where the tests' environment does not have it."""
-UNUSED = ("vllm.distributed.kv_transfer",)
+UNUSED = ("vllm.distributed.kv_transfer", "vllm.parser")
 """Files of vLLM that are replaced all the same: they import its server, and the integration does not use them."""
 
 

@@ -1,8 +1,9 @@
 """The integration over a release's own files: `python vllm_files_checks.py FOLDER`, in a process of its own.
 
 Real are all of vLLM's Python classes that the integration touches: the registry, the selection criteria, the metadata,
-the specs, and FlashAttention's backend, builder and layer. Replaced are what is compiled or not installed (by
-placeholders), the platform and the configuration (there is no GPU), and FlashAttention's kernel (by plain attention).
+the specs, FlashAttention's backend, builder and layer, and what the second model runner makes of a step. Replaced are
+what is compiled or not installed (by placeholders), the platform and the configuration (there is no GPU), and
+FlashAttention's kernel (by plain attention).
 """
 
 from __future__ import annotations
@@ -143,6 +144,28 @@ def dense_kernel(
     return output
 
 
+def second_runners(batch: PagedBatch, backend: Any, spec: Any, config: Any) -> Any:
+    """What the second model runner's own functions make of a step, for "layer.0"."""
+    from vllm.v1.worker.gpu.attn_utils import build_attn_metadata  # pyright: ignore[reportMissingImports]
+    from vllm.v1.worker.utils import AttentionGroup  # pyright: ignore[reportMissingImports]
+
+    group = AttentionGroup(backend, ["layer.0"], spec, 0)
+    group.create_metadata_builders(config, torch.device("cpu"), kernel_block_size=16)
+    common = batch.common
+    names = inspect.signature(build_attn_metadata).parameters
+    given = {
+        **{name: getattr(common, name) for name in names if hasattr(common, name)},
+        "attn_groups": [[group]],
+        "num_tokens": common.num_actual_tokens,
+        "query_start_loc_gpu": common.query_start_loc,
+        "block_tables": [common.block_table_tensor],
+        "slot_mappings": [common.slot_mapping],
+        "kv_cache_config": types.SimpleNamespace(kv_cache_groups=[None]),
+        "req_idx": np.arange(common.num_reqs),
+    }
+    return build_attn_metadata(**{name: value for name, value in given.items() if name in names})["layer.0"]
+
+
 def an_engine_step() -> None:
     """Selection, layer, builder and a mixed step, over FlashAttention's own classes."""
     import vllm.config.vllm as config_module  # pyright: ignore[reportMissingImports]
@@ -178,10 +201,9 @@ def an_engine_step() -> None:
     layer.impl = backend.get_impl_cls()(4, 32, 32**-0.5, 2, None, None, "auto", None, "decoder", None)
     config.compilation_config.static_forward_context["layer.0"] = layer
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    builder = backend.get_builder_cls()(spec, ["layer.0"], config, torch.device("cpu"))
 
     batch = PagedBatch(MIXED, heads=4, kv_heads=2, head_dim=32, kv_dim=layer.impl.cache_layout.dim)
-    metadata = builder.build(0, metadata_of(batch))
+    metadata = second_runners(batch, backend, spec, config)
     assert [chunk.request for chunk in metadata.chunks] == [1, 3]
     assert type(metadata.rest) is flash_attn.FlashAttentionMetadata
     output = torch.full_like(batch.query, float("nan"))
