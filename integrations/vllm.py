@@ -1,31 +1,33 @@
 """Sparse prefill in vLLM, as an attention backend of its own plug-in interface. Nothing is patched.
 
-Installed beside vLLM 0.24, the package registers itself as the backend CUSTOM:
+Installed beside vLLM, the package registers itself as the backend FLEXPREFILL and, where nobody else has that name, as
+CUSTOM; before vLLM 0.32 a backend cannot have a name of its own, and CUSTOM is the only one:
 
-    vllm serve MODEL --attention-backend CUSTOM --additional-config '{"sparse_prefill": {"peak": 0.2}}'
+    vllm serve MODEL --attention-backend FLEXPREFILL --additional-config '{"sparse_prefill": {"peak": 0.2}}'
 
 Long prefill chunks are then attended sparsely over the keys that they see, cached prefix included; decode steps, short
 chunks and layers that cannot run sparse are served by the backend that vLLM would have chosen itself. Importing this
 module imports no vLLM.
+
+vLLM 0.24 was run on GPUs. 0.25 to 0.33 are served by what their files say: `vllm_version` has what differs. Another
+version is tried with a warning, and refused when an engine with this backend starts if it lacks something.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .vllm_config import SECTION, VARIABLE, version_problem
-from .vllm_log import logger
+from .vllm_config import SECTION, VARIABLE
+from .vllm_version import register_names
 
 __all__ = ["SECTION", "VARIABLE", "WorkerExtension", "register", "statistics"]
 
-_BACKEND = "flexprefill_fa.integrations.vllm_chooser.SparsePrefillBackend"
-
 
 def register() -> None:
-    """Make this package vLLM's backend CUSTOM; vLLM calls it in every process, by the entry point.
+    """Make this package a backend of vLLM; vLLM calls it in every process, by the entry point.
 
-    It only leaves a name: whoever does not ask for CUSTOM never loads the backend, and an unfit version of vLLM is an
-    error for those who do, when their engine starts.
+    It only leaves names: whoever does not ask for FLEXPREFILL or CUSTOM never loads the backend, and an unfit version
+    of vLLM is an error for those who do, when their engine starts.
 
     Raises:
         ImportError: where vLLM is missing.
@@ -34,23 +36,7 @@ def register() -> None:
         from vllm.version import __version__ as version  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("the vLLM integration needs vLLM: pip install 'flexprefill-fa[vllm]'") from error
-    try:
-        from vllm.v1.attention.backends.registry import (  # pyright: ignore[reportMissingImports]
-            AttentionBackendEnum,
-            register_backend,
-        )
-    except ImportError:
-        logger.warning("%s; the backend CUSTOM is not registered", version_problem(version))
-        return
-    custom = AttentionBackendEnum.CUSTOM
-    if custom.is_overridden() and custom.get_path() != _BACKEND:
-        logger.warning(
-            "the attention backend CUSTOM is taken by %s, so sparse prefill is not registered; VLLM_PLUGINS chooses "
-            "which plug-ins vLLM loads",
-            custom.get_path(),
-        )
-        return
-    register_backend(custom, _BACKEND)
+    register_names(version)
 
 
 def statistics(worker: Any, reset: bool = False) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,8 @@ from flexprefill_fa.backends import resolve_backend
 from .vllm_config import FAILURES_IN_A_ROW, engine_settings, longest_chunk
 from .vllm_log import log_once, logger
 from .vllm_paged import DensityLog
-from .vllm_plan import SparseStep, declined_chunks, sparse_step, split_step
+from .vllm_plan import SparseStep, declined_chunks, sparse_step, split_step, step_problem
+from .vllm_version import spec_problem
 
 
 class SparsePrefillBuilder(AttentionMetadataBuilder):
@@ -30,8 +31,11 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
     own_class: Any  # the class that `backend_for` made; vLLM derives others from it, which rearrange requests
     supports_update_block_table = False  # a step's chunks hold parts of the block table
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **extra: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **extra)
+        self._config = vllm_config
         self._settings = engine_settings(vllm_config)
         layers: Any = get_layers_from_vllm_config(vllm_config, torch.nn.Module, layer_names)
         impls = [layer.impl for layer in layers.values()]
@@ -47,7 +51,7 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         # The parent's builder may keep buffers for one step's metadata: metadata for all requests beside that for a
         # part of them needs a second one. It is made now, because a forward that fails needs it at once.
         arguments = (kv_cache_spec, layer_names, vllm_config, device)
-        self._dense_builder = self.parent_class(*arguments) if self._runs_sparse else None
+        self._dense_builder = self.parent_class(*arguments, **extra) if self._runs_sparse else None
 
     def _say_what_runs(self, reason: str | None, layers: int, vllm_config: Any, device: torch.device) -> None:
         parent, settings = self.parent_name, self._settings
@@ -94,17 +98,17 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
             return False
         return super().use_cascade_attention(common_prefix_len, query_lens, *args, **kwargs)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """The parent's metadata, or a `SparseStep`.
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **extra: Any) -> Any:
+        """The parent's metadata, or a `SparseStep`; `extra` is for parents that take more, and their steps stay whole.
 
         The layers of a draft model stay dense whichever they are given: vLLM's second model runner hands them the
         target's metadata for their prefill, its first one builds theirs with `fast_build`.
         """
-        if self._runs_sparse and not common_prefix_len and not fast_build:
+        if self._runs_sparse and not common_prefix_len and not fast_build and not extra:
             step = self._build_sparse(common_attn_metadata)
             if step is not None:
                 return step
-        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return super().build(common_prefix_len, common_attn_metadata, fast_build, **extra)
 
     def _build_sparse(self, common_attn_metadata: Any) -> SparseStep | None:
         """None where nothing runs sparse; and where this failed, for an exception here would end the engine."""
@@ -120,6 +124,10 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
             for counter in self._counters if declined else ():
                 counter.declined += declined
             if split is None:
+                problem = step_problem(common_attn_metadata) if declined else None
+                if problem is not None:
+                    text = f"sparse prefill: steps with {problem} are served by {self.parent_name} alone"
+                    log_once(self._config, text, logging.WARNING)
                 return None
             build = super().build
             dense: Any = self._dense_builder
@@ -147,6 +155,11 @@ def _group_problem(kv_cache_spec: Any, vllm_config: Any) -> str | None:
     # Exactly: subclasses, and the builders that vLLM derives for them, rearrange the requests of a step.
     if type(kv_cache_spec) is not FullAttentionSpec or kv_cache_spec.attention_chunk_size is not None:
         return f"the KV cache is a {type(kv_cache_spec).__name__} with rules of its own"
+    if getattr(kv_cache_spec, "non_causal", False):
+        return "attention is not causal"
+    problem = spec_problem(kv_cache_spec)
+    if problem is not None:
+        return problem
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         return "context parallelism spreads the keys of a request"
     if parallel.use_ubatching:

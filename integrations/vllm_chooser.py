@@ -1,14 +1,14 @@
-"""What vLLM's name CUSTOM stands for: it looks at the version of vLLM before any of its changing parts is imported."""
+"""What vLLM's names for the backend stand for: it looks at the version of vLLM before its changing parts are used."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .vllm_config import version_problem
+from .vllm_version import version_problem
 
 
 class SparsePrefillBackend:
-    """What CUSTOM is registered as; no layer ever gets this class itself."""
+    """What FLEXPREFILL and CUSTOM are registered as; no layer ever gets this class itself."""
 
     _answer: tuple[str, str]
 
@@ -19,7 +19,7 @@ class SparsePrefillBackend:
         vLLM takes an ImportError here for a missing package and hides its text; so every problem is a ValueError.
 
         Raises:
-            ValueError: for a version of vLLM that is not served or lacks something, a GPU that is not CUDA's, a model
+            ValueError: for a version of vLLM that lacks something, which it names, a GPU that is not CUDA's, a model
                 for which vLLM's own choice is not known here, or a bad setting.
         """
         from vllm.version import __version__ as version  # pyright: ignore[reportMissingImports]
@@ -31,7 +31,7 @@ class SparsePrefillBackend:
             from .vllm_backend import choose
         except ImportError as error:
             raise ValueError(f"the sparse prefill backend cannot be loaded with vLLM {version}: {error}") from error
-        cls._answer = choose(asked)
+        cls._answer = choose(asked, version)
         return []
 
     @classmethod

@@ -18,8 +18,6 @@ SECTION = "sparse_prefill"
 """The key in vLLM's `additional_config`."""
 VARIABLE = "FLEXPREFILL_FA_VLLM"
 """The environment variable that holds the same settings as a JSON object."""
-SUPPORTED = (0, 24)
-"""(major, minor) of the vLLM that the backend was written for and tested with."""
 
 # A chunk of fewer queries, or one that sees fewer keys, gains less than its selection costs.
 _MIN_PREFILL_TOKENS = 2048
@@ -158,12 +156,3 @@ def make_settings(given: Any, source: str, chunk: int | None = None) -> Settings
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
     return Settings(selector, queries, keys, backend, seconds, source)
-
-
-def version_problem(version: str) -> str | None:
-    """Why this version of vLLM cannot be served, or None."""
-    parts = version.split(".")
-    if tuple(parts[:2]) == tuple(map(str, SUPPORTED)):
-        return None
-    supported = ".".join(map(str, SUPPORTED))
-    return f"the sparse prefill backend is for vLLM {supported}, got vLLM {version}: pip install 'vllm~={supported}.0'"

@@ -15,11 +15,12 @@ from .vllm_config import FAILURES_IN_A_ROW, Settings, engine_settings
 from .vllm_log import log_once, logger
 from .vllm_paged import DensityCounter, GatherBuffer, attend_chunk, attend_paged, tally, warm_up
 from .vllm_plan import SparseStep, layer_problem, take
+from .vllm_version import CacheLayout
 
 # Parents that read keys and values from the cache alone, where decoders are concerned: they need no copies of them.
 _READ_THE_CACHE = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
-# What vLLM calls the model that it loads while a speculative decoder's own model is made.
-_DRAFT_TAGS = ("draft_model", "eagle_head", "dflash_head", "medusa_head", "extract_hidden_states")
+# What vLLM calls the model that it loads while a speculative decoder's own model is made, unless it is some "_head".
+_DRAFT_TAGS = ("draft_model", "extract_hidden_states", "dflash2_candidate_selector")
 
 
 class SparsePrefillImpl(AttentionImpl):
@@ -32,7 +33,7 @@ class SparsePrefillImpl(AttentionImpl):
         gather_buffer: for its keys and values, shared with the engine's layers of the same shape.
     """
 
-    key_value_dim: int
+    cache_layout: CacheLayout
     parent_name: str
     own_class: Any
 
@@ -140,7 +141,7 @@ class SparsePrefillImpl(AttentionImpl):
             for chunk, blocks in zip(step.chunks, step.blocks, strict=True):
                 rows = slice(chunk.start, chunk.end)
                 out, selection = attend_paged(
-                    query[rows], kv_cache, self.key_value_dim, blocks, chunk.kv_len, self._settings, self.scale,
+                    query[rows], kv_cache, self.cache_layout, blocks, chunk.kv_len, self._settings, self.scale,
                     self.gather_buffer, self.attend,
                 )  # fmt: skip
                 output[rows].copy_(out)
@@ -188,4 +189,5 @@ class SparsePrefillImpl(AttentionImpl):
 
 def _of_a_draft_model() -> bool:
     """Whether the layer that is being made belongs to a draft model: vLLM leaves a tag while it loads one."""
-    return getattr(sys.modules.get("vllm.compilation.backends"), "model_tag", None) in _DRAFT_TAGS
+    tag = getattr(sys.modules.get("vllm.compilation.backends"), "model_tag", None)
+    return isinstance(tag, str) and (tag in _DRAFT_TAGS or tag.endswith("_head"))

@@ -19,27 +19,11 @@ from flexprefill_fa.grid import cdiv
 from flexprefill_fa.selection import BlockSelection
 
 from .vllm_config import Settings
+from .vllm_version import CacheLayout
 
 _ROWS = 128  # a buffer has a multiple of these
 
 AttendChunk = Callable[[Tensor, Tensor, Tensor, Settings, float], tuple[Tensor, BlockSelection]]
-
-
-def key_value_dim(get_kv_cache_shape: Callable[..., tuple[int, ...]]) -> int | None:
-    """The dimension of a KV cache that tells keys from values, None for a layout that this module does not read.
-
-    Args:
-        get_kv_cache_shape: `(blocks, block_size, kv_heads, head_dim)` -> shape. Read are
-            `[2, blocks, block_size, kv_heads, head_dim]` and `[blocks, 2, block_size, kv_heads, head_dim]`.
-    """
-    blocks, block_size, heads, head_dim = 1009, 64, 5, 128
-    try:
-        shape = list(get_kv_cache_shape(blocks, block_size, heads, head_dim))
-    except (NotImplementedError, ValueError):
-        return None
-    page = [block_size, heads, head_dim]
-    layouts = ([2, blocks, *page], [blocks, 2, *page])
-    return layouts.index(shape) if shape in layouts else None
 
 
 class GatherBuffer:
@@ -108,7 +92,7 @@ def attend_chunk(
 def attend_paged(
     query: Tensor,
     cache: Tensor,
-    dim: int,
+    layout: CacheLayout,
     blocks: Tensor,
     kv_len: int,
     settings: Settings,
@@ -120,7 +104,8 @@ def attend_paged(
 
     Args:
         query: `[q_len, Hq, D]`, the last of the keys.
-        cache: keys and values, apart along `dim`, see `key_value_dim`. The chunk's own are in it already.
+        cache: keys and values of one layer. The chunk's own are in it already.
+        layout: where it has them.
         blocks: of the request, int `[n]`.
         kv_len: keys that the chunk's last query sees.
         settings, scale: as for `attend_chunk`.
@@ -130,7 +115,7 @@ def attend_paged(
     Returns:
         `[q_len, Hq, D]` and what was kept.
     """
-    halves = cache.unbind(dim)  # 2 x [blocks, block_size, Hkv, D]
+    halves = layout.split(cache)
     room = buffer.room(len(blocks) * halves[0].shape[1], halves[0].shape[2], query)
     key, value = (gather(half, blocks, kv_len, out) for half, out in zip(halves, room, strict=True))
     out, selection = attend(query.transpose(0, 1)[None], key, value, settings, scale)

@@ -60,19 +60,49 @@ def split_requests(query_start_loc: Sequence[int], kv_lens: Sequence[int], setti
     return StepSplit(tuple(chunks), tuple(rest))
 
 
-# What a step must not have for the parent's metadata to be built from a part of its requests.
-_WHOLE_STEP_FIELDS = ("encoder_seq_lens", "dcp_local_seq_lens", "mm_req_doc_ranges", "logits_indices_padded")
+# The fields of vLLM's `CommonAttentionMetadata` that a step of fewer requests has as well; versions differ in them.
+_COUNTED = ("query_start_loc", "query_start_loc_cpu", "num_reqs", "num_actual_tokens", "max_query_len", "max_seq_len")
+_OF_REQUESTS = ("seq_lens", "block_table_tensor", "rswa_prefix_lens")
+_OF_REQUESTS_ON_HOST = (
+    "is_prefilling",
+    "seq_lens_cpu_upper_bound",
+    "req_idx",
+    "replayssm_decode_base_cpu",
+    "_seq_lens_cpu",
+    "_num_computed_tokens_cpu",
+)
+_OF_ROWS = ("slot_mapping", "positions")
+_CACHED = ("_num_computed_tokens_cache", "_token_to_req_indices_cache")
+KNOWN_FIELDS = (*_COUNTED, *_OF_REQUESTS, *_OF_REQUESTS_ON_HOST, *_OF_ROWS, *_CACHED, "causal")
+"""Fields that `restrict` knows; a step where another one is set is not split."""
+NEEDED_FIELDS = (*_COUNTED, "seq_lens", "block_table_tensor", "seq_lens_cpu_upper_bound", *_OF_ROWS, "causal")
+"""Fields without which no step can be split."""
+
+
+def step_problem(common: Any) -> str | None:
+    """Why no request of a step can run sparse, however long it is, or None.
+
+    Args:
+        common: vLLM's `CommonAttentionMetadata`. A field that is not known here belongs to the whole step: the parent's
+            metadata cannot be built from a part of it.
+    """
+    if common.causal is not True:
+        return "attention that is not causal"
+    if common.seq_lens_cpu_upper_bound is None:
+        return "lengths that only the GPU knows"
+    for field_ in dataclasses.fields(common):
+        value = getattr(common, field_.name)
+        usual = value is None or (isinstance(value, bool | int | float | str) and value == field_.default)
+        if field_.name not in KNOWN_FIELDS and not usual:
+            return f"the field {field_.name}"
+    return None
 
 
 def split_step(common: Any, settings: Settings) -> StepSplit | None:
     """`split_requests` of vLLM's `CommonAttentionMetadata`; None where no request runs sparse."""
-    if common.max_query_len < settings.min_prefill_tokens or common.causal is not True:
-        return None
-    if any(getattr(common, name, None) is not None for name in _WHOLE_STEP_FIELDS):
+    if common.max_query_len < settings.min_prefill_tokens or step_problem(common) is not None:
         return None
     kv_lens = common.seq_lens_cpu_upper_bound  # exact for prefill chunks, says vLLM
-    if kv_lens is None:
-        return None
     requests = common.num_reqs
     split = split_requests(common.query_start_loc_cpu[: requests + 1].tolist(), kv_lens[:requests].tolist(), settings)
     return split if split.chunks else None
@@ -99,10 +129,12 @@ Rows = slice | Tensor
 """Rows of a step's queries: a slice where they stand together, else their indices, int64 on the queries' device."""
 
 
-def take(tensor: Tensor | None, rows: Rows) -> Any:
-    """`tensor[rows]` along the first dimension, without a copy where the rows stand together."""
+def take(tensor: Any, rows: Rows) -> Any:
+    """`tensor[rows]` along the first dimension, without a copy where the rows stand together; arrays too, and None."""
     if tensor is None:
         return None
+    if not isinstance(tensor, Tensor):
+        return tensor[rows if isinstance(rows, slice) else rows.numpy()]
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
 
 
@@ -132,23 +164,18 @@ def restrict(common: Any, requests: Sequence[int]) -> tuple[Any, Rows]:
         on_host = torch.tensor(requests, device="cpu")
         which = _to_device(on_host, device)
     start_loc_cpu = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-    kv_lens = take(common.seq_lens_cpu_upper_bound, on_host)
+    places = [(_OF_REQUESTS, which), (_OF_REQUESTS_ON_HOST, on_host), (_OF_ROWS, rows)]
     changed = {
+        name: take(getattr(common, name), where) for names, where in places for name in names if hasattr(common, name)
+    }
+    changed |= {name: None for name in _CACHED if hasattr(common, name)}
+    changed |= {
         "query_start_loc": _to_device(start_loc_cpu, device),
         "query_start_loc_cpu": start_loc_cpu,
-        "seq_lens": take(common.seq_lens, which),
         "num_reqs": len(requests),
         "num_actual_tokens": sum(lengths),
         "max_query_len": max(lengths),
-        "max_seq_len": int(kv_lens.max()),
-        "block_table_tensor": take(common.block_table_tensor, which),
-        "slot_mapping": take(common.slot_mapping, rows),
-        "positions": take(common.positions, rows),
-        "is_prefilling": take(common.is_prefilling, on_host),
-        "seq_lens_cpu_upper_bound": kv_lens,
-        "_seq_lens_cpu": take(common._seq_lens_cpu, on_host),
-        "_num_computed_tokens_cpu": take(common._num_computed_tokens_cpu, on_host),
-        "_num_computed_tokens_cache": None,
+        "max_seq_len": int(changed["seq_lens_cpu_upper_bound"].max()),
     }
     return dataclasses.replace(common, **changed), rows
 
@@ -220,6 +247,17 @@ def model_problem(vllm_config: Any) -> str | None:
     return f"the sparse prefill backend does not serve {kind}: start vLLM without --attention-backend"
 
 
+# Criteria that change nothing here, or that the builder looks at.
+_NEUTRAL_CRITERIA = (
+    "block_size",
+    "use_per_head_quant_scales",
+    "has_sliding_window",
+    "use_kv_connector",
+    "use_pcp",
+    "use_dcp",
+)
+
+
 def backend_problem(
     *,
     head_size: int,
@@ -232,6 +270,8 @@ def backend_problem(
     attn_type: str = "decoder",
     use_non_causal: bool = False,
     use_batch_invariant: bool = False,
+    use_rswa: bool = False,
+    use_adaptive_verification: bool = False,
     **others: Any,
 ) -> str | None:
     """Why layers of this kind are served by the parent alone, or None; the arguments are vLLM's selection criteria."""
@@ -245,13 +285,18 @@ def backend_problem(
         return f"a KV cache of {kv_cache_dtype}"
     if has_sink:
         return "attention sinks"
+    if use_rswa:
+        return "reference sliding-window attention"
+    if use_adaptive_verification:
+        return "adaptive verification, whose query lengths only the GPU knows,"
     if use_mm_prefix or use_non_causal or str(getattr(attn_type, "value", attn_type)) != "decoder":
         return "attention that is not causal"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"{dtype}"
     if not MIN_HEAD_DIM <= head_size <= MAX_HEAD_DIM:
         return f"a head dim of {head_size}, outside {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
-    return None
+    unknown = [name for name, value in others.items() if value and name not in _NEUTRAL_CRITERIA]
+    return f"the unknown criterion {unknown[0]}" if unknown else None
 
 
 # What some of the parents take besides vLLM's common arguments, and the value that changes nothing.

@@ -52,12 +52,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def vllm() -> Iterator[FakeVllm]:
-    """Stand-ins for vLLM's modules, with our backend imported over them."""
+@pytest.fixture(params=["0.24.0", "0.33.0"])
+def vllm(request: pytest.FixtureRequest) -> Iterator[FakeVllm]:
+    """Stand-ins for vLLM's modules as a release has them, with our backend imported over them."""
+    from vllm_releases import RELEASES
     from vllm_stubs import fake_vllm
 
-    with fake_vllm() as fake:
+    with fake_vllm(RELEASES[request.param]) as fake:
         yield fake
 
 

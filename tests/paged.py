@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class CommonAttentionMetadata:
-    """The fields of vLLM's class of this name that the integration reads or replaces."""
+    """The fields of vLLM 0.24's class of this name that the integration reads or replaces."""
 
     query_start_loc: Tensor
     query_start_loc_cpu: Tensor
@@ -40,7 +40,8 @@ class PagedBatch:
     """A step: `requests` of (queries, keys), their keys and values in a cache whose other places hold NaN.
 
     Attributes:
-        cache: `[blocks, 2, block_size, Hkv, D]` or, with kv_dim 0, `[2, blocks, block_size, Hkv, D]`.
+        cache: `[blocks, 2, block_size, Hkv, D]` or, with kv_dim 0, `[2, blocks, block_size, Hkv, D]`, or, with None,
+            `[blocks, Hkv, block_size, 2 * D]`.
         query: `[rows + padding, Hq, D]`.
         keys, values: of each request, `[Hkv, kv_len, D]`.
     """
@@ -50,7 +51,7 @@ class PagedBatch:
     heads: int = 2
     kv_heads: int = 1
     head_dim: int = 16
-    kv_dim: int = 1
+    kv_dim: int | None = 1
     padding: int = 0
     seed: int = 0
     dtype: torch.dtype = torch.float32
@@ -83,7 +84,10 @@ class PagedBatch:
             self.values.append(both[1].transpose(0, 1))
             slots.append(slot[kv_len - q_len :])
             positions.append(place[kv_len - q_len :])
-        self.cache = pages if self.kv_dim == 0 else pages.transpose(0, 1).contiguous()
+        if self.kv_dim is None:
+            self.cache = torch.cat(pages.unbind(), -1).transpose(1, 2).contiguous()
+        else:
+            self.cache = pages if self.kv_dim == 0 else pages.transpose(0, 1).contiguous()
         q_lens = [q_len for q_len, _ in self.requests]
         kv_lens = torch.tensor([kv_len for _, kv_len in self.requests], dtype=torch.int32)
         rows = sum(q_lens)
@@ -125,10 +129,13 @@ class PagedBatch:
 
 
 def paged_attention(
-    query: Tensor, cache: Tensor, common: CommonAttentionMetadata, block_size: int, kv_dim: int = 1
+    query: Tensor, cache: Tensor, common: CommonAttentionMetadata, block_size: int, kv_dim: int | None = 1
 ) -> Tensor:
     """What a dense paged kernel computes of a step's metadata alone, fp64 `[num_actual_tokens, Hq, D]`."""
-    keys, values = cache.unbind(kv_dim)
+    if kv_dim is None:
+        keys, values = cache.transpose(1, 2).split(cache.shape[-1] // 2, dim=-1)
+    else:
+        keys, values = cache.unbind(kv_dim)
     out = []
     start = common.query_start_loc.tolist()
     for request in range(common.num_reqs):

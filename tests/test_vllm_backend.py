@@ -16,8 +16,6 @@ from vllm_layers import MIXED, SMALL, batch_of, one_layer, run
 from vllm_stubs import (
     CGSupport,
     FakeVllm,
-    FullAttentionSpec,
-    ParentBackend,
     ParentBuilder,
     ParentImpl,
     ParentMetadata,
@@ -26,6 +24,7 @@ from vllm_stubs import (
 )
 
 from flexprefill_fa.integrations.vllm_plan import SparseStep
+from flexprefill_fa.integrations.vllm_version import CacheLayout
 from flexprefill_fa.selection import BlockSelection
 
 
@@ -109,10 +108,11 @@ def test_only_single_token_decode_is_captured_in_full(vllm: FakeVllm, inherited:
     class OtherBuilder(ParentBuilder):
         _cudagraph_support = inherited
 
-    class OtherBackend(ParentBackend):
+    class OtherBackend(vllm.parent):
         get_builder_cls = staticmethod(lambda: OtherBuilder)
 
-    found = vllm.module.backend_for(OtherBackend).get_builder_cls().get_cudagraph_support(None, None)
+    layout = CacheLayout(vllm.release.kv_dim)
+    found = vllm.module.backend_for(OtherBackend, layout).get_builder_cls().get_cudagraph_support(None, None)
     assert found.value == min(inherited.value, CGSupport.UNIFORM_SINGLE_TOKEN_DECODE.value)
 
 
@@ -175,7 +175,7 @@ def test_the_buffer_is_taken_once_while_profiling_and_goes_with_the_engine(vllm:
     assert layer.impl.sparse_counter.read()["chunks"] == 0
     before = layer.impl.gather_buffer.room(1056, 2, profiled.query)
     assert before[0].shape == (1152, 2, 32) and not before[0].any(), "22 pages of 48, in multiples of 128"
-    builder = vllm.builder(backend, config, ["layer.0", "layer.1", "layer.2"], FullAttentionSpec(48))
+    builder = vllm.builder(backend, config, ["layer.0", "layer.1", "layer.2"], vllm.spec(48))
     for kv_len in (300, 640, 1010):
         batch = batch_of([(260, kv_len)], block_size=48)
         metadata = builder.build(0, batch.common)

@@ -18,26 +18,30 @@ from flexprefill_fa.integrations.vllm_paged import (
     attend_paged,
     causal_blocks,
     gather,
-    key_value_dim,
     tally,
     warm_up,
     warm_up_lengths,
 )
+from flexprefill_fa.integrations.vllm_version import CacheLayout
 from flexprefill_fa.selection import every_block
 
 
-@given(st.integers(1, 70), st.sampled_from([1, 4, 16]), st.sampled_from([0, 1]), st.booleans(), st.integers(0, 2**16))
+@given(
+    st.integers(1, 70), st.sampled_from([1, 4, 16]), st.sampled_from([0, 1, None]), st.booleans(), st.integers(0, 2**16)
+)
 @settings(max_examples=60, deadline=None)
-def test_gathering_restores_the_order(kv_len: int, size: int, kv_dim: int, heads_first: bool, seed: int) -> None:
+def test_gathering_restores_the_order(kv_len: int, size: int, kv_dim: int | None, other_order: bool, seed: int) -> None:
     batch = PagedBatch([(1, kv_len), (1, 20)], size, kv_heads=2, kv_dim=kv_dim, seed=seed)
     cache = batch.cache
-    if heads_first:  # the memory layout that some backends ask for: [..., heads, block_size, D]
-        cache = cache.transpose(2, 3).contiguous().transpose(2, 3)
+    if other_order:  # in memory heads and rows of a block may change places: some backends ask for that
+        first = 1 if kv_dim is None else 2
+        cache = cache.transpose(first, first + 1).contiguous().transpose(first, first + 1)
     blocks = batch.common.block_table_tensor[0, : -(-kv_len // size)]
     room = GatherBuffer().room(len(blocks) * size, 2, batch.query)
     for out in room:
         out.fill_(float("nan"))
-    keys, values = (gather(part, blocks, kv_len, out) for part, out in zip(cache.unbind(kv_dim), room, strict=True))
+    halves = CacheLayout(kv_dim).split(cache)
+    keys, values = (gather(part, blocks, kv_len, out) for part, out in zip(halves, room, strict=True))
     assert torch.equal(keys[0], batch.keys[0]) and torch.equal(values[0], batch.values[0])
     assert keys.data_ptr() == room[0].data_ptr() and values.data_ptr() == room[1].data_ptr(), "nothing else was taken"
     assert keys.stride()[1:] == (16, 32, 1) and room[0].storage_offset() == room[1].storage_offset() == 0
@@ -51,28 +55,18 @@ def test_a_buffer_grows_only_where_it_must() -> None:
     assert buffer.room(257, 2, like)[0].shape == (384, 2, 32)
 
 
-def test_cache_layouts() -> None:
-    assert key_value_dim(lambda *shape: (shape[0], 2, *shape[1:])) == 1
-    assert key_value_dim(lambda *shape: (2, *shape)) == 0
-    assert key_value_dim(lambda blocks, size, heads, dim: (blocks, heads, size, 2 * dim)) is None
-    assert key_value_dim(lambda blocks, size, heads, dim: (blocks, size, dim)) is None
-
-    def refuses(*shape: int) -> tuple[int, ...]:
-        raise ValueError("another block size")
-
-    assert key_value_dim(refuses) is None
-
-
+@pytest.mark.parametrize("kv_dim", [1, None])
 @pytest.mark.parametrize("q_len,kv_len", [(400, 400), (257, 700), (384, 1024)])
 @pytest.mark.parametrize(
     "config", [StreamingLLMConfig(sink=64, window=128), FlexPrefillConfig(gamma=0.6, min_budget=128)]
 )
-def test_a_chunk_equals_the_oracle_over_its_kept_blocks(q_len: int, kv_len: int, config) -> None:
-    batch = PagedBatch([(q_len, kv_len)], heads=4, kv_heads=2, head_dim=32)
+def test_a_chunk_equals_the_oracle_over_its_kept_blocks(q_len: int, kv_len: int, config, kv_dim: int | None) -> None:
+    batch = PagedBatch([(q_len, kv_len)], heads=4, kv_heads=2, head_dim=32, kv_dim=kv_dim)
+    layout = CacheLayout(kv_dim)
     chosen = Settings(selector=config)
     blocks = batch.common.block_table_tensor[0, : -(-kv_len // 16)]
     scale = 32**-0.5
-    out, selection = attend_paged(batch.query, batch.cache, 1, blocks, kv_len, chosen, scale, GatherBuffer())
+    out, selection = attend_paged(batch.query, batch.cache, layout, blocks, kv_len, chosen, scale, GatherBuffer())
     query, key, value = batch.query.transpose(0, 1)[None], batch.keys[0][None], batch.values[0][None]
     expected, _, real = causal_oracle(query, key, value, selection)
     assert relative_error(out.transpose(0, 1)[None], expected, real) < 1e-5

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged import PagedBatch, paged_attention
+from vllm_releases import V24, V33, CommonAttentionMetadata33, Release
 
 from flexprefill_fa.integrations.vllm_config import Settings
 from flexprefill_fa.integrations.vllm_plan import (
@@ -18,6 +19,7 @@ from flexprefill_fa.integrations.vllm_plan import (
     sparse_step,
     split_requests,
     split_step,
+    step_problem,
     take,
 )
 
@@ -29,13 +31,15 @@ def batches(draw: st.DrawFn) -> PagedBatch:
     """Decode tokens, short and long chunks, with and without a cached prefix, in any order."""
     queries = st.sampled_from([1, 1, 2, 7, 8, 9, 23, 24, 40])
     requests = draw(st.lists(st.tuples(queries, st.integers(0, 50)), min_size=1, max_size=6))
-    return PagedBatch(
+    batch = PagedBatch(
         [(q_len, q_len + prefix) for q_len, prefix in requests],
         block_size=draw(st.sampled_from([1, 4, 16])),
-        kv_dim=draw(st.sampled_from([0, 1])),
+        kv_dim=draw(st.sampled_from([0, 1, None])),
         padding=draw(st.sampled_from([0, 5])),
         seed=draw(st.integers(0, 2**16)),
     )
+    batch.common = draw(st.sampled_from([V24, V33])).common(batch.common)
+    return batch
 
 
 @given(batches())
@@ -74,6 +78,9 @@ def test_a_part_of_a_step_is_a_step(batch: PagedBatch, data: st.DataObject) -> N
         assert torch.equal(getattr(part, name), torch.cat([whole[batch.rows_of(request)] for request in kept]))
     assert torch.equal(part.seq_lens, batch.common.seq_lens[kept])
     assert torch.equal(part.seq_lens_cpu_upper_bound, batch.common.seq_lens[kept])
+    if hasattr(part, "req_idx"):
+        assert part.req_idx.tolist() == [40 + request for request in kept]
+        assert part._token_to_req_indices_cache is None and part._num_computed_tokens_cache is None
     assert part.is_prefilling.tolist() == [batch.requests[request][0] > 1 for request in kept]
     for field in dataclasses.fields(before):  # the step itself is left alone
         assert getattr(batch.common, field.name) is getattr(before, field.name)
@@ -107,9 +114,26 @@ def test_requests_without_queries_are_nobodys() -> None:
         ({"logits_indices_padded": torch.tensor([1])}, False),
     ],
 )
-def test_steps_that_cannot_be_split_are_the_parents(change: dict, sparse: bool) -> None:
-    common = dataclasses.replace(PagedBatch([(1, 30), (40, 60)]).common, **change)
+@pytest.mark.parametrize("release", [V24, V33], ids=lambda release: release.version)
+def test_steps_that_cannot_be_split_are_the_parents(change: dict, sparse: bool, release: Release) -> None:
+    common = dataclasses.replace(release.common(PagedBatch([(1, 30), (40, 60)]).common), **change)
     assert (split_step(common, SETTINGS) is not None) == sparse
+    assert (step_problem(common) is None) == sparse
+
+
+@dataclasses.dataclass
+class LaterMetadata(CommonAttentionMetadata33):
+    groups: torch.Tensor | None = None
+    tiles: int = 4
+
+
+def test_fields_that_are_not_known_keep_a_step_whole_where_they_are_set() -> None:
+    common = LaterMetadata.like(PagedBatch([(1, 30), (40, 60)]).common)
+    assert split_step(common, SETTINGS) is not None
+    for change in ({"groups": torch.tensor([0, 1])}, {"tiles": 8}):
+        changed = dataclasses.replace(common, **change)
+        assert split_step(changed, SETTINGS) is None
+        assert step_problem(changed) == f"the field {next(iter(change))}"
 
 
 def test_a_step_without_long_chunks_is_the_parents() -> None:
@@ -157,6 +181,11 @@ ASKED = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "b
         ({"attn_type": "encoder_only"}, "attention that is not causal"),
         ({"use_mm_prefix": True}, "attention that is not causal"),
         ({"use_non_causal": True}, "attention that is not causal"),
+        ({"use_rswa": True}, "reference sliding-window attention"),
+        ({"use_adaptive_verification": True}, "adaptive verification, whose query lengths only the GPU knows,"),
+        ({"has_sliding_window": True, "use_kv_connector": True, "use_dcp": True, "block_size": 16}, None),
+        ({"use_tides": True}, "the unknown criterion use_tides"),
+        ({"use_tides": False}, None),
         ({"dtype": torch.float32}, "torch.float32"),
         ({"head_size": 512}, "a head dim of 512, outside 16 to 256"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from paged import PagedBatch
-from vllm_stubs import FakeVllm, engine_config
+from vllm_stubs import FakeVllm, engine_config, installed
 
 SMALL: dict[str, Any] = {
     "selector": "streaming_llm",
@@ -34,4 +34,8 @@ def run(layer: Any, metadata: Any, batch: PagedBatch) -> torch.Tensor:
 
 
 def batch_of(requests: list[tuple[int, int]], **options: Any) -> PagedBatch:
-    return PagedBatch(requests, heads=4, kv_heads=2, head_dim=32, **options)
+    """With the cache and metadata of the release that is in place."""
+    release = installed()
+    batch = PagedBatch(requests, heads=4, kv_heads=2, head_dim=32, kv_dim=release.kv_dim, **options)
+    batch.common = release.common(batch.common)
+    return batch

@@ -9,10 +9,11 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from paged import paged_attention
+from vllm_releases import V24, V33, Backend24, Backend33, Release
 
 
 class CGSupport(enum.Enum):
@@ -20,14 +21,6 @@ class CGSupport(enum.Enum):
     UNIFORM_BATCH = 2
     UNIFORM_SINGLE_TOKEN_DECODE = 1
     NEVER = 0
-
-
-class Backend:
-    forward_includes_kv_cache_update = True
-
-    @classmethod
-    def full_cls_name(cls) -> tuple[str, str]:
-        return cls.__module__, cls.__qualname__
 
 
 class Builder:
@@ -49,7 +42,15 @@ class Builder:
 
 
 class Impl:
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, num_heads, head_size, scale, num_kv_heads=None, alibi_slopes=None, sliding_window=None,
+        kv_cache_dtype="auto", logits_soft_cap=None, attn_type="decoder", kv_sharing_target_layer_name=None,
+    ) -> None:  # fmt: skip
+        raise NotImplementedError
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+    ) -> Any:
         raise NotImplementedError
 
 
@@ -90,11 +91,13 @@ class ParentImpl(Impl):
             return output.fill_(0)
         common = attn_metadata.common
         rows = common.num_actual_tokens
-        output[:rows] = paged_attention(query[:rows], kv_cache, common, kv_cache.shape[2]).to(output.dtype)
+        output[:rows] = paged_attention(query[:rows], kv_cache, common, kv_cache.shape[2], installed().kv_dim).to(
+            output.dtype
+        )
         return output
 
 
-class ParentBackend(Backend):
+class Parent:
     forward_includes_kv_cache_update = False
 
     @staticmethod
@@ -109,32 +112,23 @@ class ParentBackend(Backend):
     def get_builder_cls() -> type:
         return ParentBuilder
 
+
+class ParentBackend24(Parent, Backend24):
     @staticmethod
     def get_kv_cache_shape(blocks: int, size: int, heads: int, dim: int, cache_dtype_str: str = "auto") -> tuple:
         return blocks, 2, size, heads, dim
 
 
-class SelectorConfig(NamedTuple):
-    head_size: int
-    dtype: torch.dtype
-    kv_cache_dtype: str | None
-    block_size: int | None
-    use_mla: bool = False
-    has_sink: bool = False
-    attn_type: str = "decoder"
-    use_batch_invariant: bool = False
-
-
-@dataclass(frozen=True)
-class FullAttentionSpec:
-    block_size: int
-    attention_chunk_size: int | None = None
-    sliding_window: int | None = None
-
-
-@dataclass(frozen=True)
-class SlidingWindowSpec(FullAttentionSpec):
+class ParentBackend33(Parent, Backend33):
     pass
+
+
+PARENTS = {V24.version: ParentBackend24, V33.version: ParentBackend33}
+
+
+def installed() -> Release:
+    """The release that is in place."""
+    return sys.modules["vllm"].release  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Layer(torch.nn.Module):
@@ -173,11 +167,11 @@ def engine_config(**sparse_prefill: Any) -> Any:
 class FakeVllm:
     """The stand-ins in place: `module` is the backend's, imported over them; `of` gives the others."""
 
+    release: Release
     module: Any = None
     config: Any = None
-    version: str = "0.24.0"
     cuda: bool = True
-    parent: Any = ParentBackend
+    parent: Any = None
     asked: list[Any] = field(default_factory=list)
     registered: dict[str, str] = field(default_factory=dict)
 
@@ -188,7 +182,7 @@ class FakeVllm:
     def choose(self, config: Any, **changes: Any) -> Any:
         """What vLLM's platform does for a layer with CUSTOM selected: validate, ask for the name, look it up."""
         self.config = config
-        asked = {"head_size": 32, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": None, **changes}
+        asked = self.release.selector_config(32, torch.bfloat16, "auto", None)._replace(**changes)._asdict()
         chooser = self.of("vllm_chooser").SparsePrefillBackend
         assert chooser.validate_configuration(device_capability=(9, 0), **asked) == []
         module, name = chooser.full_cls_name()
@@ -204,7 +198,12 @@ class FakeVllm:
         return layer
 
     def builder(self, backend: Any, config: Any, names: list[str], spec: Any = None) -> Any:
-        return backend.get_builder_cls()(spec or FullAttentionSpec(16), names, config, torch.device("cpu"))
+        return backend.get_builder_cls()(spec or self.spec(), names, config, torch.device("cpu"))
+
+    def spec(self, block_size: int = 16, sliding: bool = False, **changes: Any) -> Any:
+        """Of the cache that `batch_of` has."""
+        kind = self.release.sliding_spec if sliding else self.release.full_spec
+        return kind(**{"block_size": block_size, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32, **changes})
 
 
 _PACKAGE = "flexprefill_fa.integrations"
@@ -212,9 +211,9 @@ _MODULES = ("vllm_backend", "vllm_builder", "vllm_chooser", "vllm_impl")
 
 
 @contextmanager
-def fake_vllm() -> Iterator[FakeVllm]:
-    """vLLM replaced by stand-ins for as long as the context lasts."""
-    fake = FakeVllm()
+def fake_vllm(release: Release = V24, parent: str | None = None) -> Iterator[FakeVllm]:
+    """vLLM replaced by stand-ins for as long as the context lasts; `parent` names another release's."""
+    fake = FakeVllm(release, parent=PARENTS[parent or release.version])
 
     def find_parent(selected: Any, config: Any, heads: Any) -> str:
         assert selected is None, "the parent is what vLLM chooses without CUSTOM"
@@ -232,7 +231,21 @@ def fake_vllm() -> Iterator[FakeVllm]:
             return self.name in fake.registered
 
         def get_path(self) -> str:
-            return fake.registered[self.name]
+            path = fake.registered.get(self.name, self.value)
+            if not path:
+                raise ValueError(f"Backend {self.name} must be registered before use")
+            return path
+
+    def register(kind: Any, name: str, value: str) -> Any:
+        if name in kind._member_map_:
+            raise ValueError(f"Backend {name} already exists")
+        member = object.__new__(kind)
+        member._name_, member._value_ = name, value
+        kind._member_map_[name] = kind._value2member_map_[value] = member
+        return member
+
+    if release.named:
+        Enumeration.register = classmethod(register)  # pyright: ignore[reportAttributeAccessIssue]
 
     def layers_of(config: Any, kind: type, names: list[str]) -> dict[str, Any]:
         context = config.compilation_config.static_forward_context
@@ -243,8 +256,8 @@ def fake_vllm() -> Iterator[FakeVllm]:
         return getattr(importlib.import_module(module), name)
 
     contents: dict[str, dict[str, Any]] = {
-        "vllm": {},
-        "vllm.version": {"__version__": fake.version},
+        "vllm": {"release": release},
+        "vllm.version": {"__version__": release.version},
         "vllm.config": {
             "get_current_vllm_config": lambda: fake.config,
             "get_layers_from_vllm_config": layers_of,
@@ -255,19 +268,20 @@ def fake_vllm() -> Iterator[FakeVllm]:
         "vllm.v1": {},
         "vllm.v1.attention": {},
         "vllm.v1.attention.backend": {
-            "AttentionBackend": Backend,
+            "AttentionBackend": release.backend,
             "AttentionCGSupport": CGSupport,
             "AttentionImpl": Impl,
             "AttentionMetadataBuilder": Builder,
             "AttentionType": types.SimpleNamespace(DECODER="decoder"),
+            "CommonAttentionMetadata": release.metadata,
         },
-        "vllm.v1.attention.selector": {"AttentionSelectorConfig": SelectorConfig},
+        "vllm.v1.attention.selector": {"AttentionSelectorConfig": release.selector_config},
         "vllm.v1.attention.backends": {},
         "vllm.v1.attention.backends.registry": {
             "AttentionBackendEnum": Enumeration,
             "register_backend": lambda backend, path: fake.registered.update({backend.name: path}),
         },
-        "vllm.v1.kv_cache_interface": {"FullAttentionSpec": FullAttentionSpec},
+        "vllm.v1.kv_cache_interface": {"FullAttentionSpec": release.full_spec},
         "vllm.compilation": {},
         "vllm.compilation.backends": {"model_tag": "backbone"},
     }
