@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from flexprefill_fa.grid import Grid
 from flexprefill_fa.masks.element import Element, element_of
 from flexprefill_fa.masks.peakprefill import PeakPrefillConfig
-from flexprefill_fa.masks.peakprefill.reference import exact_scores
+from flexprefill_fa.masks.peakprefill.reference import log_shares, representative_scores
 from flexprefill_fa.masks.peakprefill.representatives import representatives
 
 PARTS = ("row", "representative")
@@ -42,27 +41,21 @@ def block_peaks(query: Tensor, key: Tensor, config: PeakPrefillConfig, scale: fl
     Args:
         query: `[H, n, D]`. key: `[Hkv, n, D]`. config: the selector's. scale: of the scores.
     """
-    size = config.block_size
-    found = element_of(query, key, 0, key.shape[1], Grid(query.shape[1], key.shape[1], size), scale)
+    grid = Grid(query.shape[1], key.shape[1], config.block_size)
+    found = element_of(query, key, 0, key.shape[1], grid, scale)
     if found is None:
         raise ValueError("query and key must have at least one token, got none")
     element: Element = found[0]
     vectors, bias = representatives(element, config)
-    count, vectors = vectors.shape[2], rearrange(vectors, "h j r d -> h (j r) d")
-    bias = element.per_head(rearrange(bias, "h j r -> h 1 (j r)"))
-    queries, real = element.query_slots(), rearrange(element.real_queries, "(i b) -> i b", b=size)
     block, own = torch.arange(element.grid.kv_blocks, device=element.device), element.diagonal()[0]
     rows_of, numbers = [], []
-    for rows in element.row_pieces(8 * element.heads * size * (len(block) * count + 3 * size)):
-        scores = element.products(queries[:, rows.start * size : rows.stop * size], vectors) + bias
-        score, number = rearrange(scores, "h (i b) (j r) -> h i b j r", b=size, r=count).max(-1)  # [H, rows, B, nk]
+    for rows, shares in log_shares(element, vectors, bias):
+        row = shares.argmax(2)  # [H, rows, nk]
+        scores = [
+            representative_scores(element, rows, vectors, bias, i).gather(2, row[:, :, None])[:, :, 0]
+            for i in range(vectors.shape[2])
+        ]
         by_keys = (block == 0) | (block >= own[rows, None])  # [rows, nk]
-        score.masked_fill_((block >= own[rows, None])[:, None], -torch.inf)
-        for places in (torch.zeros_like(own[rows]), own[rows]):
-            exact = exact_scores(element, rows, places)  # [H, rows, B]
-            score.scatter_(3, places[:, None, None].expand(*exact.shape, 1), exact[..., None])
-        share = (score - score.logsumexp(-1, keepdim=True)).masked_fill(~real[rows, :, None], -torch.inf)
-        row = share.argmax(2)  # [H, rows, nk]
         rows_of.append(row)
-        numbers.append((number.gather(2, row[:, :, None])[:, :, 0] + 1).masked_fill(by_keys, 0))
+        numbers.append((torch.stack(scores).argmax(0) + 1).masked_fill(by_keys, 0))
     return Peaks(torch.cat(rows_of, 1), torch.cat(numbers, 1))

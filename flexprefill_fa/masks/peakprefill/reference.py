@@ -12,6 +12,7 @@ Shapes in comments: H query heads, nq query blocks, nk key blocks, R representat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,29 +27,44 @@ if TYPE_CHECKING:
 
 
 def peak_shares(element: Element, config: PeakPrefillConfig) -> Tensor:
-    """X, fp32 `[H, nq, nk]`; 0 for blocks that no real query of I sees. A few query blocks at a time."""
-    grid, size = element.grid, config.block_size
-    vectors, bias = representatives(element, config)
-    bias = element.per_head(bias)[:, None]  # [H, 1, nk, R]
-    queries, real = element.query_slots(), rearrange(element.real_queries, "(i b) -> i b", b=size)
+    """X, fp32 `[H, nq, nk]`; 0 for blocks that no real query of I sees."""
+    seen = representatives(element, config)
+    return torch.cat([shares.amax(2).exp() for _, shares in log_shares(element, *seen)], 1)
+
+
+def log_shares(element: Element, vectors: Tensor, bias: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """ln p of some query blocks at a time.
+
+    Args:
+        element: the sequence. vectors `[Hkv, nk, R, D]`, bias `[Hkv, nk, R]`: its `representatives`.
+
+    Yields:
+        The query blocks; fp32 `[H, rows, B, nk]`, minus infinity for padded queries and what a query does not see.
+    """
+    grid, size = element.grid, element.grid.block_size
+    real = rearrange(element.real_queries, "(i b) -> i b 1", b=size)
     block = torch.arange(grid.kv_blocks, device=element.device)
     first, last = (place.clamp(min=0) for place in element.diagonal())  # [nq]
     aligned = (grid.offset - grid.query_pad) % size == 0  # a query block's positions fill one key block
-    parts = []
     for rows in element.row_pieces(4 * element.heads * size * (2 * grid.kv_blocks + 3 * size)):
-        some = queries[:, rows.start * size : rows.stop * size]
-        scores = element.products(some, vectors[:, :, 0]).add_(bias[..., 0])
+        scores = representative_scores(element, rows, vectors, bias, 0)
         for i in range(1, vectors.shape[2]):
-            scores = torch.maximum(scores, element.products(some, vectors[:, :, i]).add_(bias[..., i]))
-        scores = rearrange(scores, "h (i b) j -> h i b j", b=size)  # [H, rows, B, nk]
+            scores = torch.maximum(scores, representative_scores(element, rows, vectors, bias, i))
         scores.masked_fill_((block >= first[rows, None])[:, None], -torch.inf)
         own = [first[rows]] if aligned else [first[rows], last[rows]]
         for places in (torch.zeros_like(first[rows]), *own):
             exact = exact_scores(element, rows, places)  # [H, rows, B]
             scores.scatter_(3, places[:, None, None].expand(*exact.shape, 1), exact[..., None])
-        shares = (scores - scores.logsumexp(-1, keepdim=True)).exp()
-        parts.append(torch.where(real[rows, :, None], shares, 0.0).amax(2))
-    return torch.cat(parts, 1)
+        shares = scores - scores.logsumexp(-1, keepdim=True)
+        yield rows, shares.masked_fill(~real[rows], -torch.inf)
+
+
+def representative_scores(element: Element, rows: slice, vectors: Tensor, bias: Tensor, i: int) -> Tensor:
+    """bias_i + s q . r_i of some query blocks, fp32 `[H, rows, B, nk]`."""
+    size = element.grid.block_size
+    some = element.query_slots()[:, rows.start * size : rows.stop * size]
+    scores = element.products(some, vectors[:, :, i]).add_(element.per_head(bias[..., i])[:, None])
+    return rearrange(scores, "h (i b) j -> h i b j", b=size)
 
 
 def exact_scores(element: Element, rows: slice, places: Tensor) -> Tensor:
