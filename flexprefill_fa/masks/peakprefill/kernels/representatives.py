@@ -17,12 +17,12 @@ from torch import Tensor
 
 from flexprefill_fa.grid import Grid, cdiv
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range
-from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
+from flexprefill_fa.masks.peakprefill.config import MOST_REPRESENTATIVES, PeakPrefillConfig
 from flexprefill_fa.masks.peakprefill.representatives import CLUSTER_STEPS, QUERY_STEP, count_of
 
 SPLITS = 16  # programs that share the queries of a key head
 QUERY_ROWS = 32  # queries of a program at a time
-ROUND = 16  # representatives at most, and the least side of a matrix product
+ROUND = MOST_REPRESENTATIVES  # columns of members; 16 is also the least side of a matrix product
 
 
 class Representatives(NamedTuple):
