@@ -139,7 +139,7 @@ def variants(dtype: torch.dtype, dim: int, block: int):
     tile = {"BLOCK": block, "R": 16, "T": width // 16}
     for flag in (True, False):
         constants = {**sampled, **tile, "ROUND": ROUND, "STEPS": CLUSTER_STEPS, "CLUSTERS": flag, "VARIANCE": True}
-        yield _representatives_kernel, {"num_warps": warps_of(padded)}, constants
+        yield _representatives_kernel, {"num_warps": warps_of(padded, dtype.itemsize)}, constants
     row = {"KEYS": width, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True}
     yield peak_rows._rows_kernel, peak_rows.launch_options(padded, dtype.itemsize), {**padding, **row, **tile}
 

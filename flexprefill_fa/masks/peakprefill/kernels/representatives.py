@@ -282,7 +282,7 @@ def represent(
             key, ranges, squares, vectors, biases, *key.stride()[:3], kv_heads, groups, grid.offset, tiles, count,
             scale * scale * LOG2E / 2, BLOCK=grid.block_size, R=most, T=width // most, ROUND=ROUND,
             CLUSTERS=config.representatives == "clusters", VARIANCE=config.variance, STEPS=CLUSTER_STEPS,
-            num_warps=warps_of(padded), **sizes,
+            num_warps=warps_of(padded, key.element_size()), **sizes,
         )  # fmt: skip
     return Representatives(vectors, biases, tiles, most, width)
 
@@ -293,6 +293,6 @@ def tile_width(padded_dim: int, item_bytes: int) -> int:
     return 64 if wide <= 256 else 32
 
 
-def warps_of(padded_dim: int) -> int:
-    """Warps that hold the keys of a block."""
-    return 4 if padded_dim <= 64 else 8
+def warps_of(padded_dim: int, item_bytes: int) -> int:
+    """Warps that hold the keys of a block: as few as spill little, so that several programs share an SM."""
+    return 4 if padded_dim * item_bytes <= 256 else 8

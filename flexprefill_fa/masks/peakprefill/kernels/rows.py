@@ -3,7 +3,7 @@
     exact scores of the first block and of the query block's own positions
     all tiles of representatives, nearest first: z = max_i (bias_i + s q . r_i) and the running log-sum-exp of each row;
         a tile with a share near the peak is noted: the sum so far is too small, so shares are too large, and no
-        other tile can hold one
+        other tile can hold one. Each row keeps notes as bits, joined once in 32 tiles: warps need not wait in between
     the noted tiles again, by the whole sum: blocks that reach the peak are kept
 
 The products are R / B of dense attention's, and those of noted tiles again. A tile holds T blocks, representative i of
@@ -26,21 +26,19 @@ from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_blo
 from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
 from flexprefill_fa.masks.peakprefill.kernels.representatives import Representatives
 
+WORD = tl.constexpr(32)  # tiles whose notes a row keeps as bits
+LEAST = tl.constexpr(-3e38)  # below all scores, and finite
 NEAR = tl.constexpr(0.999)  # of the peak: slack for rounding; a sum that is not whole only makes shares larger
 
 
 @triton.jit
-def _joined(highest, total, scores):
-    """Running maximum and sum of each row with some more scores, and their exponentials by that maximum."""
-    top = tl.maximum(highest, tl.max(scores, 1))
-    base = tl.where(top == float("-inf"), 0.0, top)
-    powers = tl.exp2(scores - base[:, None])
-    return top, total * tl.exp2(highest - base) + tl.sum(powers, 1), powers
+def _or(one, other):
+    return one | other
 
 
 @triton.jit
 def _tile_scores(queries, vectors, biases, tile, factor, inside, R: tl.constexpr, T: tl.constexpr):
-    """z of the blocks of a tile, `[BLOCK, T]`; minus infinity for those that are not inside."""
+    """z of the blocks of a tile, `[ROWS, T]`; minus infinity for those that are not inside."""
     row = tile * (R * T) + tl.arange(0, R * T)
     dim = tl.arange(0, queries.shape[1])
     values = tl.load(vectors + row[:, None] * queries.shape[1] + dim[None, :])  # [R T, BLOCK_D]
@@ -49,6 +47,42 @@ def _tile_scores(queries, vectors, biases, tile, factor, inside, R: tl.constexpr
     if R > 1:
         scores = tl.max(tl.reshape(scores, [queries.shape[0], R, T]), 1)
     return tl.where(inside[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _exact_sums(
+    queries,  # [ROWS, BLOCK_D]
+    position,  # [ROWS]
+    keys,
+    k_stride_l,
+    start,
+    end,
+    base,
+    own,
+    own_end,
+    factor,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Maximum of the exact scores of each row, and the sum of exponentials by it: of the first block and its own."""
+    dim = tl.arange(0, queries.shape[1])
+    highest = tl.full([queries.shape[0]], LEAST, tl.float32)
+    total = tl.zeros([queries.shape[0]], tl.float32)
+    of_first = tl.where(base < own, BLOCK // KEYS, 0)
+    for part in range(of_first + (own_end - own) * (BLOCK // KEYS)):
+        first = tl.where(part < of_first, base * BLOCK, own * BLOCK - of_first * KEYS) + part * KEYS
+        seen = first + tl.arange(0, KEYS)
+        there = (seen >= start) & (seen < end)
+        source = keys + seen.to(tl.int64)[:, None] * k_stride_l + dim[None, :]
+        some = tl.load(source, mask=there[:, None] & (dim < D)[None, :], other=0.0)  # [KEYS, BLOCK_D]
+        scores = tl.dot(queries, tl.trans(some), input_precision="tf32x3") * factor
+        visible = there[None, :] & (seen[None, :] <= position[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        top = tl.maximum(highest, tl.max(scores, 1))
+        total = total * tl.exp2(highest - top) + tl.sum(tl.exp2(scores - top[:, None]), 1)
+        highest = top
+    return highest, total
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "last_full_blocks"])
@@ -92,72 +126,64 @@ def _rows_kernel(
     # The last query blocks come first: they take longest.
     row_block = q_blocks - 1 - tl.program_id(0) // all_rows
     row = (tl.program_id(0) % all_rows).to(tl.int64)
+    target = row * q_blocks + row_block
     batch, head = row // heads, row % heads
     start, end = real_range(ranges, batch)
     row_first, row_last = row_geometry(start, end, row_block, offset, kv_len, BLOCK)
-    target = row * q_blocks + row_block
     base = start // BLOCK
     own, own_end = tl.maximum(row_first // BLOCK, base), (row_last + BLOCK) // BLOCK  # 0 without a real query
     is_last = row_block > (end - 1 - offset) // BLOCK - last_full_blocks
-    lane = tl.arange(0, T)
-    written = 0
     if is_last:
         own = base  # all that it sees
-    elif own_end > 0:
-        token = row_block * BLOCK + tl.arange(0, BLOCK)
-        position = offset + token
+    lane, dim = tl.arange(0, T), tl.arange(0, BLOCK_D)
+    query += batch * q_stride_b + head * q_stride_h
+    kv_row = batch * (heads // groups) + head // groups
+    vectors += kv_row * tiles * (R * T) * BLOCK_D
+    biases += kv_row * tiles * (R * T)
+    written = 0
+    if (own_end > 0) & (base < own):
+        written = write_blocks(
+            lane < 1, base + lane, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices,
+            BLOCK, ALL_PARTIAL,
+        )  # fmt: skip
+    if (own_end > 0) & (base + 1 < own):  # there are blocks to decide on
+        position = row_first + tl.arange(0, BLOCK)
         real = (position >= start) & (position <= row_last)
-        dim = tl.arange(0, BLOCK_D)
-        query += batch * q_stride_b + head * q_stride_h
-        queries = tl.load(  # [BLOCK, BLOCK_D]
-            query + token.to(tl.int64)[:, None] * q_stride_l + dim[None, :],
-            mask=real[:, None] & (dim < D)[None, :],
-            other=0.0,
-        )
-        kv_row = batch * (heads // groups) + head // groups
+        place = (position - offset).to(tl.int64) * q_stride_l
+        there = real[:, None] & (dim < D)[None, :]
+        queries = tl.load(query + place[:, None] + dim[None, :], mask=there, other=0.0)  # [BLOCK, BLOCK_D]
         keys = key + batch * k_stride_b + head // groups * k_stride_h
-        vectors += kv_row * tiles * (R * T) * BLOCK_D
-        biases += kv_row * tiles * (R * T)
-
-        highest = tl.full([BLOCK], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        of_first = tl.where(base < own, BLOCK // KEYS, 0)
-        for part in range(of_first + (own_end - own) * (BLOCK // KEYS)):
-            first = tl.where(part < of_first, base * BLOCK, own * BLOCK - of_first * KEYS) + part * KEYS
-            seen = first + tl.arange(0, KEYS)
-            there = (seen >= start) & (seen < end)
-            source = keys + seen.to(tl.int64)[:, None] * k_stride_l + dim[None, :]
-            some = tl.load(source, mask=there[:, None] & (dim < D)[None, :], other=0.0)  # [KEYS, BLOCK_D]
-            scores = tl.dot(queries, tl.trans(some), input_precision="tf32x3") * factor
-            visible = there[None, :] & (seen[None, :] <= position[:, None])
-            highest, total, _ = _joined(highest, total, tl.where(visible, scores, float("-inf")))
-
-        note = full_indices + target * kv_blocks + kv_blocks
+        highest, total = _exact_sums(
+            queries, position, keys, k_stride_l, start, end, base, own, own_end, factor, D, BLOCK, KEYS
+        )
+        note = full_indices + (target + 1) * kv_blocks
         noted = 0
         first_tile, tile_end = (base + 1) // T, (own + T - 1) // T
-        for step in range(tile_end - first_tile):
-            tile = tile_end - 1 - step
-            block = tile * T + lane
-            inside = (block > base) & (block < own)
-            scores = _tile_scores(queries, vectors, biases, tile, factor, inside, R, T)
-            highest, total, powers = _joined(highest, total, scores)
-            shares = powers * tl.where(real, 1.0 / total, 0.0)[:, None]
-            if tl.max(tl.max(shares, 1), 0) >= NEAR * peak:
-                noted += 1
-                tl.store(note - noted, tile)
-        whole = highest + tl.log2(total)  # log-sum-exp
+        for last in range(tile_end - 1, first_tile - 1, -WORD):
+            hits = tl.zeros([BLOCK], tl.int32)
+            count = tl.minimum(last - first_tile + 1, WORD)
+            for step in range(count):
+                block = (last - step) * T + lane
+                inside = (block > base) & (block < own)
+                scores = _tile_scores(queries, vectors, biases, last - step, factor, inside, R, T)
+                here = tl.max(scores, 1)
+                top = tl.maximum(highest, here)
+                total = total * tl.exp2(highest - top) + tl.sum(tl.exp2(scores - top[:, None]), 1)
+                highest = top
+                hits |= (tl.exp2(here - top) >= NEAR * peak * total).to(tl.int32) << step
+            word = tl.reduce(tl.where(real, hits, 0), 0, _or)
+            for step in range(count):
+                if (word >> step) & 1:
+                    noted += 1
+                    tl.store(note - noted, last - step)
+        whole = tl.where(real, highest + tl.log2(total), float("inf"))  # log-sum-exp
         tl.debug_barrier()  # notes are read by other threads than wrote them
 
-        written = write_blocks(
-            lane < tl.where(base < own, 1, 0), base + lane, written, start, end, row_first, target, kv_blocks,
-            partial_indices, full_indices, BLOCK, ALL_PARTIAL,
-        )  # fmt: skip
         for step in range(noted):
             tile = tl.load(note - noted + step)
             block = tile * T + lane
             inside = (block > base) & (block < own)
-            scores = _tile_scores(queries, vectors, biases, tile, factor, inside, R, T)
-            shares = tl.where(real[:, None], tl.exp2(scores - whole[:, None]), 0.0)
+            shares = tl.exp2(_tile_scores(queries, vectors, biases, tile, factor, inside, R, T) - whole[:, None])
             written = write_blocks(
                 inside & (tl.max(shares, 0) >= peak), block, written, start, end, row_first, target, kv_blocks,
                 partial_indices, full_indices, BLOCK, ALL_PARTIAL,
@@ -200,6 +226,11 @@ def write_rows(
 
 
 def launch_options(padded_dim: int, item_bytes: int) -> dict[str, int]:
-    """Warps and stages, so that queries and tiles stay within 163 KB."""
+    """Warps, stages and registers of a thread, so that queries and tiles stay within 163 KB.
+
+    80 registers let three programs of 8 warps share an SM of Hopper, which is worth more than a third stage.
+    """
     wide = padded_dim * item_bytes
-    return {"num_warps": 4 if wide < 256 else 8, "num_stages": 3 if wide <= 256 else 1}
+    if item_bytes == 4:
+        return {"num_warps": 4 if wide < 256 else 8, "num_stages": 3 if wide <= 256 else 1}
+    return {"num_warps": 8, "num_stages": 2, "maxnreg": 80} if wide <= 256 else {"num_warps": 8, "num_stages": 1}
