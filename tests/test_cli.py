@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
-from bench.needle import MODEL_DIR
-from bench.needle.prompts import build_prompt
-from flexprefill_fa.cli import app, make_config
-from flexprefill_fa.loading import UsageError
+from flexprefill_fa.tools.cli import app, make_config
+from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.needle.prompts import build_prompt
 
 # Long enough to run sparse with a min_budget of 128 tokens, short enough for a CPU.
 PROMPT_TOKENS = 1100
@@ -244,5 +244,5 @@ def test_running_out_of_gpu_memory_is_one_line(prompt_file: Path, monkeypatch: p
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr("flexprefill_fa.generation.measure_sparse", full)
+    monkeypatch.setattr("flexprefill_fa.tools.generation.measure_sparse", full)
     assert_one_line_error(generate(prompt_file, "--device", "cpu"), "CUDA out of memory.")

@@ -15,14 +15,14 @@ from cli_checks import assert_refused
 from typer.testing import CliRunner, Result
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'flexprefill-fa[eval]'")
-from bench.needle import MODEL_DIR
 from flexprefill_fa import PeakPrefillConfig
-from flexprefill_fa.cli import app
-from flexprefill_fa.evaluation.budget import Sample
-from flexprefill_fa.evaluation.cells import Evaluation
-from flexprefill_fa.evaluation.harness import _NEEDLE_TASKS, Tasks
-from flexprefill_fa.evaluation.task_data import token_counter
-from flexprefill_fa.rows import Row, read
+from flexprefill_fa.tools.cli import app
+from flexprefill_fa.tools.evaluation.budget import Sample
+from flexprefill_fa.tools.evaluation.cells import Evaluation
+from flexprefill_fa.tools.evaluation.harness import Tasks
+from flexprefill_fa.tools.evaluation.task_data import token_counter
+from flexprefill_fa.tools.needle import MODEL_DIR, TASKS_DIR
+from flexprefill_fa.tools.rows import Row, read
 
 LENGTH = 1100  # of which FlexPrefill drops blocks with a min_budget of 128 tokens
 SPARSE = "flexprefill:gamma=0.5+min_budget=128"
@@ -235,7 +235,7 @@ def test_rows_of_another_version_of_a_task_do_not_count(tmp_path: Path, short_mo
     options = ("--tasks", "mine", "--selector", "dense", "--measured-prompts", "0", "--samples", "1")
     options = (*options, "--include-path", str(include))
     for number, metadata in enumerate(("metadata:\n  version: 1.0\n", "metadata:\n  version: 2.0\n", "")):
-        base = (_NEEDLE_TASKS / "needle_single.yaml").read_text().partition("metadata:")[0]
+        base = (TASKS_DIR / "needle_single.yaml").read_text().partition("metadata:")[0]
         (include / "mine.yaml").write_text(base.replace("needle_single", "mine") + metadata)
         assert evaluate(out, *options, model=short_model).exit_code == 0
         rows = read(out)
