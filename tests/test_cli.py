@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
-from flexprefill_fa.tools.cli import app, make_config
-from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.choice import ChoiceError, make_config
+from flexprefill_fa.tools.cli import app
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.prompts import build_prompt
 
@@ -204,7 +204,7 @@ def test_flags_that_do_not_parse(arguments: tuple[str, ...]) -> None:
 
 
 def test_option_that_the_selector_lacks() -> None:
-    with pytest.raises(UsageError, match="selector flexprefill has no alpha, only gamma, tau"):
+    with pytest.raises(ChoiceError, match="selector flexprefill has no alpha, only gamma, tau"):
         make_config("flexprefill", alpha=0.1)
 
 
