@@ -72,6 +72,12 @@ def test_the_library_imports_no_tools_and_the_tools_no_benchmarks() -> None:
     assert {name for _, name in breaches(tools, ("rich", "typer"))} >= {"rich.table", "typer"}, "imports are found"
 
 
+def test_of_lm_eval_the_public_modules_are_enough() -> None:
+    files = [*(ROOT / "flexprefill_fa").rglob("*.py"), *(ROOT / "integrations").glob("*.py")]
+    names = {name for file in files for name in imports(file) if name.startswith("lm_eval.")}
+    assert "lm_eval.tasks.TaskManager" in names and not [name for name in names if "._" in name]
+
+
 def test_relative_imports_are_read_too() -> None:
     names = imports(ROOT / "integrations" / "lm_eval.py")
     assert {"flexprefill_fa.integrations.hf_plan.AS_ASKED", "flexprefill_fa.choice.Choice", "functools"} <= names

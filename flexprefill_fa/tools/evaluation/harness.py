@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -70,7 +69,7 @@ class Answers:
 
 
 class Tasks:
-    """The tasks of lm-eval, this package, the checkout and `include`, by name.
+    """The tasks of lm-eval, this package and `include`, by name.
 
     Attributes:
         names: of the tasks that were asked for, groups and tags taken apart.
@@ -79,7 +78,7 @@ class Tasks:
     Args:
         names: tasks, groups or tags.
         include: more folders with task files.
-        data_dir: a folder with datasets under their names, looked into before anything is downloaded.
+        data_dir: a folder with datasets under their names, taken from there where a task's file names one of them.
 
     Raises:
         UsageError: for a name that no task has, or a folder that is not there.
@@ -91,29 +90,25 @@ class Tasks:
         for folder in (*include, *(() if data_dir is None else (data_dir,))):
             if not folder.is_dir():
                 raise UsageError(f"no folder at {folder}")
-        mine = (_OWN_TASKS, TASKS_DIR, *(folder.resolve() for folder in include))
-        folders: list[str | Path] = [folder for folder in mine if folder.is_dir()]
+        folders: list[str | Path] = [_OWN_TASKS, TASKS_DIR, *(folder.resolve() for folder in include)]
         self._data_dir = data_dir
-        # A task gets what this holds when it is loaded: building the index for each length would take 10 s each.
-        self._metadata: dict[str, Any] = {"max_seq_lengths": []}
-        self.manager = TaskManager(include_path=folders, include_defaults=False, metadata=self._metadata)
+        self.manager = TaskManager(include_path=folders, include_defaults=False)
         if any(name not in self.manager.task_index for name in names):
-            self.manager = TaskManager(include_path=folders, metadata=self._metadata)
+            self.manager = TaskManager(include_path=folders)  # reads thousands of files
         self.names = list(dict.fromkeys(leaf for name in names for leaf in self._leaves(name)))
 
     def _leaves(self, name: str) -> list[str]:
-        from lm_eval.tasks._index import Kind
-
         entry = self.manager.task_index.get(name)
         if entry is None:
+            own = sorted(path.stem for folder in (_OWN_TASKS, TASKS_DIR) for path in folder.glob("*.yaml"))
             raise UsageError(
                 f"no task {name!r}: expected one of lm-eval's tasks, groups or tags, or of this package: "
-                f"{', '.join(sorted(path.stem for path in self._own_files()))}"
+                f"{', '.join(own)}"
             )
-        if entry.kind is Kind.TAG:
+        if name in self.manager.all_tags:
             return sorted(entry.tags)
-        if entry.kind is Kind.GROUP:
-            group = entry.cfg or {}
+        if name in self.manager.all_groups:
+            group = self._config(name)
             children = group.get("task", [])
             if set(group) - _GROUP_KEYS or not all(isinstance(child, str) for child in children):
                 raise UsageError(
@@ -122,10 +117,6 @@ class Tasks:
                 )
             return [leaf for child in children for leaf in self._leaves(child)]
         return [name]
-
-    def _own_files(self) -> Iterator[Path]:
-        for folder in (_OWN_TASKS, TASKS_DIR):
-            yield from folder.glob("*.yaml")
 
     def load(self, name: str, metadata: dict[str, Any], seed: int = 0) -> Any:
         """A task with its data, the same for the same seed.
@@ -138,11 +129,10 @@ class Tasks:
         Raises:
             UsageError: saying which task lacks which data.
         """
-        self._metadata.update(metadata)
         _seed_everything(f"{seed} {name} {metadata.get('max_seq_lengths')}")
         try:
-            with _working_in(self._data_dir), _without_bars():
-                loaded = self.manager.load([self._spec(name)])
+            with _without_bars():
+                loaded = self.manager.load([{"group": "asked", "task": [self._changed(name, metadata)]}])
         except BudgetError as error:
             raise UsageError(f"task {name}: {first_line(error)}") from error
         except OSError as error:  # as hubs and `datasets` say that something is not there
@@ -155,60 +145,51 @@ class Tasks:
             raise UsageError(f"task {name} has a metric where less is better; rows hold metrics where more is better")
         return task
 
-    def _spec(self, name: str) -> Any:
-        """A task's name; or its whole config where lm-eval gives features to `datasets` in a form it does not take."""
+    def _changed(self, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
+        """A task as a group of lm-eval's names it, with the settings that are not as its file has them."""
         config = self._config(name)
-        features = (config.get("dataset_kwargs") or {}).get("features")
-        if not features:
-            return name
-        import datasets
+        changed: dict[str, Any] = {"task": name, "metadata": {**self._own_metadata(name), **metadata}}
+        dataset = config.get("dataset_path")
+        if self._data_dir is not None and dataset and (self._data_dir / dataset).is_dir():
+            changed["dataset_path"] = str((self._data_dir / dataset).resolve())
+        options = config.get("dataset_kwargs") or {}
+        if features := options.get("features"):  # lm-eval gives them to `datasets` in a form that it does not take
+            import datasets
 
-        kinds: dict[str, Any] = {}
-        for name_of, kind in features.items():
-            value = datasets.Value(kind["dtype"])
-            kinds[name_of] = datasets.Sequence(value) if kind.get("sequence") else value
-        return {**config, "dataset_kwargs": {**config["dataset_kwargs"], "features": datasets.Features(kinds)}}
+            kinds: dict[str, Any] = {}
+            for field_name, kind in features.items():
+                value = datasets.Value(kind["dtype"])
+                kinds[field_name] = datasets.Sequence(value) if kind.get("sequence") else value
+            changed["dataset_kwargs"] = {**options, "features": datasets.Features(kinds)}
+        return changed
 
     def version(self, name: str) -> Any:
         """The version in the metadata of a task's file; None without one."""
-        metadata = self._config(name, functions=False).get("metadata")
-        return metadata.get("version") if isinstance(metadata, dict) else None
+        return self._own_metadata(name).get("version")
 
-    def _config(self, name: str, functions: bool = True) -> dict[str, Any]:
-        """What a task's file says, with what it includes; its functions are imported, or left as names."""
-        from lm_eval.tasks._yaml_loader import load_yaml
+    def _own_metadata(self, name: str) -> dict[str, Any]:
+        metadata = self._config(name).get("metadata")
+        return metadata if isinstance(metadata, dict) else {}
 
-        entry = self.manager.task_index[name]
-        return load_yaml(entry.yaml_path, resolve_func=functions) if entry.yaml_path else {}
+    def _config(self, name: str) -> dict[str, Any]:
+        """What the file of a task or group says, with what it includes; functions as lm-eval's index has them."""
+        return self.manager.task_index[name].cfg or {}
 
     def _data_problem(self, name: str, error: Exception) -> str:
-        wanted = self._config(name).get("dataset_path") or "what its task file names"
+        dataset = self._config(name).get("dataset_path")
+        found = "give --data-dir DATA" if dataset else "start this command in the folder DATA"
         return (
-            f"task {name} needs data that is not here: {wanted} ({first_line(error)}). Where the network is closed, "
-            f"fetch it elsewhere (hf download --repo-type dataset NAME --local-dir DATA/NAME) and give --data-dir DATA"
+            f"task {name} needs data that is not here: {dataset or 'what its task file names'} ({first_line(error)}). "
+            f"Where the network is closed, fetch it elsewhere (hf download --repo-type dataset NAME --local-dir "
+            f"DATA/NAME) and {found}"
         )
 
 
 def _seed_everything(text: str) -> None:
-    """Seed the global random numbers, and those that lm-eval's RULER keeps in a module."""
+    """Seed the global random numbers; what lm-eval's `ruler_cwe` keeps in its module goes on from its last draw."""
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
     random.seed(seed)
     numpy.random.seed(seed)
-    kept = getattr(sys.modules.get("lm_eval.tasks.ruler.cwe_utils"), "RNG", None)
-    if kept is not None:
-        kept.seed(seed)
-
-
-@contextmanager
-def _working_in(folder: Path | None) -> Iterator[None]:
-    """`datasets` takes a dataset from a folder of its name below the working folder, where there is one."""
-    before = Path.cwd()
-    try:
-        if folder is not None:
-            os.chdir(folder)
-        yield
-    finally:
-        os.chdir(before)
 
 
 @contextmanager
