@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
+from flexprefill_fa import __version__
 from flexprefill_fa.choice import ChoiceError, make_config
 from flexprefill_fa.tools.cli import app
 from flexprefill_fa.tools.needle import MODEL_DIR
@@ -70,7 +71,7 @@ def generate(prompt: Path | str, *options: str, model: Path | str = MODEL_DIR, s
 def test_version() -> None:
     result = run("--version")
     assert result.exit_code == 0
-    assert result.stdout == "flexprefill 0.1.0\n"
+    assert result.stdout == f"flexprefill {__version__}\n"
 
 
 def test_generate_json_compares_sparse_with_dense(prompt_file: Path) -> None:

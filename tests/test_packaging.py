@@ -107,6 +107,16 @@ def test_public_names_exist() -> None:
     assert all(hasattr(flexprefill_fa, name) for name in flexprefill_fa.__all__)
 
 
+def test_the_release_has_one_version() -> None:
+    from flexprefill_fa import __version__
+
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    (cited,) = re.findall(r"^version: (.+)$", citation, re.MULTILINE)
+    (released,) = re.findall(r'^date-released: "(.+)"$', citation, re.MULTILINE)
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited == __version__ and f"[{__version__}] - {released}" in headings[:2]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, with what a build needs and what it shall leave out."""
@@ -149,7 +159,6 @@ def test_wheel_holds_the_package_with_integrations_and_nothing_else(wheel: Path)
 
 
 def test_the_demo_runs_from_the_wheel_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
-    pytest.importorskip("pip")
     target, empty = tmp_path / "installed", tmp_path / "empty"
     empty.mkdir()
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--no-index"]
