@@ -110,10 +110,9 @@ def _leaderboard(group: Sequence[Row], costs: SelectionCosts, answers: RealAnswe
     body = []
     for name, values in cells.items():
         plain = name.removesuffix(CORRECTED)
-        selector = plain.split(" ")[0]
         line = [name, *map(cell, values, least)]
-        line += [milliseconds(costs.milliseconds(selector, length)) for length in LENGTHS]
-        line += [answers.text(sha, selector, corrected=name != plain) or "-"] * bool(asked)
+        line += [milliseconds(costs.milliseconds(plain, length)) for length in LENGTHS]
+        line += [answers.text(sha, plain, corrected=name != plain) or "-"] * bool(asked)
         body.append(line)
     told = _caption(group)
     if asked:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexprefill_fa.masks import get_selector
 from flexprefill_fa.tools.fidelity.knobs import knob_fields
 from flexprefill_fa.tools.loading import UsageError
 from flexprefill_fa.tools.rows import Row
@@ -36,7 +38,8 @@ def curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
     """Name -> (density, KL) by ascending density, of rows of one text and length.
 
     Rows whose settings differ in the selector's knob alone are one curve; its name says in which other settings it
-    differs from the selector's other curves. Those with mean correction end in `CORRECTED`.
+    differs from the selector's other curves, unless they are the usual ones. Those with mean correction end in
+    `CORRECTED`.
     """
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -46,7 +49,12 @@ def curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
         selector, fixed = json.loads(key)
         others = [json.loads(other)[1] for other in found if json.loads(other)[0] == selector]
         corrected = fixed.pop("mean_correction")
-        differing = [name for name in fixed if any(other.get(name) != fixed[name] for other in others)]
+        usual = dataclasses.asdict(get_selector(selector)()) | {"dense_layers": []}
+        differing = [
+            name
+            for name, value in fixed.items()
+            if value != usual.get(name) and any(other.get(name) != value for other in others)
+        ]
         name = " ".join([selector, *(f"{field}={fixed[field]}" for field in differing)]) + CORRECTED * corrected
         named[name] = sorted((row["density"], max(row["kl"], _LEAST_KL)) for row in members)
     return named
