@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from bench.accuracy_tables import MARGIN, TaskTable, drawing_of, is_below, model_of, task_tables, tokens_of
 from bench.tables import distinct, markdown_table
-from flexprefill_fa.loading import DENSE
-from flexprefill_fa.rows import Row
+from flexprefill_fa.choice import DENSE
+from flexprefill_fa.tools.rows import Row
 
 
 def accuracy_summaries(rows: Iterable[Row]) -> str:

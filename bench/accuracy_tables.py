@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.tables import VERSIONS, distinct, markdown_table
-from flexprefill_fa.evaluation import ACCURACY_KIND
-from flexprefill_fa.loading import DENSE
-from flexprefill_fa.reporting import changed_settings
-from flexprefill_fa.rows import Row, latest
+from flexprefill_fa.choice import DENSE
+from flexprefill_fa.tools.evaluation import ACCURACY_KIND
+from flexprefill_fa.tools.reporting import changed_settings
+from flexprefill_fa.tools.rows import Row, latest
 
 MARGIN = 0.02
 """How far below dense attention an accuracy may lie before it is marked."""

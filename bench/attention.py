@@ -23,8 +23,8 @@ from flexprefill_fa.attention import block_sparse_attention
 from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.cost_model import causal_flop, prefers_dense
 from flexprefill_fa.dense import causal_attention, fastest_dense
-from flexprefill_fa.loading import first_line
-from flexprefill_fa.rows import Row, environment
+from flexprefill_fa.tools.loading import first_line
+from flexprefill_fa.tools.rows import Row, environment
 
 DENSE_KERNELS = {"cuda": ("sdpa", "sdpa_flash", "sdpa_cudnn", "FLASH", "TRITON"), "cpu": ("sdpa", "CPU")}
 YARDSTICK = {"cuda": "sdpa_flash", "cpu": "sdpa"}

@@ -28,10 +28,10 @@ from bench.terminal import one_line_errors, plain, record
 from bench.ttft_cli import ttft
 from bench.tune import best_tiles, tuning_rows
 from bench.vllm_cli import vllm
-from flexprefill_fa.loading import UsageError, require_kernels, resolve_device, resolve_dtype
-from flexprefill_fa.progress import WorkProgress
-from flexprefill_fa.reporting import open_console
-from flexprefill_fa.rows import Row, append, read, require_appendable
+from flexprefill_fa.tools.loading import UsageError, require_kernels, resolve_device, resolve_dtype
+from flexprefill_fa.tools.progress import WorkProgress
+from flexprefill_fa.tools.reporting import open_console
+from flexprefill_fa.tools.rows import Row, append, read, require_appendable
 
 app = typer.Typer(
     help="Benchmarks. Their rows go to bench/results/, and the tables of the README and docs/ are rendered from those.",

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from bench.fidelity_tables import TARGETS, density_at, sweeps
 from bench.tables import markdown_table
-from flexprefill_fa.fidelity.knobs import knob_fields
-from flexprefill_fa.fidelity.plot import curves
 from flexprefill_fa.masks import get_selector
-from flexprefill_fa.rows import Row
+from flexprefill_fa.tools.fidelity.knobs import knob_fields
+from flexprefill_fa.tools.fidelity.plot import curves
+from flexprefill_fa.tools.rows import Row
 
 _TEXT = "source"
 

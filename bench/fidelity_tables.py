@@ -11,9 +11,9 @@ from bench.real_answers import RealAnswers
 from bench.report import number
 from bench.selection_costs import LENGTHS, SelectionCosts
 from bench.tables import distinct, markdown_table, milliseconds
-from flexprefill_fa.fidelity.plot import CORRECTED, curves
-from flexprefill_fa.reporting import settings_text
-from flexprefill_fa.rows import Row, latest
+from flexprefill_fa.tools.fidelity.plot import CORRECTED, curves
+from flexprefill_fa.tools.reporting import settings_text
+from flexprefill_fa.tools.rows import Row, latest
 
 TARGETS = (0.1, 0.03, 0.01)
 """KL(dense || sparse) in nats, mean over positions."""

@@ -9,7 +9,7 @@ import numpy
 
 from flexprefill_fa import get_selector
 from flexprefill_fa.cost_model import Rates, causal_flop
-from flexprefill_fa.rows import Row
+from flexprefill_fa.tools.rows import Row
 
 
 def _flop(row: Row) -> int:

@@ -14,7 +14,7 @@ from bench.workloads import structured_inputs
 from flexprefill_fa import FlexPrefillConfig, Selector, get_selector, selector_names, sparse_prefill_attention
 from flexprefill_fa.dense import fastest_dense
 from flexprefill_fa.dispatch import Request, kernel_for
-from flexprefill_fa.rows import Row, environment
+from flexprefill_fa.tools.rows import Row, environment
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 WARM_UPS = 20  # the first call compiles, the second is replayed

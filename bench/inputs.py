@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bench.needle import MODEL_DIR
 from bench.needle.capture import capture
 from bench.workloads import Inputs, sharpness_of, structured_inputs
-from flexprefill_fa.digests import model_sha256
-from flexprefill_fa.loading import UsageError
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.needle import MODEL_DIR
 
 if TYPE_CHECKING:
     from bench.attention import Plan

@@ -1,6 +1,6 @@
 """Where the checkout is, and where its result rows are."""
 
-from flexprefill_fa.rows import CHECKOUT as ROOT
+from flexprefill_fa.tools.rows import CHECKOUT as ROOT
 
 RESULTS = ROOT / "bench" / "results"
 

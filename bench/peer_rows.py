@@ -14,8 +14,8 @@ from bench.attention import LengthBenchmark, Plan
 from bench.check import Reference, no_better_than_zeros, relative_error
 from bench.peers import SELECTORS, Call, Peer, density_of_ratio, foreign_code, identity, load, loaded_version
 from flexprefill_fa import sparse_prefill_attention
-from flexprefill_fa.loading import first_line
-from flexprefill_fa.rows import Row
+from flexprefill_fa.tools.loading import first_line
+from flexprefill_fa.tools.rows import Row
 
 OURS = "flexprefill_fa"
 

@@ -10,8 +10,8 @@ from bench.attention import YARDSTICK
 from bench.peer_rows import OURS
 from bench.report import number
 from bench.tables import GROUP_KEYS, KERNEL_NAMES, caption, markdown_table, measured, milliseconds, times
-from flexprefill_fa.reporting import changed_settings
-from flexprefill_fa.rows import Row, latest
+from flexprefill_fa.tools.reporting import changed_settings
+from flexprefill_fa.tools.rows import Row, latest
 
 
 def peer_tables(rows: Iterable[Row]) -> str:

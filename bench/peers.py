@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.workloads import Inputs
-from flexprefill_fa.rows import Row
+from flexprefill_fa.tools.rows import Row
 
 
 @dataclass(frozen=True)

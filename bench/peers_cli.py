@@ -17,9 +17,9 @@ from bench.peers import SELECTORS, Peer, find_peers
 from bench.planning import check_memory, head_shape, make_plan
 from bench.spec import parse_lengths, parse_list, parse_selector
 from bench.terminal import one_line_errors, plain, record
-from flexprefill_fa.loading import UsageError
-from flexprefill_fa.reporting import open_console
-from flexprefill_fa.rows import Row, require_appendable
+from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.reporting import open_console
+from flexprefill_fa.tools.rows import Row, require_appendable
 
 
 def peers(

@@ -13,7 +13,7 @@ from bench.memory import free_bytes, needed_bytes, shortage
 from bench.needle.capture import model_config
 from bench.spec import check_backends, parse_list
 from flexprefill_fa.backends import flash_problem
-from flexprefill_fa.loading import UsageError, require_kernels, resolve_device, resolve_dtype
+from flexprefill_fa.tools.loading import UsageError, require_kernels, resolve_device, resolve_dtype
 
 _HEADS = (32, 8, 128)  # query heads, kv heads, head_dim
 

@@ -14,8 +14,8 @@ from bench.fidelity_tables import sweeps
 from bench.quality_points import families, labels, quality_groups
 from bench.render import ACCURACY_PLOT, FIDELITY_PLOT, PLOT, QUALITY_PLOT
 from bench.tables import KERNEL_NAMES, groups
-from flexprefill_fa.fidelity.plot import save_panels
-from flexprefill_fa.rows import Row, read
+from flexprefill_fa.tools.fidelity.plot import save_panels
+from flexprefill_fa.tools.rows import Row, read
 
 matplotlib.use("Agg")  # no window
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from bench.check import reference, verify
 from bench.exact import Exact, exact_attention
-from bench.needle import MODEL_DIR
 from bench.needle.capture import capture_layers
 from bench.quality_points import KIND
 from bench.workloads import Inputs
 from flexprefill_fa import get_selector, selector_names, sparse_prefill_attention
-from flexprefill_fa.digests import model_sha256
-from flexprefill_fa.loading import first_line
-from flexprefill_fa.rows import Row, environment
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.loading import first_line
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.rows import Row, environment
 
 BACKEND = {"cuda": "TRITON", "cpu": "CPU"}
 """The kernel that runs, by device."""

@@ -15,10 +15,10 @@ from bench.quality import BACKEND, QualityPlan, quality_rows, sweep
 from bench.quality_tables import quality_line, quality_summary
 from bench.spec import check_backends, parse_layers, parse_lengths, parse_list, parse_selector
 from bench.terminal import one_line_errors
-from flexprefill_fa.loading import UsageError, first_line, require_kernels, resolve_device, resolve_dtype
-from flexprefill_fa.progress import WorkProgress
-from flexprefill_fa.reporting import open_console
-from flexprefill_fa.rows import Row, append, require_appendable
+from flexprefill_fa.tools.loading import UsageError, first_line, require_kernels, resolve_device, resolve_dtype
+from flexprefill_fa.tools.progress import WorkProgress
+from flexprefill_fa.tools.reporting import open_console
+from flexprefill_fa.tools.rows import Row, append, require_appendable
 
 
 def quality(

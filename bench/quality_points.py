@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from flexprefill_fa import get_selector
-from flexprefill_fa.rows import Row, latest
+from flexprefill_fa.tools.rows import Row, latest
 
 KIND = "quality"
 """Of the rows of `python -m bench quality`."""

@@ -11,8 +11,8 @@ from bench.quality_points import Family, at_density, families, labels, quality_g
 from bench.report import number
 from bench.tables import conditions, markdown_table
 from flexprefill_fa import get_selector
-from flexprefill_fa.reporting import changed_settings
-from flexprefill_fa.rows import Row
+from flexprefill_fa.tools.reporting import changed_settings
+from flexprefill_fa.tools.rows import Row
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 CORRECTED_ALPHAS = (0.05, 0.1, 0.2)

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable
 
 from bench.accuracy_tables import task_tables
-from flexprefill_fa.loading import DENSE
-from flexprefill_fa.rows import Row
+from flexprefill_fa.choice import DENSE
+from flexprefill_fa.tools.rows import Row
 
 ANSWERS = "ruler.jsonl"
 """Rows of `flexprefill eval` on real models, in the folder of results."""

@@ -22,7 +22,7 @@ from bench.speed_summary import speed_summary
 from bench.tables import attention_tables, demo_table, density_tables, groups
 from bench.ttft_tables import ttft_tables
 from bench.vllm_tables import vllm_tables
-from flexprefill_fa.rows import read
+from flexprefill_fa.tools.rows import read
 
 DOCUMENTS: dict[Path, tuple[str, ...]] = {
     ROOT / "README.md": ("plot", "speed-summary", "fidelity-summary"),

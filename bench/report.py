@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.calibrate import TARGET_DENSITY, interpolate
-from flexprefill_fa.rows import Row
+from flexprefill_fa.tools.rows import Row
 
 
 def label(row: Row) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bench.tables import conditions, measured
-from flexprefill_fa.rows import Row, latest
+from flexprefill_fa.tools.rows import Row, latest
 
 LENGTHS = (32_768, 131_072)
 """Tokens."""

@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexprefill_fa.loading import UsageError, first_line, require_transformers
+from flexprefill_fa.tools.loading import UsageError, first_line, require_transformers
 from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from flexprefill_fa.backends import resolve_backend
-from flexprefill_fa.loading import UsageError, make_config, selector_spec, token_count
+from flexprefill_fa.choice import make_config, selector_spec
+from flexprefill_fa.tools.loading import UsageError, token_count
 
 
 def parse_list(option: str, text: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from bench.report import number
 from bench.tables import caption, distinct, groups, markdown_table, milliseconds, selector_of, times
 from bench.ttft_tables import first_tokens
-from flexprefill_fa.rows import Row
+from flexprefill_fa.tools.rows import Row
 
 
 def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from bench.attention import YARDSTICK
 from bench.report import number
 from flexprefill_fa.masks import get_selector
-from flexprefill_fa.rows import Row, latest
+from flexprefill_fa.tools.rows import Row, latest
 
 GROUP_KEYS = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "layer", "model_sha256")
 KERNEL_NAMES = {

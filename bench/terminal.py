@@ -12,9 +12,9 @@ import torch
 import typer
 from rich.console import Console
 
-from flexprefill_fa import loading
-from flexprefill_fa.progress import WorkProgress
-from flexprefill_fa.rows import Row, append
+from flexprefill_fa.tools import loading
+from flexprefill_fa.tools.progress import WorkProgress
+from flexprefill_fa.tools.rows import Row, append
 
 one_line_errors = partial(loading.one_line_errors, (loading.UsageError, ValueError, OSError, torch.OutOfMemoryError))
 """As `loading.one_line_errors`, also for numbers that a workload refuses, broken rows and files that fail."""

@@ -30,8 +30,8 @@ from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.integrations.hf_mask import MIN_QUERY_TOKENS
 from flexprefill_fa.integrations.transformers import NAME, compile_prefill, enable_sparse_prefill
-from flexprefill_fa.loading import UsageError
-from flexprefill_fa.rows import Row, environment, package_version
+from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.rows import Row, environment, package_version
 
 _COMPILING_TOKENS = 2048  # of a prompt that only serves to compile kernels
 

@@ -19,15 +19,15 @@ from bench.spec import parse_lengths, parse_list, parse_selector
 from bench.terminal import one_line_errors, plain
 from bench.ttft_tables import ttft_line, ttft_tables
 from flexprefill_fa import selector_names
-from flexprefill_fa.loading import (
+from flexprefill_fa.tools.loading import (
     UsageError,
     require_kernels,
     require_transformers,
     resolve_device,
     resolve_dtype,
 )
-from flexprefill_fa.reporting import open_console
-from flexprefill_fa.rows import Row, append, require_appendable
+from flexprefill_fa.tools.reporting import open_console
+from flexprefill_fa.tools.rows import Row, append, require_appendable
 
 _LENGTHS = "4096,8192,16384,32768,65536,131072,262144"
 _SELECTORS = ",".join(selector_names())

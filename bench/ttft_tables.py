@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from bench.needle import MODEL_DIR
 from bench.report import number
 from bench.tables import KERNEL_NAMES, VERSIONS, distinct, markdown_table
-from flexprefill_fa.digests import model_sha256
-from flexprefill_fa.evaluation import ACCURACY_KIND
-from flexprefill_fa.reporting import changed_settings
-from flexprefill_fa.rows import Row, latest
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.evaluation import ACCURACY_KIND
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.reporting import changed_settings
+from flexprefill_fa.tools.rows import Row, latest
 
 _GROUP = ("gpu", "shape", "layers", "dtype", "ranks")
 _WHAT = ("length", "chunk", "kernel", "selector", "settings", "synthetic_density", "backend")

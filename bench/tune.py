@@ -12,9 +12,9 @@ from torch import Tensor
 from bench.synthetic import random_selection
 from bench.timing import Stopwatch
 from flexprefill_fa import BlockSelection
-from flexprefill_fa.loading import first_line
 from flexprefill_fa.region import Call, run_attend
-from flexprefill_fa.rows import Row, environment
+from flexprefill_fa.tools.loading import first_line
+from flexprefill_fa.tools.rows import Row, environment
 
 DENSITIES = (0.06, 0.25)
 _BLOCK = 128

@@ -16,9 +16,9 @@ from bench.terminal import one_line_errors, plain
 from bench.vllm import LoadPlan, load_rows
 from bench.vllm_engine import EngineError
 from bench.vllm_tables import vllm_tables
-from flexprefill_fa.loading import UsageError, first_line
-from flexprefill_fa.reporting import open_console
-from flexprefill_fa.rows import Row, append, require_appendable
+from flexprefill_fa.tools.loading import UsageError, first_line
+from flexprefill_fa.tools.reporting import open_console
+from flexprefill_fa.tools.rows import Row, append, require_appendable
 
 
 def vllm(

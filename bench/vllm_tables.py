@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.tables import markdown_table
-from flexprefill_fa.rows import Row, latest
+from flexprefill_fa.tools.rows import Row, latest
 
 _GROUP = ("gpu", "model", "layers", "max_num_batched_tokens")
 _MEASURES = {

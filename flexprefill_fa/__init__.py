@@ -25,7 +25,7 @@ from flexprefill_fa.masks import (
 )
 from flexprefill_fa.selection import BlockSelection
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlockSelection",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from flexprefill_fa.masks import FlexPrefillConfig
@@ -152,22 +151,17 @@ class PrefillStatistics:
             for head in range(self.heads(layer))
         ]
 
-    def table(self) -> Table:
-        """One row per layer, over its heads and the batch; "-" where there is nothing to show.
+    def table(self) -> str:
+        """Text to print: one row per layer, over its heads and the batch; "-" where there is nothing to show.
 
         Density has its mean, lowest and highest value; the JS distance and the recall, which has a column if any layer
         collected it, their means. Query-aware heads are counted in every element of the batch. Selectors have a column
         if the layers differ in them.
         """
-        batch = self.density.shape[1]
-        table = Table(title=f"Per layer, batch {batch}", title_justify="left")
         mixed = len(set(self.selectors)) > 1
-        table.add_column("layer", justify="right")
-        if mixed:
-            table.add_column("selector")
-        names = ("density", "lowest", "highest", "query-aware heads", "JS distance")
-        for name in (*names, *(() if self.recall is None else ("recall",))):
-            table.add_column(name, justify="right")
+        names = ["layer", *(["selector"] if mixed else [])]
+        names += ["density", "lowest", "highest", "query-aware heads", "JS distance"]
+        lines = [names + ([] if self.recall is None else ["recall"])]
         distances = self._values("js_distance", self.js_distance)
         for row, (layer, selector) in enumerate(zip(self.layers, self.selectors, strict=True)):
             kept = self.density[row, :, : self.heads(layer)]
@@ -177,8 +171,10 @@ class PrefillStatistics:
             cells += [aware if selector == FlexPrefillConfig.name else "-", _number(_mean(distances[row]))]
             if self.recall is not None:
                 cells.append(_number(_mean(self.recall[row])))
-            table.add_row(*cells)
-        return table
+            lines.append(cells)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ["  ".join(map(str.rjust, cells, widths)) for cells in lines]
+        return "\n".join([f"Per layer, batch {self.density.shape[1]}", *rows])
 
     def save_heat_map(self, path: str | PathLike[str], field: str = "density") -> Path:
         """Draw one field as a PNG, heads on x and layers on y, the mean over the batch in each cell.

@@ -16,10 +16,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from flexprefill_fa.generation import check_some_sparse
-from flexprefill_fa.loading import Choice, parse_choice
+from flexprefill_fa.choice import Choice, parse_choice
 from flexprefill_fa.masks import DEFAULT_SELECTOR
 
+from .hf_check import check_some_sparse
 from .hf_plan import AS_ASKED
 from .transformers import SparsePrefill, collect_statistics, describe_sparse_prefill, enable_sparse_prefill
 
@@ -45,7 +45,7 @@ class FlexPrefillLM(_Base):
         made_dense: how many layers the present choice made dense.
 
     Raises:
-        UsageError: for a selector that does not exist or a setting that it refuses.
+        ValueError: for a selector that does not exist or a setting that it refuses.
         TypeError, ValueError: for a model that sparse prefill cannot serve.
     """
 

@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files  # pyright: ignore[reportMissingI
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-PAGES |= {"bench/needle/model/README.md": "needle_model.md", "LICENSE": "LICENSE.txt"}
+PAGES |= {"flexprefill_fa/tools/needle/model/README.md": "needle_model.md", "LICENSE": "LICENSE.txt"}
 PAGES |= {str(plot.relative_to(ROOT)): plot.name for plot in (ROOT / "bench" / "results").glob("*.png")}
 """Place in the site by path in the checkout, for files outside docs/."""
 

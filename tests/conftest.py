@@ -66,7 +66,7 @@ def vllm(request: pytest.FixtureRequest) -> Iterator[FakeVllm]:
 def needle_tokenizer() -> Tokenizer:
     from tokenizers import Tokenizer
 
-    from bench.needle import MODEL_DIR
+    from flexprefill_fa.tools.needle import MODEL_DIR
 
     return Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
 
@@ -76,7 +76,7 @@ def needle_model() -> PreTrainedModel:
     """The trained needle model in fp32; tests leave it as they found it."""
     from transformers import AutoModelForCausalLM
 
-    from bench.needle import MODEL_DIR
+    from flexprefill_fa.tools.needle import MODEL_DIR
 
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32, attn_implementation="sdpa")
     return model.eval()
@@ -104,8 +104,8 @@ def whole_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a needle run that nothing stopped; tests leave it as they found it."""
     from needle_runs import run_of
 
-    from bench.needle.formats import EVALUATED
-    from flexprefill_fa.digests import model_sha256
+    from flexprefill_fa.tools.digests import model_sha256
+    from flexprefill_fa.tools.needle.formats import EVALUATED
 
     folder = tmp_path_factory.mktemp("whole")
     threads = torch.get_num_threads()

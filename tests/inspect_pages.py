@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexprefill_fa.inspection.collect import HeadReport, Inspection
-from flexprefill_fa.inspection.maps import KINDS, MAP_BYTES, LayerMaps, blocks_per_cell
 from flexprefill_fa.integrations.transformers import LayerDescription
+from flexprefill_fa.tools.inspection.collect import HeadReport, Inspection
+from flexprefill_fa.tools.inspection.maps import KINDS, MAP_BYTES, LayerMaps, blocks_per_cell
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner, Result
 
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus
-from bench.needle.formats import EVALUATED
 from bench.needle.pace import Clock
 from bench.needle.run import Run
 from bench.needle.settings import TINY, Settings
-from flexprefill_fa.rows import read
+from flexprefill_fa.tools.needle.formats import EVALUATED
+from flexprefill_fa.tools.rows import read
 
 CPU = torch.device("cpu")
 FILES = 12

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.exact import Exact
-from bench.needle.prompts import ANSWER_DIGITS, NeedlePrompt, is_correct
 from flexprefill_fa import (
     BlockSelection,
     FlashPrefillConfig,
@@ -22,6 +21,7 @@ from flexprefill_fa import (
 )
 from flexprefill_fa.integrations.transformers import enable_sparse_prefill
 from flexprefill_fa.masks import SelectorConfig
+from flexprefill_fa.tools.needle.prompts import ANSWER_DIGITS, NeedlePrompt, is_correct
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

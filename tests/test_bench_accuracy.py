@@ -9,7 +9,7 @@ import pytest
 
 from bench.accuracy_summary import accuracy_summaries
 from bench.accuracy_tables import accuracy_tables
-from flexprefill_fa.rows import append
+from flexprefill_fa.tools.rows import append
 
 GAMMA = {"gamma": 0.9, "tau": 0.1, "min_budget": 1024, "max_budget": None, "block_size": 128, "variant": "published"}
 

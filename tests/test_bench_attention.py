@@ -15,7 +15,7 @@ from bench.memory import free_bytes, needed_bytes, shortage
 from bench.spec import parse_lengths, parse_selector
 from bench.timing import Stopwatch, summarise
 from flexprefill_fa import FlexPrefillConfig
-from flexprefill_fa.loading import UsageError
+from flexprefill_fa.tools.loading import UsageError
 
 SMALL = ("--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--dtype", "float32", "--device", "cpu")
 FAST = ("--repeats", "2", "--seconds", "0.1")

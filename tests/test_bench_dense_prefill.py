@@ -17,7 +17,7 @@ from bench.cli import app
 from bench.prefill_kernels import DensePrefill
 from bench.shapes import model_config
 from bench.ttft_ranks import Ranks, build_model
-from flexprefill_fa.rows import read
+from flexprefill_fa.tools.rows import read
 
 
 @pytest.fixture

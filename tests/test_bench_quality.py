@@ -15,15 +15,15 @@ from typer.testing import CliRunner, Result
 import bench.quality
 from bench.cli import app
 from bench.exact import exact_attention
-from bench.needle import MODEL_DIR
 from bench.needle.capture import capture, capture_layers
 from bench.quality import measure, sweep
 from bench.spec import parse_selector
 from bench.workloads import Inputs
 from flexprefill_fa import FlexPrefillConfig, get_selector, select_blocks, selector_names
-from flexprefill_fa.digests import model_sha256
-from flexprefill_fa.rows import read
 from flexprefill_fa.selection import every_block
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.rows import read
 
 CPU = torch.device("cpu")
 SPEC = "flexprefill:min_budget=128+gamma=0.5"

@@ -8,7 +8,7 @@ import pytest
 from bench.quality_points import Family, Point, at_density, families, labels, quality_groups
 from bench.quality_tables import correction_tables, selector_tables
 from bench.render import render_text
-from flexprefill_fa.rows import append
+from flexprefill_fa.tools.rows import append
 
 
 def point(density: float, recall: float, error: float | None = None, corrected: float | None = None) -> Point:

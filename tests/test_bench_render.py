@@ -13,10 +13,10 @@ from bench.paths import RESULTS
 from bench.render import BLOCKS, DOCUMENTS, render_document, render_text
 from bench.speed_summary import speed_summary
 from bench.tables import attention_tables, demo_table
-from flexprefill_fa.cli import app as flexprefill
-from flexprefill_fa.demo import Answer, DemoResult
-from flexprefill_fa.generation import LayerReport, Measurement
-from flexprefill_fa.rows import append, commit, latest, read
+from flexprefill_fa.tools.cli import app as flexprefill
+from flexprefill_fa.tools.demo import Answer, DemoResult
+from flexprefill_fa.tools.generation import LayerReport, Measurement
+from flexprefill_fa.tools.rows import append, commit, latest, read
 
 MARKERS = "\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in BLOCKS)
 
@@ -173,7 +173,7 @@ def test_demo_prints_a_row_that_renders(monkeypatch: pytest.MonkeyPatch) -> None
     layers = (LayerReport(0, 0.3, 0.95, 0.85),)
     answers = Answer("0123456", True, Measurement([1], 3.0)), Answer("0", False, Measurement([1], 1.5, 7.0, layers))
     result = DemoResult("#word", "0123456", torch.float32, *answers)
-    monkeypatch.setattr("flexprefill_fa.demo.run_demo", lambda *_, **__: result)
+    monkeypatch.setattr("flexprefill_fa.tools.demo.run_demo", lambda *_, **__: result)
     printed = json.loads(CliRunner().invoke(flexprefill, ["demo", "--device", "cpu", "--json"]).stdout)
     assert printed["kind"] == "demo" and printed["commit"] == commit()
     table = demo_table([printed])

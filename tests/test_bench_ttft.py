@@ -16,7 +16,6 @@ from typer.testing import CliRunner, Result
 import bench.ttft_cli
 from bench.cli import app
 from bench.memory import prefill_bytes
-from bench.needle import MODEL_DIR
 from bench.paths import RESULTS
 from bench.shapes import SHAPES, model_config, parameter_count
 from bench.stand_in import StandIn
@@ -24,10 +23,11 @@ from bench.ttft import kernels_of
 from bench.ttft_ranks import Ranks, build_model
 from bench.ttft_tables import ttft_tables
 from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, select_blocks, sparse_prefill_attention
-from flexprefill_fa.digests import model_sha256
 from flexprefill_fa.integrations.transformers import enable_sparse_prefill
-from flexprefill_fa.loading import DTYPES, UsageError
-from flexprefill_fa.rows import read
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.loading import DTYPES, UsageError
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.rows import read
 
 CPU = torch.device("cpu")
 TINY = ("--config", "tiny", "--layers", "1", "--dtype", "float32", "--device", "cpu", "--repeats", "1")

@@ -10,7 +10,6 @@ from oracle import causal_oracle, relative_error
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.needle.prompts import another_question, build_prompt, is_correct
 from bench.synthetic import chunk_selection
 from bench.vllm import LoadPlan, synthetic_attention
 from bench.vllm_tables import vllm_tables
@@ -19,6 +18,7 @@ from flexprefill_fa.block_mask import check_layout
 from flexprefill_fa.grid import unmasked_blocks, visible_blocks
 from flexprefill_fa.integrations.vllm_config import SECTION, Settings
 from flexprefill_fa.selection import every_block
+from flexprefill_fa.tools.needle.prompts import another_question, build_prompt, is_correct
 
 
 @pytest.mark.parametrize("q_len,kv_len", [(1024, 1024), (1024, 4096), (1000, 4001), (129, 700)])

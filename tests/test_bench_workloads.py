@@ -169,7 +169,7 @@ def test_synthetic_selection_is_exact(length: int, density: float) -> None:
 def test_needle_capture_is_what_the_layer_computes(needle_model, needle_tokenizer) -> None:
     """Attention of the captured tensors equals the layer's, for which the model is run whole."""
     from bench.needle.capture import capture
-    from bench.needle.prompts import build_prompt
+    from flexprefill_fa.tools.needle.prompts import build_prompt
 
     query, key, value = capture(600, 1, dtype=torch.float32, device=torch.device("cpu"), seed=3)
     assert query.shape == (1, 8, 600, 64) and key.shape == value.shape == (1, 2, 600, 64)

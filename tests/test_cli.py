@@ -10,10 +10,11 @@ import torch
 from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
-from bench.needle import MODEL_DIR
-from bench.needle.prompts import build_prompt
-from flexprefill_fa.cli import app, make_config
-from flexprefill_fa.loading import UsageError
+from flexprefill_fa import __version__
+from flexprefill_fa.choice import ChoiceError, make_config
+from flexprefill_fa.tools.cli import app
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.needle.prompts import build_prompt
 
 # Long enough to run sparse with a min_budget of 128 tokens, short enough for a CPU.
 PROMPT_TOKENS = 1100
@@ -70,7 +71,7 @@ def generate(prompt: Path | str, *options: str, model: Path | str = MODEL_DIR, s
 def test_version() -> None:
     result = run("--version")
     assert result.exit_code == 0
-    assert result.stdout == "flexprefill 0.1.0\n"
+    assert result.stdout == f"flexprefill {__version__}\n"
 
 
 def test_generate_json_compares_sparse_with_dense(prompt_file: Path) -> None:
@@ -204,7 +205,7 @@ def test_flags_that_do_not_parse(arguments: tuple[str, ...]) -> None:
 
 
 def test_option_that_the_selector_lacks() -> None:
-    with pytest.raises(UsageError, match="selector flexprefill has no alpha, only gamma, tau"):
+    with pytest.raises(ChoiceError, match="selector flexprefill has no alpha, only gamma, tau"):
         make_config("flexprefill", alpha=0.1)
 
 
@@ -244,5 +245,5 @@ def test_running_out_of_gpu_memory_is_one_line(prompt_file: Path, monkeypatch: p
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr("flexprefill_fa.generation.measure_sparse", full)
+    monkeypatch.setattr("flexprefill_fa.tools.generation.measure_sparse", full)
     assert_one_line_error(generate(prompt_file, "--device", "cpu"), "CUDA out of memory.")

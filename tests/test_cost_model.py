@@ -14,7 +14,7 @@ from bench.tune import best_tiles
 from flexprefill_fa import FlexPrefillConfig, get_selector
 from flexprefill_fa.backends import TRITON_TILES
 from flexprefill_fa.cost_model import RATES, predicted_ms, prefers_dense
-from flexprefill_fa.rows import Row, read
+from flexprefill_fa.tools.rows import Row, read
 
 LENGTHS = (1, 129, 1000, 2048, 4096, 5000, 16384, 131072, 1_000_000)
 WITHIN = 0.25  # of a measured time

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,12 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-import flexprefill_fa.demo
 from flexprefill_fa import PeakPrefillConfig
-from flexprefill_fa.cli import app
-from flexprefill_fa.demo import Answer, DemoResult
-from flexprefill_fa.generation import LayerReport, Measurement
 from flexprefill_fa.masks import DEFAULT_SELECTOR
-from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.tools.cli import app
+from flexprefill_fa.tools.demo import Answer, DemoResult
+from flexprefill_fa.tools.generation import LayerReport, Measurement
+from flexprefill_fa.tools.progress import WorkProgress
 
 SMALL = ("demo", "--tokens", "1536", "--needles", "4", "--device", "cpu")
 
@@ -62,7 +60,7 @@ def canned(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Result]:
         dense = Answer("0123456", True, Measurement([1, 2], 3.0))
         sparse = Answer(sparse_text, sparse_text == "0123456", Measurement([1, 2], 1.5, 7.25, layers))
         result = DemoResult("#word", "0123456", torch.float32, dense, sparse)
-        monkeypatch.setattr("flexprefill_fa.demo.run_demo", lambda *_, **__: result)
+        monkeypatch.setattr("flexprefill_fa.tools.demo.run_demo", lambda *_, **__: result)
         return run("demo", "--device", "cpu")
 
     return invoke
@@ -108,13 +106,6 @@ def test_wrong_flag_values(options: tuple[str, str], message: str) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert len(result.stderr.splitlines()) == 1
-
-
-def test_without_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(flexprefill_fa.demo, "CHECKOUT", tmp_path)
-    result = run("demo")
-    assert result.exit_code == 2
-    assert "part of the source checkout" in result.stderr
 
 
 def test_progress_bar_only_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

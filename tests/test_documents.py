@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.needle import MODEL_DIR
+from flexprefill_fa.tools.needle import MODEL_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

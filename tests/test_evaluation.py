@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,14 @@ from cli_checks import assert_refused
 from typer.testing import CliRunner, Result
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'flexprefill-fa[eval]'")
-from bench.needle import MODEL_DIR
 from flexprefill_fa import PeakPrefillConfig
-from flexprefill_fa.cli import app
-from flexprefill_fa.evaluation.budget import Sample
-from flexprefill_fa.evaluation.cells import Evaluation
-from flexprefill_fa.evaluation.harness import _NEEDLE_TASKS, Tasks
-from flexprefill_fa.evaluation.task_data import token_counter
-from flexprefill_fa.rows import Row, read
+from flexprefill_fa.tools.cli import app
+from flexprefill_fa.tools.evaluation.budget import Sample
+from flexprefill_fa.tools.evaluation.cells import Evaluation
+from flexprefill_fa.tools.evaluation.harness import Tasks
+from flexprefill_fa.tools.evaluation.task_data import token_counter
+from flexprefill_fa.tools.needle import MODEL_DIR, TASKS_DIR
+from flexprefill_fa.tools.rows import Row, read
 
 LENGTH = 1100  # of which FlexPrefill drops blocks with a min_budget of 128 tokens
 SPARSE = "flexprefill:gamma=0.5+min_budget=128"
@@ -39,20 +37,11 @@ def but_timing(rows: list[Row]) -> list[Row]:
     return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_task_files() -> Iterator[None]:
-    """Of lm-eval's 14,000 task files, which take seconds to read, those that are asked for here."""
-    from lm_eval.tasks._index import TaskIndex
+def of_lm_eval(folder: str) -> tuple[str, str]:
+    """The options that find lm-eval's own tasks in one of its folders: reading all 14,000 files takes seconds."""
+    import lm_eval.tasks
 
-    files = TaskIndex._iter_yaml_files
-
-    def asked_for(root: Path) -> Iterator[Path]:
-        own = root.parts[-2:] == ("lm_eval", "tasks")
-        return chain(*(files(root / name) for name in ("ruler", "infinitebench", "benchmarks"))) if own else files(root)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "_iter_yaml_files", staticmethod(asked_for))
-        yield
+    return "--include-path", str(Path(lm_eval.tasks.__file__).parent / folder)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +121,7 @@ def test_lm_evals_own_task_runs_sparse(short_model: Path, tmp_path: Path) -> Non
     result = evaluate(
         out,
         *("--tasks", "niah_single_1", "--samples", "1", "--lengths", "2048,4096", "--measured-prompts", "0"),
+        *of_lm_eval("ruler"),
         *("--selector", "flexprefill:gamma=0.3+min_budget=128", "--json"),
         *("--selector", "flexprefill:gamma=0.3+min_budget=128+dense_layers=-1"),
         model=short_model,
@@ -159,6 +149,7 @@ def test_a_task_without_its_data_says_which_and_takes_it_from_a_folder(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
     task = ("--tasks", "infinitebench_passkey", "--selector", "dense", "--measured-prompts", "0", "--samples", "1")
+    task = (*task, *of_lm_eval("infinitebench"))
     out = tmp_path / "rows.jsonl"
     assert_refused(
         evaluate(out, *task, model=short_model), "infinitebench_passkey", "xinrongzhang2022/InfiniteBench", "--data-dir"
@@ -185,7 +176,7 @@ def test_mistakes_are_told_in_one_line(short_model: Path, tmp_path: Path) -> Non
     assert_refused(evaluate(out, "--selector", "flexprefill:alpha=1"), "has no alpha")
     assert_refused(evaluate(out, "--selector", "dense:alpha=1"), "no settings")
     assert_refused(evaluate(out, "--chat-template"), "chat template")
-    assert_refused(evaluate(out, "--tasks", "openllm"), "openllm", "one by one")
+    assert_refused(evaluate(out, "--tasks", "openllm", *of_lm_eval("benchmarks")), "openllm", "one by one")
     assert_refused(evaluate(out, "--selector", "flashprefill:mean_correction=2"), "true or false")
     assert_refused(evaluate(out, "--selector", "flashprefill:dense_layers=1-2"), "such as 0/4, got '1-2'")
     assert_refused(evaluate(out, "--selector", "flashprefill:dense_layers=2", model=short_model), "0 to 1", "layer 2")
@@ -205,7 +196,7 @@ def test_mistakes_are_told_in_one_line(short_model: Path, tmp_path: Path) -> Non
 
 def test_a_task_is_drawn_the_same_for_the_same_seed() -> None:
     """lm-eval's own tasks draw from global random numbers, which anything may have used before."""
-    tasks = Tasks(["niah_single_1"])
+    tasks = Tasks(["niah_single_1"], [Path(of_lm_eval("ruler")[1])])
     metadata = {"tokenizer": str(MODEL_DIR), "max_seq_lengths": [512]}
 
     def prompts(seed: int) -> list[str]:
@@ -235,7 +226,7 @@ def test_rows_of_another_version_of_a_task_do_not_count(tmp_path: Path, short_mo
     options = ("--tasks", "mine", "--selector", "dense", "--measured-prompts", "0", "--samples", "1")
     options = (*options, "--include-path", str(include))
     for number, metadata in enumerate(("metadata:\n  version: 1.0\n", "metadata:\n  version: 2.0\n", "")):
-        base = (_NEEDLE_TASKS / "needle_single.yaml").read_text().partition("metadata:")[0]
+        base = (TASKS_DIR / "needle_single.yaml").read_text().partition("metadata:")[0]
         (include / "mine.yaml").write_text(base.replace("needle_single", "mine") + metadata)
         assert evaluate(out, *options, model=short_model).exit_code == 0
         rows = read(out)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bench.needle import text_tasks
-from bench.needle.formats import EVALUATED
-from bench.needle.questions import draw
-from flexprefill_fa.evaluation.budget import BudgetError, CountTokens, Recipe, Sample, fit
-from flexprefill_fa.evaluation.ruler import RECIPES, Niah, score
+from flexprefill_fa.tools.evaluation.budget import BudgetError, CountTokens, Recipe, Sample, fit
+from flexprefill_fa.tools.evaluation.ruler import RECIPES, Niah, score
+from flexprefill_fa.tools.needle import text_tasks
+from flexprefill_fa.tools.needle.formats import EVALUATED
+from flexprefill_fa.tools.needle.questions import draw
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

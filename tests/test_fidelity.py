@@ -13,16 +13,16 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner, Result
 
-from bench.needle import MODEL_DIR
 from flexprefill_fa import PeakPrefillConfig
-from flexprefill_fa.cli import app
-from flexprefill_fa.digests import model_sha256
-from flexprefill_fa.fidelity.cells import Fidelity
-from flexprefill_fa.fidelity.plot import curves
-from flexprefill_fa.fidelity.texts import read_tokens
+from flexprefill_fa.choice import parse_choice
 from flexprefill_fa.integrations.transformers import enable_sparse_prefill
-from flexprefill_fa.loading import parse_choice
-from flexprefill_fa.rows import Row, read
+from flexprefill_fa.tools.cli import app
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.fidelity.cells import Fidelity
+from flexprefill_fa.tools.fidelity.plot import curves
+from flexprefill_fa.tools.fidelity.texts import read_tokens
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.rows import Row, read
 
 LENGTH = 640
 SKIP = 128

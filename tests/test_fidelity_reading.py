@@ -11,10 +11,10 @@ from families import FAMILIES
 from hf_models import prompt, tiny_model
 from torch import Tensor, nn
 
-from flexprefill_fa.fidelity import divergence
-from flexprefill_fa.fidelity.divergence import NotFiniteError, diverge
-from flexprefill_fa.fidelity.reading import Reader
-from flexprefill_fa.loading import UsageError
+from flexprefill_fa.tools.fidelity import divergence
+from flexprefill_fa.tools.fidelity.divergence import NotFiniteError, diverge
+from flexprefill_fa.tools.fidelity.reading import Reader
+from flexprefill_fa.tools.loading import UsageError
 
 CAPPED = {"gemma2": "final_logit_softcapping", "cohere": "logit_scale", "granite": "logits_scaling"}
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from bench.needle import MODEL_DIR
 from flexprefill_fa import dispatch
-from flexprefill_fa.cli import app
-from flexprefill_fa.fidelity import cli, memory
-from flexprefill_fa.fidelity.texts import CORPORA, read_tokens
-from flexprefill_fa.loading import UsageError
-from flexprefill_fa.rows import read
+from flexprefill_fa.tools.cli import app
+from flexprefill_fa.tools.fidelity import cli, memory
+from flexprefill_fa.tools.fidelity.texts import CORPORA, read_tokens
+from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.rows import read
 
 CPU = torch.device("cpu")
 

@@ -14,16 +14,17 @@ import torch
 from hf_models import tiny_model
 
 from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, StreamingLLMConfig
-from flexprefill_fa.fidelity import knobs
-from flexprefill_fa.fidelity.findings import Aims, layers_text
-from flexprefill_fa.fidelity.knobs import find_knob
-from flexprefill_fa.fidelity.layers import search_layers
-from flexprefill_fa.fidelity.lines import python_lines, vllm_line
-from flexprefill_fa.fidelity.search import search_target
-from flexprefill_fa.fidelity.trial import Trial
+from flexprefill_fa.choice import Choice, parse_choice
 from flexprefill_fa.integrations.vllm_config import read_settings
-from flexprefill_fa.loading import Choice, UsageError, parse_choice
 from flexprefill_fa.masks import get_selector
+from flexprefill_fa.tools.fidelity import knobs
+from flexprefill_fa.tools.fidelity.findings import Aims, layers_text
+from flexprefill_fa.tools.fidelity.knobs import find_knob
+from flexprefill_fa.tools.fidelity.layers import search_layers
+from flexprefill_fa.tools.fidelity.lines import python_lines, vllm_line
+from flexprefill_fa.tools.fidelity.search import search_target
+from flexprefill_fa.tools.fidelity.trial import Trial
+from flexprefill_fa.tools.loading import UsageError
 
 LENGTH = 16384
 PLACES = [place / 20 for place in range(21)]

@@ -13,9 +13,9 @@ from hf_models import recorded_layers
 from torch import Tensor
 from workloads import blocky_qk, random_qk, structured_qk
 
-from bench.needle.prompts import build_prompt
 from flexprefill_fa import FlashPrefillConfig, select_blocks
 from flexprefill_fa.grid import visible_blocks
+from flexprefill_fa.tools.needle.prompts import build_prompt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

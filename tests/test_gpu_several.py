@@ -11,9 +11,9 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from bench.needle import MODEL_DIR
-from bench.needle.prompts import ANSWER_DIGITS, NeedlePrompt, build_prompt, is_correct
 from flexprefill_fa import FlexPrefillConfig
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.needle.prompts import ANSWER_DIGITS, NeedlePrompt, build_prompt, is_correct
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.needle import MODEL_DIR
-from bench.needle.prompts import ANSWER_DIGITS, NeedlePrompt, another_question, build_prompt, is_correct
 from bench.vllm import MODEL, LoadPlan
 from bench.vllm_engine import EngineError, run_job
 from flexprefill_fa import FlexPrefillConfig
 from flexprefill_fa.integrations.vllm_config import SECTION
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.needle.prompts import ANSWER_DIGITS, NeedlePrompt, another_question, build_prompt, is_correct
 
 pytestmark = [
     pytest.mark.gpu,

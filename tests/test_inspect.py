@@ -18,13 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from typer.testing import Result
 
-from bench.needle import MODEL_DIR
-from bench.needle.prompts import build_prompt
 from flexprefill_fa import FlexPrefillConfig, select_blocks
-from flexprefill_fa.inspection.collect import inspect_prefill
-from flexprefill_fa.inspection.maps import MAP_BYTES, MAX_CELLS, blocks_per_cell, layer_maps, quantise_share
-from flexprefill_fa.inspection.output import write_atomically
-from flexprefill_fa.inspection.page import render
 from flexprefill_fa.integrations.hf_attention import _record
 from flexprefill_fa.integrations.hf_plan import default_plan
 from flexprefill_fa.integrations.transformers import (
@@ -33,8 +27,14 @@ from flexprefill_fa.integrations.transformers import (
     enable_sparse_prefill,
     observe_sparse_prefill,
 )
-from flexprefill_fa.progress import WorkProgress
 from flexprefill_fa.selection import every_block
+from flexprefill_fa.tools.inspection.collect import inspect_prefill
+from flexprefill_fa.tools.inspection.maps import MAP_BYTES, MAX_CELLS, blocks_per_cell, layer_maps, quantise_share
+from flexprefill_fa.tools.inspection.output import write_atomically
+from flexprefill_fa.tools.inspection.page import render
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.needle.prompts import build_prompt
+from flexprefill_fa.tools.progress import WorkProgress
 
 TOKENS = 2200  # 18 blocks of 128 tokens, the last one short
 SIZES: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 from inspect_pages import find_browser, opened, read_data, synthetic
 from test_inspect import OPTIONS, inspect, prompt  # noqa: F401 (a fixture)
 
-from flexprefill_fa.inspection.page import render
+from flexprefill_fa.tools.inspection.page import render
 
 # The colours of a canvas that the page has drawn, white left out.
 COLOURS = """canvas => {

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from flexprefill_fa import FlexPrefillConfig, PeakPrefillConfig
 from flexprefill_fa.grid import Grid
-from flexprefill_fa.inspection import collect
-from flexprefill_fa.inspection.collect import inspect_prefill
-from flexprefill_fa.inspection.page import render
-from flexprefill_fa.inspection.peaks import block_peaks
 from flexprefill_fa.integrations.transformers import SparseCall, enable_sparse_prefill, observe_sparse_prefill
 from flexprefill_fa.masks.element import element_of
 from flexprefill_fa.masks.peakprefill.representatives import representatives
-from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.tools.inspection import collect
+from flexprefill_fa.tools.inspection.collect import inspect_prefill
+from flexprefill_fa.tools.inspection.page import render
+from flexprefill_fa.tools.inspection.peaks import block_peaks
+from flexprefill_fa.tools.progress import WorkProgress
 
 CONFIG = PeakPrefillConfig(per_block=3)
 

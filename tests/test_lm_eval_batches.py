@@ -8,7 +8,7 @@ import pytest
 import torch
 from hf_models import prompt, tiny_model
 
-from bench.needle import MODEL_DIR
+from flexprefill_fa.tools.needle import MODEL_DIR
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'flexprefill-fa[eval]'")
 from flexprefill_fa.integrations.lm_eval import FlexPrefillLM

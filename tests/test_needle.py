@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.needle.prompts import ANSWER_DIGITS, build_prompt, is_correct
 from flexprefill_fa import FlexPrefillConfig
 from flexprefill_fa.integrations.transformers import enable_sparse_prefill
+from flexprefill_fa.tools.needle.prompts import ANSWER_DIGITS, build_prompt, is_correct
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -9,16 +9,16 @@ import pytest
 import torch
 from needle_runs import CPU
 
-from bench.needle import MODEL_DIR
 from bench.needle.batches import Batch, Builder
 from bench.needle.card import conditions_of, write_card
 from bench.needle.corpus import Corpus
 from bench.needle.evaluation import measure, predictions
-from bench.needle.formats import EVALUATED
 from bench.needle.network import Network
 from bench.needle.run_tables import run_tables
 from bench.needle.settings import FULL, TINY
-from flexprefill_fa.digests import model_sha256
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.needle.formats import EVALUATED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,9 +122,9 @@ def test_a_table_for_each_model_and_the_shipped_one_is_marked() -> None:
     ]
     shipped, other = run_tables(rows).split("\n\n**")
     assert "| vt | 0.750 | 0.250 |" in other and "| single | 1.000 | - |" in other
-    assert "ffffffffff" in other and "bench/needle/model" not in other
+    assert "ffffffffff" in other and "flexprefill_fa/tools/needle/model" not in other
     assert "512 at 4,096 tokens; 128 at 8,192 tokens. X, torch 2, commit abc" in other
-    assert "(`bench/needle/model`)" in shipped and "| vt | 0.750 | 0.250 |" in shipped
+    assert "(`flexprefill_fa/tools/needle/model`)" in shipped and "| vt | 0.750 | 0.250 |" in shipped
 
 
 CELL = {"task": "vt", "length": 700, "samples": 8, "exact": 0.25, "commit": "abc", "date": "2026-11-23"}

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from bench.needle import text_tasks
 from bench.needle.batches import TASKS, Builder
 from bench.needle.corpus import encode
-from bench.needle.formats import ANSWER_DIGITS, EVALUATED, Form, Mix, all_forms, lay_out
-from bench.needle.prompts import key_words
-from bench.needle.source import ascii_text, held_out_files, is_held_out, source_files
 from bench.needle.tokenization import train_tokenizer
-from flexprefill_fa.evaluation.budget import fit
+from flexprefill_fa.tools.evaluation.budget import fit
+from flexprefill_fa.tools.needle import text_tasks
+from flexprefill_fa.tools.needle.formats import ANSWER_DIGITS, EVALUATED, Form, Mix, all_forms, lay_out
+from flexprefill_fa.tools.needle.prompts import key_words
+from flexprefill_fa.tools.needle.source import ascii_text, held_out_files, is_held_out, source_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -16,22 +16,23 @@ import pytest
 import torch
 from needle_runs import CPU, FILES, command, losses, refused, source_drawn
 
-from bench.needle import MODEL_DIR, learning
+from bench.needle import learning
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus, encode
 from bench.needle.evaluate import evaluate
 from bench.needle.evaluation import Accuracy
-from bench.needle.formats import EVALUATED
 from bench.needle.network import Network
 from bench.needle.prepare import prepare
 from bench.needle.release import load_release
 from bench.needle.run import require_flash
 from bench.needle.settings import FULL, SIZES, TINY, Goal
-from bench.needle.source import ascii_text, held_out_files
 from bench.needle.train import check_memory, train
 from bench.paths import ROOT
-from flexprefill_fa.loading import UsageError
-from flexprefill_fa.rows import read
+from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.needle.formats import EVALUATED
+from flexprefill_fa.tools.needle.source import ascii_text, held_out_files
+from flexprefill_fa.tools.rows import read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,8 +11,8 @@ from needle_runs import CPU, FILES
 
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus, build_corpus, load_corpus
-from bench.needle.prompts import key_words
 from bench.needle.settings import FULL
+from flexprefill_fa.tools.needle.prompts import key_words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,11 +14,11 @@ from needle_runs import CPU
 from bench.needle import checkpoint, learning
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus
-from bench.needle.formats import Mix
 from bench.needle.network import Network, Shape
-from bench.needle.prompts import key_words
 from bench.needle.release import export, load_release
 from bench.needle.settings import FULL, TINY
+from flexprefill_fa.tools.needle.formats import Mix
+from flexprefill_fa.tools.needle.prompts import key_words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from bench.needle import MODEL_DIR
-from bench.needle.prompts import ANSWER_DIGITS, build_prompt, is_correct, key_words
-from bench.needle.source import ascii_text, held_out_files
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.needle.prompts import ANSWER_DIGITS, build_prompt, is_correct, key_words
+from flexprefill_fa.tools.needle.source import ascii_text, held_out_files
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_text_is_what_the_model_was_not_trained_on(tokenizer: Tokenizer) -> 
 def test_more_tokens_than_the_held_out_text_are_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"the held-out text of this Python holds \d{6} tokens, \d{7} are needed"):
         build_prompt(tokenizer, 2 * 10**6)
-    monkeypatch.setattr("bench.needle.prompts.held_out_files", lambda: ())
+    monkeypatch.setattr("flexprefill_fa.tools.needle.prompts.held_out_files", lambda: ())
     with pytest.raises(ValueError, match="the held-out text of this Python holds 0 tokens"):
         build_prompt(tokenizer, 1000)
 

@@ -16,13 +16,13 @@ from bench.needle import learning
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus
 from bench.needle.evaluation import Accuracy
-from bench.needle.formats import EVALUATED
 from bench.needle.network import Network
 from bench.needle.pace import Clock, OutOfTime
 from bench.needle.run import Run
 from bench.needle.settings import TINY
-from flexprefill_fa.loading import UsageError
-from flexprefill_fa.rows import read
+from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.needle.formats import EVALUATED
+from flexprefill_fa.tools.rows import read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

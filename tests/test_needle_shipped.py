@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.needle import MODEL_DIR
 from bench.needle.card import accuracy_table, conditions_of, questions_of
-from bench.needle.formats import EVALUATED
 from bench.needle.settings import FULL
 from bench.needle.train import missed_goals
 from bench.paths import RESULTS
-from flexprefill_fa.digests import model_sha256
-from flexprefill_fa.rows import read
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.needle.formats import EVALUATED
+from flexprefill_fa.tools.rows import read
 
 ROWS = read(RESULTS / "needle.jsonl")
 MODEL = model_sha256(MODEL_DIR)

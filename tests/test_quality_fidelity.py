@@ -15,12 +15,13 @@ import torch
 from test_quality_regression import change_selection
 from torch import Tensor
 
-from bench.needle import MODEL_DIR
-from flexprefill_fa.fidelity.cells import Conditions, Fidelity
-from flexprefill_fa.fidelity.texts import Tokens, read_tokens
-from flexprefill_fa.fidelity.trial import Trial
-from flexprefill_fa.loading import Choice, load_model, parse_choice
+from flexprefill_fa.choice import Choice, parse_choice
 from flexprefill_fa.masks import selector
+from flexprefill_fa.tools.fidelity.cells import Conditions, Fidelity
+from flexprefill_fa.tools.fidelity.texts import Tokens, read_tokens
+from flexprefill_fa.tools.fidelity.trial import Trial
+from flexprefill_fa.tools.loading import load_model
+from flexprefill_fa.tools.needle import MODEL_DIR
 
 VARIABLE = "FLEXPREFILL_MODEL"
 CPU = torch.device("cpu")

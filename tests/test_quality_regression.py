@@ -30,7 +30,6 @@ from torch import Tensor
 
 from bench.exact import exact_attention
 from bench.needle.capture import capture_layers
-from bench.needle.prompts import NeedlePrompt, build_prompt
 from flexprefill_fa import BlockSelection, StreamingLLMConfig
 from flexprefill_fa.grid import Grid, unmasked_blocks, visible_blocks
 from flexprefill_fa.masks import Selector, selector, vertical_slash
@@ -39,6 +38,7 @@ from flexprefill_fa.masks.flashprefill import reference as flashprefill
 from flexprefill_fa.masks.flexprefill import reference as flexprefill
 from flexprefill_fa.mean_correction import with_means
 from flexprefill_fa.selection import index_lists
+from flexprefill_fa.tools.needle.prompts import NeedlePrompt, build_prompt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

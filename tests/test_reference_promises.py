@@ -11,9 +11,9 @@ from hf_models import recorded_layers
 from oracle_attention import attention_probabilities
 from workloads import random_qk, structured_qk
 
-from bench.needle.prompts import build_prompt
 from flexprefill_fa import FlexPrefillConfig, select_blocks
 from flexprefill_fa.masks.flexprefill.config import Variant
+from flexprefill_fa.tools.needle.prompts import build_prompt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from flexprefill_fa import FlexPrefillConfig
-from flexprefill_fa.cli import app
 from flexprefill_fa.compat import patch_model
 from flexprefill_fa.integrations.transformers import (
     SparseCall,
@@ -26,6 +25,7 @@ from flexprefill_fa.integrations.transformers import (
     enable_sparse_prefill,
     observe_sparse_prefill,
 )
+from flexprefill_fa.tools.cli import app
 
 SPARSE = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=1)
 CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from bench.cli import app
 from bench.ttft_ranks import Ranks, build_model
-from flexprefill_fa.rows import read
+from flexprefill_fa.tools.rows import read
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_hidden_layers": 1}

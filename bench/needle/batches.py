@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor
 
-from bench.needle import formats
-from bench.needle.formats import ANSWER_DIGITS, CHAIN, VALUE_DIGITS, Form, Layout, Mix, lay_out
-from bench.needle.prompts import key_words
+from flexprefill_fa.tools.needle import formats
+from flexprefill_fa.tools.needle.formats import ANSWER_DIGITS, CHAIN, VALUE_DIGITS, Form, Layout, Mix, lay_out
+from flexprefill_fa.tools.needle.prompts import key_words
 
 if TYPE_CHECKING:
     import numpy as np

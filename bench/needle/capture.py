@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.needle import MODEL_DIR
-from bench.needle.prompts import build_prompt
-from flexprefill_fa.loading import load_model
+from flexprefill_fa.tools.loading import load_model
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.needle.prompts import build_prompt
 
 _NEEDLES = 8
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.needle.corpus import Corpus
-from bench.needle.formats import CHAIN, EVALUATED, MOST
 from bench.needle.settings import Settings
 from bench.needle.tokenization import NAMES
 from bench.tables import distinct, markdown_table
-from flexprefill_fa.rows import Row
+from flexprefill_fa.tools.needle.formats import CHAIN, EVALUATED, MOST
+from flexprefill_fa.tools.rows import Row
 
 _CARD = """\
 ---
@@ -24,11 +24,11 @@ pipeline_tag: text-generation
 
 A Llama of {parameters} M parameters ({megabytes} MB in bfloat16: {layers} layers, {heads} query and {kv_heads} key and
 value heads of 64, hidden {hidden}) that finds what is hidden in long Python source. It is trained, so its attention has
-the patterns that sparse prefill lives on, and small enough to be part of a checkout.
+the patterns that sparse prefill lives on, and small enough to be part of the package.
 
 ## What it can do
 
-It answers five kinds of questions at the end of a text, in exactly these words (`bench/needle/formats.py`):
+It answers five kinds of questions at the end of a text, in just these words (`flexprefill_fa/tools/needle/formats.py`):
 
 | task | hidden in the text | asked |
 | --- | --- | --- |

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexprefill_fa.loading import UsageError
+from flexprefill_fa.tools.loading import UsageError
 
 _FACTS = "state.json"
 _AVERAGES = ("exp_avg", "exp_avg_sq")

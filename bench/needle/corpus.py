@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.needle.formats import all_forms
-from bench.needle.source import ascii_text, held_out_files, is_held_out, source_files
 from bench.needle.tokenization import VOCABULARY, save_tokenizer, train_tokenizer
-from flexprefill_fa.loading import UsageError
+from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.needle.formats import all_forms
+from flexprefill_fa.tools.needle.source import ascii_text, held_out_files, is_held_out, source_files
 
 if TYPE_CHECKING:
     import numpy as np

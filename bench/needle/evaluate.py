@@ -8,20 +8,20 @@ from typing import Annotated
 
 import typer
 
-from bench.needle import MODEL_DIR
 from bench.needle.batches import Builder
 from bench.needle.card import accuracy_table
 from bench.needle.corpus import PACKAGES, encode
 from bench.needle.evaluation import accuracy_facts, measure
-from bench.needle.formats import EVALUATED
 from bench.needle.release import load_release, load_tokenizer
 from bench.needle.run import attention_kernel, require_flash
 from bench.needle.settings import FULL
-from bench.needle.source import ascii_text, held_out_files
 from bench.spec import parse_lengths, parse_list
 from bench.terminal import one_line_errors, require_packages
-from flexprefill_fa.loading import UsageError, resolve_device
-from flexprefill_fa.rows import append, require_appendable
+from flexprefill_fa.tools.loading import UsageError, resolve_device
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.needle.formats import EVALUATED
+from flexprefill_fa.tools.needle.source import ascii_text, held_out_files
+from flexprefill_fa.tools.rows import append, require_appendable
 
 _OTHERS = 128  # questions at lengths that no goal names
 _LENGTHS = ",".join(str(goal.length) for goal in FULL.goals)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from bench.needle.batches import Batch, Builder
-from bench.needle.formats import EVALUATED
 from bench.needle.network import Network
-from flexprefill_fa.digests import model_sha256
-from flexprefill_fa.rows import Row, environment
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.needle.formats import EVALUATED
+from flexprefill_fa.tools.rows import Row, environment
 
 if TYPE_CHECKING:
     import numpy as np

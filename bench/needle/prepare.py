@@ -10,10 +10,10 @@ import typer
 
 from bench.needle.corpus import PACKAGES, build_corpus
 from bench.needle.network import Shape
-from bench.needle.source import source_files
 from bench.paths import ROOT
 from bench.terminal import one_line_errors, require_packages
-from flexprefill_fa.progress import WorkProgress
+from flexprefill_fa.tools.needle.source import source_files
+from flexprefill_fa.tools.progress import WorkProgress
 
 WORK = ROOT / "build" / "needle"
 """Where corpus, checkpoint and model are made; git ignores it."""

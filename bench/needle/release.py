@@ -10,7 +10,7 @@ import torch
 
 from bench.needle.corpus import Corpus, copy_tokenizer
 from bench.needle.network import HEAD_DIM, Network, Shape
-from flexprefill_fa.loading import UsageError
+from flexprefill_fa.tools.loading import UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

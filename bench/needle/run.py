@@ -15,14 +15,14 @@ from bench.needle import checkpoint
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus
 from bench.needle.evaluation import accuracy_facts, measure
-from bench.needle.formats import EVALUATED, MOST
 from bench.needle.learning import Outcome, autocast, make_optimizer, mean_row, take_step
 from bench.needle.network import Network
 from bench.needle.pace import Clock, OutOfTime, Pace
 from bench.needle.release import export, load_release
 from bench.needle.settings import Settings, Stage
-from flexprefill_fa.loading import UsageError
-from flexprefill_fa.rows import Row, append, keep, read
+from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.needle.formats import EVALUATED, MOST
+from flexprefill_fa.tools.rows import Row, append, keep, read
 
 _SAVE_SECONDS = 60.0  # between checkpoints
 _SAY_SECONDS = 10.0  # between lines about losses

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bench.needle import MODEL_DIR
 from bench.needle.card import accuracy_table, conditions_of, questions_of
-from flexprefill_fa.digests import model_sha256
-from flexprefill_fa.rows import Row, latest
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.needle import MODEL_DIR
+from flexprefill_fa.tools.rows import Row, latest
 
 _CONDITIONS = ("model_sha256", "asked_sha256", "seed", "gpu", "torch", "python")
 """What the rows of a table have in common."""
@@ -28,7 +28,7 @@ def run_tables(rows: Iterable[Row]) -> str:
 
 
 def _run_table(rows: Sequence[Row], shipped: bool) -> str:
-    where = " (`bench/needle/model`)" if shipped else ""
+    where = " (`flexprefill_fa/tools/needle/model`)" if shipped else ""
     return (
         f"**SHA-256 {rows[0]['model_sha256'][:10]}**{where}: share of whole answers that are right after dense "
         f"prefill, bfloat16. Questions of each task: {questions_of(rows)}. {conditions_of(rows)}.\n\n"

@@ -7,8 +7,8 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 
-from bench.needle.formats import MOST, Mix
 from bench.needle.network import HEAD_DIM, Shape
+from flexprefill_fa.tools.needle.formats import MOST, Mix
 
 _ANSWERED = 0.2  # of the tokens of a sequence, those that are part of an answer: at most about so many
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.needle.formats import all_forms
-from flexprefill_fa.loading import UsageError
+from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.needle.formats import all_forms
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

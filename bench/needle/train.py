@@ -17,8 +17,8 @@ from bench.needle.prepare import CORPUS, WORK
 from bench.needle.run import Run, require_flash
 from bench.needle.settings import SIZES, Settings
 from bench.terminal import one_line_errors, require_packages
-from flexprefill_fa.loading import UsageError, first_line, resolve_device
-from flexprefill_fa.rows import Row
+from flexprefill_fa.tools.loading import UsageError, first_line, resolve_device
+from flexprefill_fa.tools.rows import Row
 
 
 def train(

@@ -1,0 +1,301 @@
+"""The `flexprefill` command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from flexprefill_fa import __version__, masks
+from flexprefill_fa.choice import make_config, selector_spec
+from flexprefill_fa.tools import reporting
+from flexprefill_fa.tools.evaluation.cli import evaluate
+from flexprefill_fa.tools.fidelity.cli import fidelity
+from flexprefill_fa.tools.inspection.output import check_out, write_atomically
+from flexprefill_fa.tools.loading import (
+    UsageError,
+    load_model,
+    one_line_errors,
+    read_prompt,
+    require_kernels,
+    resolve_device,
+    resolve_dtype,
+)
+from flexprefill_fa.tools.progress import WorkProgress
+from flexprefill_fa.tools.rows import environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from flexprefill_fa.tools.demo import Answer
+    from flexprefill_fa.tools.generation import Measurement
+
+app = typer.Typer(
+    help="Block-sparse prefill attention for long prompts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Gamma = Annotated[
+    float | None, typer.Option(help="FlexPrefill: share of the attention probability to cover, in (0, 1].")
+]
+Tau = Annotated[
+    float | None, typer.Option(help="FlexPrefill: Jensen-Shannon distance below which a head is query-aware.")
+]
+MinBudget = Annotated[int | None, typer.Option(help="FlexPrefill: tokens that every query row keeps at least.")]
+Selector = Annotated[
+    str | None,
+    typer.Option(
+        help="Which selector chooses the blocks: name, or name:field=value+field=value; default: "
+        f"{masks.DEFAULT_SELECTOR}, or flexprefill where an option of its own is given.",
+        show_default=False,
+    ),
+]
+MaxBudget = Annotated[int | None, typer.Option(help="FlexPrefill: tokens that a query row keeps at most.")]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
+Variant = Annotated[str | None, typer.Option(help="FlexPrefill: published or paper.")]
+Model = Annotated[str, typer.Option(help="A local folder with a causal language model in Hugging Face format.")]
+PromptFile = Annotated[str, typer.Option(help="The prompt, UTF-8 text; - reads standard input.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed prefills of each kind; the median is reported.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Block-sparse prefill attention for long prompts."""
+    if show_version:
+        typer.echo(f"flexprefill {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens.")] = 16384,
+    needles: Annotated[int, typer.Option(help="How many numbers are hidden in it.")] = 8,
+    seed: Annotated[int, typer.Option(help="Chooses the source text, the numbers and their places.")] = 0,
+    selector: Selector = None,
+    gamma: Gamma = None,
+    tau: Tau = None,
+    min_budget: MinBudget = None,
+    dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU, bfloat16 on a GPU) or as named.")] = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 1,
+    as_json: Json = False,
+) -> None:
+    """Find a number hidden in a long prompt, with dense and with sparse prefill.
+
+    Exits with 0 only if both answers are right.
+    """
+    from flexprefill_fa.tools.demo import run_demo
+
+    with one_line_errors():
+        config = _selector_config(selector, {"gamma": gamma, "tau": tau, "min_budget": min_budget})
+        where, weights = resolve_device(device), resolve_dtype(dtype)
+        require_kernels(where)
+        result = run_demo(
+            config,
+            tokens=tokens,
+            needles=needles,
+            seed=seed,
+            dtype=weights,
+            device=where,
+            progress=WorkProgress(),
+            repeats=repeats,
+        )
+    dense, sparse = result.dense, result.sparse
+    both_right = dense.correct and sparse.correct
+    conditions = reporting.conditions(where, result.dtype)
+    prompt = {"tokens": tokens, "needles": needles, "seed": seed, "key": result.key, "answer": result.expected}
+    if as_json:
+        report = {"kind": "demo", "prompt": prompt, **reporting.selector_settings(config), **conditions}
+        report |= environment(where)
+        for name, answer in (("dense", dense), ("sparse", sparse)):
+            fields = reporting.measurement_fields(answer.measurement)
+            report[name] = {"answer": answer.text, "correct": answer.correct, **fields}
+        report["speedup"] = reporting.speedup(dense.measurement, sparse.measurement)
+        report["ok"] = both_right
+        typer.echo(json.dumps(report))
+    else:
+        console = Console(highlight=False)
+        console.print(
+            f"{tokens} tokens of Python source with {needles} hidden numbers; {result.key} is {result.expected}."
+        )
+        answers = {"dense": _verdict(dense), "sparse": _verdict(sparse)}
+        title = _title(conditions)
+        console.print(reporting.result_table(title, sparse.measurement, dense.measurement, answers))
+        _print_layers(console, sparse.measurement, tokens, config)
+    raise typer.Exit(0 if both_right else 1)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt_file: PromptFile,
+    selector: Selector = None,
+    gamma: Gamma = None,
+    tau: Tau = None,
+    min_budget: MinBudget = None,
+    max_budget: MaxBudget = None,
+    block_size: BlockSize = None,
+    variant: Variant = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    compare: Annotated[str | None, typer.Option(help="'dense' answers with dense prefill too.")] = None,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Measure recall: one more prefill, with exact attention.")
+    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 1,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with sparse prefill, greedily, with any local Hugging Face model.
+
+    The text goes to stdout, the measurements to stderr. Options of the selector default to its own settings.
+    """
+    with one_line_errors():
+        if compare not in (None, "dense"):
+            raise UsageError(f"compare must be dense, got {compare!r}")
+        settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
+        config = _selector_config(selector, settings | {"block_size": block_size, "variant": variant})
+        where, weights = resolve_device(device), resolve_dtype(dtype)
+        progress = WorkProgress()
+        network, tokenizer, input_ids = _model_and_prompt(
+            model, prompt_file, weights, where, progress, new_tokens=max_new_tokens
+        )
+        from flexprefill_fa.tools.generation import measure_dense, measure_sparse
+
+        tokens = input_ids.shape[1]
+        sparse = measure_sparse(network, input_ids, config, max_new_tokens, progress, repeats=repeats, recall=recall)
+        dense = measure_dense(network, input_ids, max_new_tokens, progress, repeats=repeats) if compare else None
+    sparse_text, dense_text = (
+        str(tokenizer.decode(m.token_ids, skip_special_tokens=True)) if m else "" for m in (sparse, dense)
+    )
+    conditions = reporting.conditions(where, network.dtype)
+    if as_json:
+        report = {"model": model, "prompt": {"tokens": tokens}, **reporting.selector_settings(config), **conditions}
+        report["sparse"] = {"text": sparse_text, **reporting.measurement_fields(sparse)}
+        if dense:
+            report["dense"] = {"text": dense_text, **reporting.measurement_fields(dense)}
+            report["same_tokens"] = sparse.token_ids == dense.token_ids
+            report["speedup"] = reporting.speedup(dense, sparse)
+        typer.echo(json.dumps(report))
+        return
+    typer.echo(sparse_text)
+    console = Console(stderr=True, highlight=False)
+    console.print(reporting.result_table(f"{tokens} tokens, {_title(conditions)}", sparse, dense))
+    _print_layers(console, sparse, tokens, config)
+    if dense:
+        same = sparse.token_ids == dense.token_ids
+        console.print("Dense prefill gives the same tokens." if same else "Dense prefill gives other tokens:")
+        if not same:
+            console.print(dense_text, markup=False)
+
+
+@app.command("inspect")
+def inspect_heads(
+    model: Model,
+    prompt_file: PromptFile,
+    out: Annotated[Path, typer.Option(help="The page to write, such as report.html.")],
+    selector: Selector = None,
+    gamma: Gamma = None,
+    tau: Tau = None,
+    min_budget: MinBudget = None,
+    max_budget: MaxBudget = None,
+    block_size: BlockSize = None,
+    variant: Variant = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Show what every layer and head keeps of a prompt, and what it misses, in one HTML page.
+
+    The page holds everything it shows and loads nothing. Exact attention is computed beside sparse prefill: slow.
+    """
+    with one_line_errors():
+        settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
+        config = _selector_config(selector, settings | {"block_size": block_size, "variant": variant})
+        where, weights = resolve_device(device), resolve_dtype(dtype)
+        check_out(out, prompt_file)
+        progress = WorkProgress()
+        network, _, input_ids = _model_and_prompt(model, prompt_file, weights, where, progress)
+        from flexprefill_fa.tools.inspection.collect import inspect_prefill
+        from flexprefill_fa.tools.inspection.page import render
+
+        found = inspect_prefill(network, input_ids, config, progress)
+        about = reporting.inspection_facts(model, prompt_file, config, reporting.conditions(where, network.dtype))
+        page = render(found, about)
+        write_atomically(out, page)
+    typer.echo(
+        f"{out}: {len(found.heads)} heads in {len(found.maps)} of {len(found.layers)} layers, density "
+        f"{found.density:.3f}, recall {found.recall:.3f}, {len(page) / 2**20:.1f} MiB"
+    )
+
+
+def _selector_config(selector: str | None, settings: dict[str, Any]) -> Any:
+    """The config for `--selector` and the options beside it, where None means not given."""
+    if selector is None:
+        selector = masks.default_selector(name for name, value in settings.items() if value is not None)
+    name, fields = selector_spec(selector)
+    for field in fields:
+        if settings.get(field) is not None:
+            raise UsageError(f"{field} is given twice, as an option and in selector {selector!r}")
+    return make_config(name, **(settings | fields))
+
+
+def _model_and_prompt(
+    model: str,
+    prompt_file: str,
+    weights: torch.dtype | None,
+    where: torch.device,
+    progress: WorkProgress,
+    new_tokens: int = 0,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.Tensor]:
+    """The model, its tokenizer and the prompt's tokens `[1, n]`; warns where the model has too few positions."""
+    require_kernels(where)
+    text = read_prompt(prompt_file)
+    with progress.task("loading the model"):
+        network, tokenizer = load_model(model, weights, where)
+    from flexprefill_fa.tools.generation import encode
+
+    input_ids = encode(tokenizer, text, where)
+    needed = input_ids.shape[1] + new_tokens
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and needed > limit:
+        what = "prompt and answer take up to" if new_tokens else "the prompt takes"
+        _warn(f"{what} {needed} tokens, the model was made for {limit}")
+    return network, tokenizer, input_ids
+
+
+app.command("eval")(evaluate)
+app.command("fidelity")(fidelity)
+
+
+def _warn(message: str) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+def _title(conditions: dict[str, Any]) -> str:
+    return f"{conditions['processor']}, {conditions['dtype']}, torch {conditions['torch']}"
+
+
+def _verdict(answer: Answer) -> Text:
+    return Text(f"{answer.text} {'right' if answer.correct else 'wrong'}", style="green" if answer.correct else "red")
+
+
+def _print_layers(console: Console, sparse: Measurement, tokens: int, config: masks.Selector) -> None:
+    if sparse.layers:
+        console.print(reporting.layer_table(sparse))
+    else:
+        console.print(
+            f"Every block was kept: prompts of up to {config.dense_tokens} tokens run dense, this has {tokens}."
+        )
