@@ -25,8 +25,8 @@ from bench.shapes import SHAPES
 from bench.synthetic import chunk_selection
 from bench.vllm_engine import EngineError, run_job, sparse_layers
 from flexprefill_fa import BlockSelection, block_sparse_attention, select_blocks
-from flexprefill_fa.integrations.vllm_config import SECTION, Settings, make_settings
-from flexprefill_fa.integrations.vllm_paged import GatherBuffer, gather
+from flexprefill_fa.integrations.engine_paged import GatherBuffer, gather
+from flexprefill_fa.integrations.engine_settings import SECTION, Settings, make_settings
 from flexprefill_fa.rows import Row, environment, package_version
 
 MODEL = SHAPES["llama-3.1-8b"]

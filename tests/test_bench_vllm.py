@@ -17,7 +17,7 @@ from bench.vllm_tables import vllm_tables
 from flexprefill_fa import StreamingLLMConfig
 from flexprefill_fa.block_mask import check_layout
 from flexprefill_fa.grid import unmasked_blocks, visible_blocks
-from flexprefill_fa.integrations.vllm_config import SECTION, Settings
+from flexprefill_fa.integrations.engine_settings import SECTION, Settings
 from flexprefill_fa.selection import every_block
 
 

@@ -19,7 +19,7 @@ from bench.needle.prompts import ANSWER_DIGITS, NeedlePrompt, another_question, 
 from bench.vllm import MODEL, LoadPlan
 from bench.vllm_engine import EngineError, run_job
 from flexprefill_fa import FlexPrefillConfig
-from flexprefill_fa.integrations.vllm_config import SECTION
+from flexprefill_fa.integrations.engine_settings import SECTION
 
 pytestmark = [
     pytest.mark.gpu,

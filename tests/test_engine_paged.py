@@ -10,18 +10,9 @@ from oracle import causal_oracle, relative_error
 from paged import PagedBatch
 
 from flexprefill_fa import FlexPrefillConfig, StreamingLLMConfig, select_blocks
-from flexprefill_fa.integrations.vllm_config import Settings
-from flexprefill_fa.integrations.vllm_paged import (
-    DensityCounter,
-    DensityLog,
-    GatherBuffer,
-    attend_paged,
-    causal_blocks,
-    gather,
-    tally,
-    warm_up,
-    warm_up_lengths,
-)
+from flexprefill_fa.integrations.engine_counts import DensityCounter, DensityLog, causal_blocks, tally
+from flexprefill_fa.integrations.engine_paged import GatherBuffer, attend_paged, gather, warm_up, warm_up_lengths
+from flexprefill_fa.integrations.engine_settings import Settings
 from flexprefill_fa.integrations.vllm_version import CacheLayout
 from flexprefill_fa.selection import every_block
 
@@ -62,11 +53,11 @@ def test_a_buffer_grows_only_where_it_must() -> None:
 )
 def test_a_chunk_equals_the_oracle_over_its_kept_blocks(q_len: int, kv_len: int, config, kv_dim: int | None) -> None:
     batch = PagedBatch([(q_len, kv_len)], heads=4, kv_heads=2, head_dim=32, kv_dim=kv_dim)
-    layout = CacheLayout(kv_dim)
+    keys, values = CacheLayout(kv_dim).split(batch.cache)
     chosen = Settings(selector=config)
     blocks = batch.common.block_table_tensor[0, : -(-kv_len // 16)]
     scale = 32**-0.5
-    out, selection = attend_paged(batch.query, batch.cache, layout, blocks, kv_len, chosen, scale, GatherBuffer())
+    out, selection = attend_paged(batch.query, keys, values, blocks, kv_len, chosen, scale, GatherBuffer())
     query, key, value = batch.query.transpose(0, 1)[None], batch.keys[0][None], batch.values[0][None]
     expected, _, real = causal_oracle(query, key, value, selection)
     assert relative_error(out.transpose(0, 1)[None], expected, real) < 1e-5
