@@ -61,10 +61,17 @@ class DensityCounter:
         self.queries += chunk.queries
 
     def read(self) -> dict[str, Any]:
-        """Counts, and `density` = kept blocks / causal blocks over all chunks and heads (None before the first)."""
-        density = None if self.kept is None else int(self.kept) / self.causal
-        counts = {"failures": self.failures, "declined": self.declined}
-        return {"chunks": self.chunks, "queries": self.queries, "density": density, **counts}
+        """Counts, blocks of all heads, and `density` = kept blocks / causal blocks (None before the first chunk)."""
+        kept = 0 if self.kept is None else int(self.kept)
+        return {
+            "chunks": self.chunks,
+            "queries": self.queries,
+            "density": kept / self.causal if self.causal else None,
+            "kept_blocks": kept,
+            "causal_blocks": self.causal,
+            "failures": self.failures,
+            "declined": self.declined,
+        }
 
 
 class DensityLog:

@@ -54,7 +54,7 @@ def statistics(worker: Any, reset: bool = False) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for name, layer in worker.vllm_config.compilation_config.static_forward_context.items():
-        impl = getattr(layer, "impl", None)
+        impl: Any = getattr(layer, "impl", None)
         if getattr(impl, "sparse_counter", None) is not None:
             found[name] = impl.statistics()
             if reset:

@@ -54,7 +54,8 @@ class SparsePrefillImpl(SparseLayer, AttentionImpl):
         kv_sharing_target_layer_name: str | None = None,
         **extra: Any,
     ) -> None:
-        super().__init__(
+        parent: Any = super()
+        parent.__init__(
             num_heads,
             head_size,
             scale,

@@ -77,17 +77,19 @@ def test_causal_blocks(q_len: int, prefix: int, size: int) -> None:
 def test_counting() -> None:
     counter, untouched = DensityCounter(), DensityCounter()
     log = DensityLog([counter, untouched], seconds=10)
-    assert counter.read() == {"chunks": 0, "queries": 0, "density": None, "failures": 0, "declined": 0}
+    nothing = {"chunks": 0, "queries": 0, "kept_blocks": 0, "causal_blocks": 0, "failures": 0, "declined": 0}
+    assert counter.read() == {**nothing, "density": None}
     assert log.poll(0.0) is None
     query, key = torch.randn(2, 1, 2, 512, 16)
-    kept = causal = 0.0
+    kept = causal = 0
     for config in (StreamingLLMConfig(sink=0, window=128), FlexPrefillConfig(gamma=1.0)):
         selection = select_blocks(query, key, config)
         counter.add(tally(selection))
-        kept += float(selection.kept_blocks().sum())
+        kept += int(selection.kept_blocks().sum())
         causal += 2 * 10
     found = counter.read()
-    assert found == {"chunks": 2, "queries": 1024, "density": kept / causal, "failures": 0, "declined": 0}
+    blocks = {"kept_blocks": kept, "causal_blocks": causal}
+    assert found == {**nothing, **blocks, "chunks": 2, "queries": 1024, "density": kept / causal}
     assert log.poll(1.0) is None, "the copy has only begun"
     line = log.poll(2.0)
     assert line == f"sparse prefill so far: 2 chunks of 1024 tokens, density {kept / causal:.3f}, 0 failed"
