@@ -239,8 +239,8 @@ class Step:
     seed: int = 0
     batch: Any = field(init=False)
     query: Tensor = field(init=False)
-    key: Tensor = field(init=False)
-    value: Tensor = field(init=False)
+    key: Any = field(init=False)
+    value: Any = field(init=False)
     keys: list[Tensor] = field(init=False, default_factory=list)
     values: list[Tensor] = field(init=False, default_factory=list)
 

@@ -1,6 +1,6 @@
 """On a CUDA GPU with vLLM: the real engine answers needle prompts with sparse prefill.
 
-Each engine runs in a process of its own (`bench.vllm_engine`), which also proves the plug-in's entry point: the package
+Each engine runs in a process of its own (`bench.serve_job`), which also proves the plug-in's entry point: the package
 must be installed, `pip install --no-build-isolation --no-deps -e .` is enough.
 """
 
@@ -16,8 +16,8 @@ import torch
 
 from bench.needle import MODEL_DIR
 from bench.needle.prompts import ANSWER_DIGITS, NeedlePrompt, another_question, build_prompt, is_correct
-from bench.vllm import MODEL, LoadPlan
-from bench.vllm_engine import EngineError, run_job
+from bench.serve import MODEL, LoadPlan
+from bench.serve_job import EngineError, run_job
 from flexprefill_fa import FlexPrefillConfig
 from flexprefill_fa.integrations.engine_settings import SECTION
 

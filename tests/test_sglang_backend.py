@@ -179,7 +179,8 @@ def test_what_a_layer_is_called_with(extra: dict[str, Any]) -> None:
     """Sinks and the like come with the call; None and False ask for nothing."""
     runner, backend = make_engine()
     step = Step(runner, MIXED)
-    step.run(backend, **dict.fromkeys(extra))
+    nothing: dict[str, Any] = dict.fromkeys(extra)
+    step.run(backend, **nothing)
     assert not runner.parents[0].served
     step.run(backend, plan=False, **extra)
     (call,) = runner.parents[0].served
