@@ -208,6 +208,10 @@ def _after(original: Any, hooks: list[Any]) -> Any:
     return wrapped
 
 
+GETTERS = ("attention_backends", "get_disagg", "get_exec", "get_model", "get_parallel", "get_schedule", "get_spec")
+"""Functions of SGLang's `runtime_context` that the integration calls."""
+
+
 def contents() -> dict[str, dict[str, Any]]:
     """The modules, by name, made anew: registries are empty."""
     backends: dict[str, Any] = {}
@@ -221,7 +225,6 @@ def contents() -> dict[str, dict[str, Any]]:
             return types.SimpleNamespace(internal_state={"world_size": 1})
 
     registry = type("HookRegistry", (HookRegistry,), {"hooks": {}, "patched": set()})
-    getters = ["attention_backends", "get_disagg", "get_exec", "get_model", "get_parallel", "get_schedule", "get_spec"]
     srt = "sglang.srt"
     packages = ["sglang", "sglang.srt", "sglang.srt.arg_groups", "sglang.srt.layers", "sglang.srt.layers.attention"]
     packages += ["sglang.srt.mem_cache", "sglang.srt.model_executor", "sglang.srt.plugins", "sglang.srt.managers"]
@@ -250,5 +253,5 @@ def contents() -> dict[str, dict[str, Any]]:
         f"{srt}.model_executor.forward_batch_info": {"ForwardBatch": ForwardBatch, "ForwardMode": ForwardMode},
         f"{srt}.plugins.hook_registry": {"HookRegistry": registry, "HookType": HookType},
         f"{srt}.utils.common": {"DynamicGradMode": torch.no_grad},
-        f"{srt}.runtime_context": dict.fromkeys(getters, print),  # tests put their own in our modules
+        f"{srt}.runtime_context": dict.fromkeys(GETTERS, print),  # tests put their own in our modules
     }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from sglang_engine import FOLDER, MIXED, SMALL, Step, configuration, install, make_runner, ours, sglang, sglang_in_place
+from sglang_stubs import GETTERS
+
+from bench.serve import MODEL
 
 pytestmark = pytest.mark.skipif(not FOLDER, reason="run by test_sglang_files.py, over SGLang's own files")
 
@@ -56,3 +61,27 @@ def test_a_short_step_is_its_own() -> None:
     for request in range(2):
         assert float((out[step.rows_of(request)].double() - step.dense(request)).abs().max()) < 2e-2
     assert ours("sglang").statistics()["layers.0.attn"]["chunks"] == 0
+
+
+def test_the_command_line_and_the_configuration(tmp_path) -> None:
+    """SGLang's own parser takes the options of the documents, and what it publishes is where the backend reads it."""
+    ours("sglang").register()
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    arguments = sglang("server_args").ServerArgs
+    parser = argparse.ArgumentParser()
+    arguments.add_cli_args(parser)
+    settings = json.dumps({"sparse_prefill": {"peak": 0.2}})
+    command = ["--model-path", str(tmp_path), "--skip-tokenizer-init", "--load-format", "dummy", "--device", "cpu"]
+    command += ["--chunked-prefill-size", "8192", "--prefill-attention-backend", "flexprefill"]
+    given = parser.parse_args([*command, "--json-model-override-args", settings])
+    context = sglang("runtime_context")
+    context.publish(arguments.from_cli_args(given), role="scheduler")
+    assert context.attention_backends() == ("flexprefill", "torch_native")
+    engine = ours("sglang_engine")
+    for name in GETTERS:
+        setattr(engine, name, getattr(context, name))
+    assert engine.parent_name() == "torch_native"
+    runner = make_runner()
+    assert engine.refusal(runner) is None and engine.dense_reason(runner) is None
+    found = engine.engine_settings_of(runner)
+    assert found.selector.peak == 0.2 and found.min_prefill_tokens == 512 and engine.chunk_of(runner) == 1024
