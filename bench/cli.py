@@ -22,12 +22,12 @@ from bench.planning import check_memory, head_shape, make_plan
 from bench.quality_cli import quality
 from bench.render import DOCUMENTS, render_document
 from bench.report import calibration_table, one_line, result_table
+from bench.serve_cli import serve
 from bench.spec import parse_lengths, parse_list, parse_numbers, parse_selector
 from bench.synthetic import block_count
 from bench.terminal import one_line_errors, plain, record
 from bench.ttft_cli import ttft
 from bench.tune import best_tiles, tuning_rows
-from bench.vllm_cli import vllm
 from flexprefill_fa.tools.loading import UsageError, require_kernels, resolve_device, resolve_dtype
 from flexprefill_fa.tools.progress import WorkProgress
 from flexprefill_fa.tools.reporting import open_console
@@ -114,7 +114,7 @@ def attention(
 
 app.command()(quality)
 app.command()(ttft)
-app.command()(vllm)
+app.command()(serve)
 app.command()(peers)
 
 

@@ -18,10 +18,10 @@ from bench.quality_points import quality_groups
 from bench.quality_tables import correction_tables, selector_tables
 from bench.real_answers import ANSWERS, RealAnswers
 from bench.selection_costs import selection_costs
+from bench.serve_tables import ENGINES, serve_tables
 from bench.speed_summary import speed_summary
 from bench.tables import attention_tables, demo_table, density_tables, groups
 from bench.ttft_tables import ttft_tables
-from bench.vllm_tables import vllm_tables
 from flexprefill_fa.tools.rows import read
 
 DOCUMENTS: dict[Path, tuple[str, ...]] = {
@@ -32,7 +32,7 @@ DOCUMENTS: dict[Path, tuple[str, ...]] = {
         "attention-needle",
         "density",
         "ttft",
-        "vllm",
+        "serving",
         "attention-cpu",
         "peers",
     ),
@@ -120,7 +120,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "mean-correction": lambda results: correction_tables(read(results / "quality.jsonl")),
     "ttft": lambda results: ttft_tables(read(results / "ttft.jsonl"), read(results / "quality.jsonl")),
     "needle": lambda results: run_tables(read(results / "needle.jsonl")),
-    "vllm": lambda results: vllm_tables(read(results / "vllm.jsonl")),
+    "serving": lambda results: serve_tables(row for name in ENGINES for row in read(results / f"{name}.jsonl")),
     "fidelity": _leaderboards,
     "fidelity-plot": _fidelity_plot,
     "fidelity-settings": lambda results: single_settings(read(results / "fidelity.jsonl")),

@@ -54,11 +54,11 @@ def statistics(worker: Any, reset: bool = False) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for name, layer in worker.vllm_config.compilation_config.static_forward_context.items():
-        counter = getattr(getattr(layer, "impl", None), "sparse_counter", None)
-        if counter is not None:
-            found[name] = {**counter.read(), "off": layer.impl.sparse_off}
+        impl: Any = getattr(layer, "impl", None)
+        if getattr(impl, "sparse_counter", None) is not None:
+            found[name] = impl.statistics()
             if reset:
-                counter.reset()
+                impl.sparse_counter.reset()
     return found
 
 

@@ -16,7 +16,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname  # pyright: ignore[r
 from vllm.v1.attention.selector import AttentionSelectorConfig  # pyright: ignore[reportMissingImports]
 
 from .vllm_builder import SparsePrefillBuilder
-from .vllm_config import engine_settings
+from .vllm_config import engine_settings_of
 from .vllm_impl import SparsePrefillImpl
 from .vllm_log import log_once
 from .vllm_plan import backend_problem, model_problem
@@ -42,7 +42,7 @@ def choose(asked: dict[str, Any], version: str) -> tuple[str, str]:
     warning = version_warning(version)
     if warning is not None:
         log_once(config, warning, logging.WARNING)
-    engine_settings(config)  # a bad one is an error before any layer is made
+    engine_settings_of(config)  # a bad one is an error before any layer is made
     path = current_platform.get_attn_backend_cls(None, AttentionSelectorConfig(**asked), None)
     parent = resolve_obj_by_qualname(path)
     reason = backend_problem(**asked)

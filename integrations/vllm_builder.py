@@ -16,9 +16,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec  # pyright: ignore[repo
 
 from flexprefill_fa.backends import resolve_backend
 
-from .vllm_config import FAILURES_IN_A_ROW, engine_settings, longest_chunk
+from .engine_counts import DensityLog
+from .engine_layer import FAILURES_IN_A_ROW
+from .vllm_config import engine_settings_of, longest_chunk
 from .vllm_log import log_once, logger
-from .vllm_paged import DensityLog
 from .vllm_plan import SparseStep, declined_chunks, sparse_step, split_step, step_problem
 from .vllm_version import spec_problem
 
@@ -36,7 +37,7 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **extra)
         self._config = vllm_config
-        self._settings = engine_settings(vllm_config)
+        self._settings = engine_settings_of(vllm_config)
         layers: Any = get_layers_from_vllm_config(vllm_config, torch.nn.Module, layer_names)
         impls = [layer.impl for layer in layers.values()]
         self._impls = [impl for impl in impls if getattr(impl, "sparse_counter", None) is not None]
@@ -74,17 +75,9 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
 
     def _warn_of_short_chunks(self, vllm_config: Any) -> None:
         chunk, prompt = longest_chunk(vllm_config.scheduler_config), vllm_config.model_config.max_model_len
-        settings = self._settings
-        if prompt < settings.min_prompt_tokens:
-            text = f"prompts have at most {prompt} tokens (min_prompt_tokens is {settings.min_prompt_tokens})"
-            log_once(vllm_config, f"sparse prefill: nothing will run sparse: {text}", logging.WARNING)
-        if chunk < settings.min_prefill_tokens:
-            text = (
-                f"sparse prefill: beside max_num_seqs decoding requests a chunk has at most {chunk} queries "
-                f"(min_prefill_tokens is {settings.min_prefill_tokens}), and shorter chunks run dense: raise "
-                "max_num_batched_tokens or long_prefill_token_threshold, or lower min_prefill_tokens"
-            )
-            log_once(vllm_config, text, logging.WARNING)
+        remedy = "raise max_num_batched_tokens or long_prefill_token_threshold"
+        for line in self._settings.never_reached(chunk, prompt, remedy):
+            log_once(vllm_config, line, logging.WARNING)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:

@@ -11,10 +11,16 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config  # pyright: ignore[reportMissingImports]
 from vllm.v1.attention.backend import AttentionImpl, AttentionType  # pyright: ignore[reportMissingImports]
 
-from .vllm_config import FAILURES_IN_A_ROW, Settings, engine_settings
+from flexprefill_fa.selection import BlockSelection
+
+from .engine_counts import DensityCounter
+from .engine_layer import SparseLayer
+from .engine_paged import GatherBuffer, attend_paged, warm_up
+from .engine_plan import take
+from .engine_settings import Settings
+from .vllm_config import engine_settings_of
 from .vllm_log import log_once, logger
-from .vllm_paged import DensityCounter, GatherBuffer, attend_chunk, attend_paged, tally, warm_up
-from .vllm_plan import SparseStep, layer_problem, take
+from .vllm_plan import SparseStep, layer_problem
 from .vllm_version import CacheLayout
 
 # Parents that read keys and values from the cache alone, where decoders are concerned: they need no copies of them.
@@ -23,13 +29,10 @@ _READ_THE_CACHE = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 _DRAFT_TAGS = ("draft_model", "extract_hidden_states", "dflash2_candidate_selector")
 
 
-class SparsePrefillImpl(AttentionImpl):
+class SparsePrefillImpl(SparseLayer, AttentionImpl):
     """The parent's layer, which attends sparsely in a `SparseStep`.
 
     Attributes:
-        sparse_counter: what its sparse chunks kept; None for a layer that the parent serves alone.
-        sparse_off: whether its sparse attention failed so often that the parent serves it from then on.
-        attend: what runs for a chunk, `attend_chunk`; benchmarks put something else here.
         gather_buffer: for its keys and values, shared with the engine's layers of the same shape.
     """
 
@@ -51,7 +54,8 @@ class SparsePrefillImpl(AttentionImpl):
         kv_sharing_target_layer_name: str | None = None,
         **extra: Any,
     ) -> None:
-        super().__init__(
+        parent: Any = super()
+        parent.__init__(
             num_heads,
             head_size,
             scale,
@@ -65,12 +69,9 @@ class SparsePrefillImpl(AttentionImpl):
             **extra,
         )
         config = get_current_vllm_config()
-        self._settings: Settings = engine_settings(config)
+        self._settings: Settings = engine_settings_of(config)
         self._max_keys: int = config.model_config.max_model_len
         self._cache_config = config.cache_config
-        self.attend = attend_chunk
-        self.sparse_off = False
-        self._failures = 0  # steps in a row
         reason = layer_problem(
             alibi_slopes=alibi_slopes, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap, extra=extra
         )
@@ -129,41 +130,17 @@ class SparsePrefillImpl(AttentionImpl):
         logger.info("sparse prefill: compiled and ran %d chunks in %.1f s", chunks, time.monotonic() - start)
 
     def _attend_chunks(self, layer: Any, query: Tensor, kv_cache: Tensor, step: SparseStep, output: Tensor) -> bool:
-        """The sparse chunks of a step; False where the parent has to serve it: the layer is dense, or this failed.
+        """The sparse chunks of a step; False where the parent has to serve it."""
 
-        An exception here would end the engine with every request in it; so it is logged and counted instead.
-        """
-        counter = self.sparse_counter
-        if counter is None or self.sparse_off:
-            return False
-        try:
-            tallies = []
-            for chunk, blocks in zip(step.chunks, step.blocks, strict=True):
-                rows = slice(chunk.start, chunk.end)
-                out, selection = attend_paged(
-                    query[rows], kv_cache, self.cache_layout, blocks, chunk.kv_len, self._settings, self.scale,
-                    self.gather_buffer, self.attend,
-                )  # fmt: skip
-                output[rows].copy_(out)
-                tallies.append(tally(selection))
-            for counted in tallies:  # after the whole step: a chunk is either sparse or a failure
-                counter.add(counted)
-        except Exception:
-            counter.failures += len(step.chunks)
-            self._failures += 1
-            logger.exception(
-                "sparse prefill failed for chunks of (queries, keys) %s; the parent backend serves them",
-                [(chunk.q_len, chunk.kv_len) for chunk in step.chunks],
-            )
-            if self._failures >= FAILURES_IN_A_ROW:
-                self.sparse_off = True
-                name = getattr(layer, "layer_name", "a layer")
-                logger.error(
-                    "sparse prefill of %s is off until the engine ends: %d steps failed in a row", name, self._failures
-                )
-            return False
-        self._failures = 0
-        return True
+        def attend_one(index: int) -> tuple[Tensor, BlockSelection]:
+            chunk = step.chunks[index]
+            keys, values = self.cache_layout.split(kv_cache)
+            return attend_paged(
+                query[chunk.start : chunk.end], keys, values, step.blocks[index], chunk.kv_len, self._settings,
+                self.scale, self.gather_buffer, self.attend,
+            )  # fmt: skip
+
+        return self.attend_chunks(step.chunks, attend_one, output, getattr(layer, "layer_name", "a layer"), logger)
 
     def _attend_rest(
         self,

@@ -17,48 +17,8 @@ from torch import Tensor
 
 from flexprefill_fa.grid import cdiv
 
-from .vllm_config import LEAST_PREFILL_TOKENS, Settings
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One prefill chunk: rows `start` to `end` of the step's queries, the last of the `kv_len` keys of a request."""
-
-    request: int
-    start: int
-    end: int
-    kv_len: int
-
-    @property
-    def q_len(self) -> int:
-        return self.end - self.start
-
-
-@dataclass(frozen=True)
-class StepSplit:
-    """`chunks` run sparse; `rest` are the other requests with queries, by index, for the parent."""
-
-    chunks: tuple[Chunk, ...]
-    rest: tuple[int, ...]
-
-
-def split_requests(query_start_loc: Sequence[int], kv_lens: Sequence[int], settings: Settings) -> StepSplit:
-    """Which requests of a step run sparse.
-
-    Args:
-        query_start_loc: first query row of each request and, last, the number of rows, `[requests + 1]`.
-        kv_lens: keys that each request's last query sees, cached ones included, `[requests]`.
-        settings: the thresholds.
-    """
-    chunks, rest = [], []
-    for request, kv_len in enumerate(kv_lens):
-        chunk = Chunk(request, query_start_loc[request], query_start_loc[request + 1], kv_len)
-        if chunk.q_len >= settings.min_prefill_tokens and kv_len >= max(settings.min_prompt_tokens, chunk.q_len):
-            chunks.append(chunk)
-        elif chunk.q_len:
-            rest.append(request)
-    return StepSplit(tuple(chunks), tuple(rest))
-
+from .engine_plan import Chunk, Rows, StepSplit, count_declined, part_of_step, split_requests, take, to_device
+from .engine_settings import LEAST_PREFILL_TOKENS, Settings
 
 # The fields of vLLM's `CommonAttentionMetadata` that a step of fewer requests has as well; versions differ in them.
 _COUNTED = ("query_start_loc", "query_start_loc_cpu", "num_reqs", "num_actual_tokens", "max_query_len", "max_seq_len")
@@ -119,23 +79,9 @@ def declined_chunks(common: Any, split: StepSplit | None, settings: Settings) ->
     kv_lens = common.seq_lens_cpu_upper_bound
     if common.max_query_len < LEAST_PREFILL_TOKENS or kv_lens is None:
         return 0
-    starts = common.query_start_loc_cpu[: common.num_reqs + 1]
-    queries = starts[1:] - starts[:-1]
-    long = (queries >= LEAST_PREFILL_TOKENS) & (kv_lens[: common.num_reqs] >= settings.min_prompt_tokens)
-    return max(0, int(long.sum()) - (len(split.chunks) if split else 0))
-
-
-Rows = slice | Tensor
-"""Rows of a step's queries: a slice where they stand together, else their indices, int64 on the queries' device."""
-
-
-def take(tensor: Any, rows: Rows) -> Any:
-    """`tensor[rows]` along the first dimension, without a copy where the rows stand together; arrays too, and None."""
-    if tensor is None:
-        return None
-    if not isinstance(tensor, Tensor):
-        return tensor[rows if isinstance(rows, slice) else rows.numpy()]
-    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+    requests = common.num_reqs
+    starts = common.query_start_loc_cpu[: requests + 1].tolist()
+    return count_declined(starts, kv_lens[:requests].tolist(), split, settings)
 
 
 def restrict(common: Any, requests: Sequence[int]) -> tuple[Any, Rows]:
@@ -149,40 +95,23 @@ def restrict(common: Any, requests: Sequence[int]) -> tuple[Any, Rows]:
         A `CommonAttentionMetadata` of `len(requests)` requests whose queries stand together from row 0, and where
         those rows are in the step.
     """
-    starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
-    spans = [(starts[request], starts[request + 1]) for request in requests]
-    lengths = [end - start for start, end in spans]
     device = common.query_start_loc.device
-    first, last = requests[0], requests[-1]
-    together = spans[-1][1] - spans[0][0] == sum(lengths) and last - first + 1 == len(requests)
-    if together:
-        rows: Rows = slice(spans[0][0], spans[-1][1])
-        which: Rows = slice(first, last + 1)
-        on_host: Rows = which
-    else:
-        rows = _to_device(torch.cat([torch.arange(start, end, device="cpu") for start, end in spans]), device)
-        on_host = torch.tensor(requests, device="cpu")
-        which = _to_device(on_host, device)
-    start_loc_cpu = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-    places = [(_OF_REQUESTS, which), (_OF_REQUESTS_ON_HOST, on_host), (_OF_ROWS, rows)]
+    part = part_of_step(common.query_start_loc_cpu[: common.num_reqs + 1].tolist(), requests, device)
+    start_loc_cpu = torch.tensor([0, *part.lengths], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+    places = [(_OF_REQUESTS, part.requests), (_OF_REQUESTS_ON_HOST, part.on_host), (_OF_ROWS, part.rows)]
     changed = {
         name: take(getattr(common, name), where) for names, where in places for name in names if hasattr(common, name)
     }
     changed |= {name: None for name in _CACHED if hasattr(common, name)}
     changed |= {
-        "query_start_loc": _to_device(start_loc_cpu, device),
+        "query_start_loc": to_device(start_loc_cpu, device),
         "query_start_loc_cpu": start_loc_cpu,
         "num_reqs": len(requests),
-        "num_actual_tokens": sum(lengths),
-        "max_query_len": max(lengths),
+        "num_actual_tokens": sum(part.lengths),
+        "max_query_len": max(part.lengths),
         "max_seq_len": int(changed["seq_lens_cpu_upper_bound"].max()),
     }
-    return dataclasses.replace(common, **changed), rows
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """From the host, without waiting for what the GPU is doing."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return dataclasses.replace(common, **changed), part.rows
 
 
 @dataclass

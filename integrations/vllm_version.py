@@ -13,8 +13,6 @@ Everything else in the integration is the same for all of them. Importing this m
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engine_version import look_up
 from .vllm_log import logger
 from .vllm_plan import KNOWN_FIELDS, NEEDED_FIELDS
 
@@ -124,7 +123,6 @@ _MODULES = {
     "vllm.v1.attention.selector": ("AttentionSelectorConfig",),
     "vllm.v1.kv_cache_interface": ("FullAttentionSpec",),
 }
-# Class -> method -> the arguments that it is called with, or that it calls ours with, by position.
 _SIGNATURES = {
     "AttentionImpl": {
         "__init__": "num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype "
@@ -141,35 +139,11 @@ _SIGNATURES = {
 
 def missing() -> list[str]:
     """What the installed vLLM lacks of what the integration needs, in words; empty where nothing is missing."""
-    lacks, found = [], {}
-    for module, names in _MODULES.items():
-        try:
-            imported = importlib.import_module(module)
-        except ImportError as error:
-            lacks.append(f"the module {module} ({error})")
-            continue
-        for name in names:
-            owner, _, member = name.partition(".")
-            found[owner] = getattr(imported, owner, None)
-            if found[owner] is None or (member and not hasattr(found[owner], member)):
-                lacks.append(f"{module}.{name}")
-    for owner, methods in _SIGNATURES.items():
-        lacks += _other_signatures(found[owner], methods) if found.get(owner) else []
+    lacks, found = look_up(_MODULES, _SIGNATURES)
     backend, common = found.get("AttentionBackend"), found.get("CommonAttentionMetadata")
     if backend and not hasattr(backend, "get_kv_cache_shape") and not hasattr(backend, "customize_spec"):
         lacks.append("AttentionBackend.get_kv_cache_shape or AttentionBackend.customize_spec")
     return lacks + (_other_fields(common) if common else [])
-
-
-def _other_signatures(owner: Any, methods: dict[str, str]) -> list[str]:
-    lacks = []
-    for name, arguments in methods.items():
-        expected = arguments.split()
-        method = getattr(owner, name, None)
-        given = [] if method is None else [given for given in inspect.signature(method).parameters if given != "self"]
-        if given[: len(expected)] != expected:
-            lacks.append(f"{owner.__name__}.{name}({', '.join(expected)}), got ({', '.join(given)})")
-    return lacks
 
 
 def _other_fields(common: Any) -> list[str]:

@@ -19,8 +19,8 @@ from bench.spec import parse_selector
 from flexprefill_fa import BlockSelection, Selector, get_selector, select_blocks, sparse_prefill_attention
 from flexprefill_fa.choice import parse_choice
 from flexprefill_fa.grid import unmasked_blocks, visible_blocks
+from flexprefill_fa.integrations.engine_settings import make_settings
 from flexprefill_fa.integrations.transformers import enable_sparse_prefill
-from flexprefill_fa.integrations.vllm_config import make_settings
 
 every = pytest.mark.parametrize("name", names())
 

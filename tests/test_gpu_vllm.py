@@ -1,6 +1,6 @@
 """On a CUDA GPU with vLLM: the real engine answers needle prompts with sparse prefill.
 
-Each engine runs in a process of its own (`bench.vllm_engine`), which also proves the plug-in's entry point: the package
+Each engine runs in a process of its own (`bench.serve_job`), which also proves the plug-in's entry point: the package
 must be installed, `pip install --no-build-isolation --no-deps -e .` is enough.
 """
 
@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from needle_served import BLIND, SELECTOR, SETTINGS, hidden_prompt, layers, phases, right
 
-from bench.vllm import MODEL, LoadPlan
-from bench.vllm_engine import EngineError, run_job
+from bench.serve import MODEL, LoadPlan
+from bench.serve_job import EngineError, run_job
 from flexprefill_fa import FlexPrefillConfig
-from flexprefill_fa.integrations.vllm_config import SECTION
+from flexprefill_fa.integrations.engine_settings import SECTION
 from flexprefill_fa.tools.needle import MODEL_DIR
-from flexprefill_fa.tools.needle.prompts import ANSWER_DIGITS, NeedlePrompt, another_question, build_prompt, is_correct
+from flexprefill_fa.tools.needle.prompts import ANSWER_DIGITS, NeedlePrompt, another_question, build_prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,9 +35,6 @@ pytestmark = [
 CHUNK = 8192
 LENGTHS = (8192, 16384, 32768)
 TOGETHER = (300, 1500, 3000, 5000, 9000, 12000, 20000, 30000)
-SELECTOR = {"gamma": 0.95, "min_budget": 512}
-SETTINGS = {**SELECTOR, "min_prefill_tokens": 2048, "min_prompt_tokens": 8192}
-BLIND = {"selector": "streaming_llm", "sink": 0, "window": 128, "min_prefill_tokens": 2048, "min_prompt_tokens": 8192}
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +66,6 @@ def prompts(needle_tokenizer) -> dict[str, list[NeedlePrompt]]:
     }
 
 
-def hidden_prompt(tokenizer: Any, tokens: int) -> NeedlePrompt:
-    """A prompt whose asked number stands neither at its start nor within the last 2048 tokens."""
-    for seed in range(1000, 1200):
-        prompt = build_prompt(tokenizer, tokens, seed=seed)
-        if 256 <= prompt.positions[list(prompt.needles).index(prompt.key)] < tokens - 2048:
-            return prompt
-    raise AssertionError(f"no such prompt of {tokens} tokens")
-
-
 def engine(settings: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """Arguments of `vllm.LLM` for the needle model, in a quarter of the GPU."""
     arguments: dict[str, Any] = {
@@ -90,28 +79,6 @@ def engine(settings: dict[str, Any] | None = None, **more: Any) -> dict[str, Any
     if settings is not None:
         arguments |= {"attention_backend": "CUSTOM", "additional_config": {SECTION: settings}}
     return {**arguments, **more}
-
-
-def phases(prompts: dict[str, list[NeedlePrompt]], *names: str) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompts": [prompt.token_ids for prompt in prompts[name]],
-            "max_tokens": ANSWER_DIGITS,
-            "together": name == "together",
-            "fault": name == "faulty",
-        }
-        for name in names
-    ]
-
-
-def right(tokenizer: Any, prompts: list[NeedlePrompt], phase: dict[str, Any]) -> list[bool]:
-    texts = [tokenizer.decode(ids) for ids in phase["outputs"]]
-    return [is_correct(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)]
-
-
-def layers(phase: dict[str, Any]) -> list[dict[str, Any]]:
-    """Statistics of every layer of every worker."""
-    return [layer for worker in phase["statistics"] for layer in worker.values()]
 
 
 NAMES = ("single", "again", "behind", "together", "faulty")

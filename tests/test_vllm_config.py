@@ -11,13 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, PeakPrefillConfig, StreamingLLMConfig
-from flexprefill_fa.integrations.vllm_config import (
-    SECTION,
-    VARIABLE,
-    Settings,
-    longest_chunk,
-    read_settings,
-)
+from flexprefill_fa.integrations.engine_settings import SECTION, Settings
+from flexprefill_fa.integrations.vllm_config import VARIABLE, longest_chunk, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,8 +56,16 @@ def test_prompts_of_which_everything_is_kept_stay_dense() -> None:
     ("given", "message"),
     [
         ({"peek": 0.9}, r"additional_config\['sparse_prefill'\]: unknown setting 'peek', expected one of .*peak"),
-        ({"gamma": 0.9, "gama": 0.9}, "unknown setting 'gamma', expected one of .*peak"),
-        ({"alpha": 0.1}, "unknown setting 'alpha'"),
+        (
+            {"gamma": 0.9, "gama": 0.9},
+            "unknown setting 'gama', expected one of .*gamma.* the selector flexprefill",
+        ),
+        (
+            {"alpha": 0.1},
+            "'alpha': not of peakprefill, .*, but of flashprefill: name it, as in .*flashprefill",
+        ),
+        ({"stride": 8, "threshold": 0.9}, "'stride', 'threshold': not of peakprefill, .* but of xattention: name it"),
+        ({"peak": 0.2, "alpha": 0.1}, "no selector has all of these settings: 'peak' is one of .*, 'alpha' is one of"),
         ({"selector": "flash"}, "unknown selector 'flash', expected one of cosa, flashprefill"),
         ({"gamma": 1.5}, r"gamma must be in \(0, 1\], got 1.5"),
         ({"gamma": "0.9"}, "gamma must be a number, got str"),
@@ -133,7 +136,7 @@ def test_importing_needs_no_vllm_and_registering_says_that_it_does() -> None:
     script = """
 import sys
 sys.modules["vllm"] = None
-import flexprefill_fa.integrations.vllm as integration, flexprefill_fa.integrations.vllm_paged
+import flexprefill_fa.integrations.vllm as integration, flexprefill_fa.integrations.vllm_plan
 assert "flexprefill_fa.integrations.vllm_backend" not in sys.modules
 try:
     integration.register()

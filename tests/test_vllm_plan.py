@@ -11,16 +11,15 @@ from hypothesis import strategies as st
 from paged import PagedBatch, paged_attention
 from vllm_releases import V24, V33, CommonAttentionMetadata33, Release
 
-from flexprefill_fa.integrations.vllm_config import Settings
+from flexprefill_fa.integrations.engine_plan import split_requests, take
+from flexprefill_fa.integrations.engine_settings import Settings
 from flexprefill_fa.integrations.vllm_plan import (
     backend_problem,
     layer_problem,
     restrict,
     sparse_step,
-    split_requests,
     split_step,
     step_problem,
-    take,
 )
 
 SETTINGS = Settings(min_prefill_tokens=8, min_prompt_tokens=24)

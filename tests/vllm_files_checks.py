@@ -112,7 +112,8 @@ def metadata_of(batch: PagedBatch) -> Any:
 
 def a_part_of_a_step() -> None:
     """`restrict` on the real class: dense attention by the part alone is that of the whole."""
-    from flexprefill_fa.integrations.vllm_plan import restrict, take
+    from flexprefill_fa.integrations.engine_plan import take
+    from flexprefill_fa.integrations.vllm_plan import restrict
 
     batch = PagedBatch([(1, 30), (40, 60), (3, 5), (1, 9)])
     for kept in ([0, 1], [0, 2, 3], [1]):

@@ -1,7 +1,10 @@
-"""The vLLM benchmark on the CPU: its synthetic blocks, its plan, and the documents' table."""
+"""The benchmark of serving engines on the CPU: its synthetic blocks, its plan, and the documents' table."""
 
 from __future__ import annotations
 
+import os
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -10,13 +13,13 @@ from oracle import causal_oracle, relative_error
 from typer.testing import CliRunner
 
 from bench.cli import app
+from bench.serve import LoadPlan, synthetic_attention
+from bench.serve_tables import ENGINES, serve_tables
 from bench.synthetic import chunk_selection
-from bench.vllm import LoadPlan, synthetic_attention
-from bench.vllm_tables import vllm_tables
 from flexprefill_fa import StreamingLLMConfig
 from flexprefill_fa.block_mask import check_layout
 from flexprefill_fa.grid import unmasked_blocks, visible_blocks
-from flexprefill_fa.integrations.vllm_config import SECTION, Settings
+from flexprefill_fa.integrations.engine_settings import SECTION, Settings
 from flexprefill_fa.selection import every_block
 from flexprefill_fa.tools.needle.prompts import another_question, build_prompt, is_correct
 
@@ -42,10 +45,10 @@ def test_blocks_of_a_chunk(q_len: int, kv_len: int, density: float) -> None:
 
 
 def test_synthetic_attention_selects_and_then_attends_over_its_own_blocks(monkeypatch) -> None:
-    import bench.vllm
+    import bench.serve
 
     selected = []
-    monkeypatch.setattr(bench.vllm, "select_blocks", lambda *arguments, **options: selected.append(options["scale"]))
+    monkeypatch.setattr(bench.serve, "select_blocks", lambda *arguments, **options: selected.append(options["scale"]))
     query, key, value = torch.randn(1, 4, 300, 32), torch.randn(1, 2, 700, 32), torch.randn(1, 2, 700, 32)
     attend = synthetic_attention(0.4)
     chosen = Settings(selector=StreamingLLMConfig())
@@ -72,8 +75,89 @@ def test_the_plan() -> None:
     assert {**default, "attention_backend": "CUSTOM", "additional_config": {SECTION: {"gamma": 0.9}}} == sparse
 
 
+def test_the_plan_for_sglang() -> None:
+    """Prompts and sizes are those of vLLM's plan; only where they and the settings are said differs."""
+    plan = LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6, 8192, 2, name="sglang")
+    default, sparse = plan.engine("folder", False), plan.engine("folder", True)
+    overrides = '{"sparse_prefill": {"gamma": 0.9}}'
+    assert {**default, "prefill_attention_backend": "flexprefill", "json_model_override_args": overrides} == sparse
+    assert (default["context_length"], default["chunked_prefill_size"]) == (65552, 8192)
+    assert plan.phases() == LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6, 8192, 2).phases()
+
+
+class Engine:
+    """SGLang's as far as a job goes: it counts a chunk of 8 causal blocks, 2 of them kept, for each prompt."""
+
+    run_scheduler_process_func = None
+    down = 0
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments, self.chunks, self.sampling = arguments, 3, []
+
+    def generate(self, input_ids: list[list[int]], sampling_params: dict[str, Any]) -> list[dict[str, Any]]:
+        self.sampling.append(sampling_params)
+        self.chunks += len(input_ids)
+        return [{"output_ids": [sum(ids)], "meta_info": {"cached_tokens": 0}} for ids in input_ids]
+
+    def get_server_info(self) -> dict[str, Any]:
+        counts = {"chunks": self.chunks, "kept_blocks": 2 * self.chunks, "causal_blocks": 8 * self.chunks}
+        more = {"density": 0.25, "failures": 0, "off": False}
+        return {"internal_states": [{"sparse_prefill": {"layers.0.attn": {**counts, **more}}}]}
+
+    def shutdown(self) -> None:
+        type(self).down += 1
+
+
+def test_a_job_on_sglang(monkeypatch) -> None:
+    """Over a stand-in for its engine: what a phase answers, and that counts are those of the phase."""
+    import bench.serve
+    import bench.serve_sglang
+
+    for name in ("sglang", "sglang.srt", "sglang.srt.entrypoints", "sglang.srt.entrypoints.engine"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(sys.modules["sglang.srt.entrypoints.engine"], "Engine", Engine, raising=False)
+    monkeypatch.setattr(Engine, "down", 0)
+    phase = {"prompts": [[1, 2], [3, 4]], "max_tokens": 5, "ignore_eos": True}
+    job = {"engine": {"model_path": "folder"}, "phases": [phase, {**phase, "together": True}]}
+    found = bench.serve_sglang.run_engine(job)
+    alone, together = found["phases"]
+    assert alone["outputs"] == together["outputs"] == [[3], [7]]
+    assert (len(alone["seconds"]), len(together["seconds"])) == (2, 1)
+    for counted in (alone, together):
+        assert bench.serve._density(counted) == {"density": 0.25, "chunks": 2, "failures": 0}
+    assert Engine.down == 1
+
+    monkeypatch.delenv("FLEXPREFILL_FA_BENCH_DENSITY", raising=False)
+    started = []
+    monkeypatch.setattr(Engine, "__init__", lambda self, **arguments: started.append(self))
+    bench.serve_sglang.run_engine({**job, "synthetic": 0.05, "phases": []})
+    assert started[0].run_scheduler_process_func is bench.serve_sglang.run_synthetic_scheduler
+    assert os.environ["FLEXPREFILL_FA_BENCH_DENSITY"] == "0.05"
+
+
+def test_the_scheduler_of_a_synthetic_job(monkeypatch) -> None:
+    import bench.serve_sglang
+    from flexprefill_fa.integrations.engine_layer import SparseLayer
+
+    for name in ("sglang", "sglang.srt", "sglang.srt.managers", "sglang.srt.managers.scheduler"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    seen = []
+    run = lambda *arguments: seen.append((arguments, SparseLayer().attend))  # noqa: E731
+    monkeypatch.setattr(sys.modules["sglang.srt.managers.scheduler"], "run_scheduler_process", run, raising=False)
+    monkeypatch.setattr(SparseLayer, "attend", SparseLayer.attend)
+    monkeypatch.setenv("FLEXPREFILL_FA_BENCH_DENSITY", "0.4")
+    bench.serve_sglang.run_synthetic_scheduler("server_args", 0)
+    ((arguments, attend),) = seen
+    assert arguments == ("server_args", 0)
+    query, key, value = torch.randn(1, 4, 300, 32), torch.randn(1, 2, 700, 32), torch.randn(1, 2, 700, 32)
+    chosen = Settings(selector=StreamingLLMConfig())
+    blocks = attend(query, key, value, chosen, 32**-0.5)[1]
+    assert torch.equal(blocks.to_dense(), chunk_selection(300, 700, 4, 0.4).to_dense())
+
+
 def row(backend: str, **fields: Any) -> dict[str, Any]:
     conditions = {
+        "kind": "vllm",
         "gpu": "NVIDIA H200",
         "vllm": "0.24.0",
         "torch": "2.11.0",
@@ -93,27 +177,27 @@ def row(backend: str, **fields: Any) -> dict[str, Any]:
 
 
 def test_the_gather_alone(monkeypatch) -> None:
-    import bench.vllm
+    import bench.serve
 
-    monkeypatch.setattr(bench.vllm, "environment", lambda device: {"gpu": "NVIDIA H200"})
-    monkeypatch.setattr(bench.vllm, "run_job", lambda job: pytest.fail("no engine is asked for"))
-    monkeypatch.setattr(bench.vllm, "gather_share", lambda plan: {"q_len": 8192, "gather_ms": 0.5})
+    monkeypatch.setattr(bench.serve, "environment", lambda device: {"gpu": "NVIDIA H200"})
+    monkeypatch.setattr(bench.serve, "run_job", lambda job: pytest.fail("no engine is asked for"))
+    monkeypatch.setattr(bench.serve, "gather_share", lambda plan: {"q_len": 8192, "gather_ms": 0.5})
     found = list(
-        bench.vllm.load_rows(LoadPlan([4096, 131072], {}, 0.05, 7, 8192, 32, only="gather"), lambda line: None)
+        bench.serve.load_rows(LoadPlan([4096, 131072], {}, 0.05, 7, 8192, 32, only="gather"), lambda line: None)
     )
     assert [(row["backend"], row["length"], row["gather_ms"]) for row in found] == [("gather", 131072, 0.5)]
 
 
 def test_rows_of_an_engine_whose_sparse_attention_failed_are_refused() -> None:
-    import bench.vllm
+    import bench.serve
 
     sound = {"chunks": 4, "queries": 32768, "density": 0.05, "failures": 0}
-    found = bench.vllm._density({"statistics": [{"0": sound, "1": {**sound, "density": 0.07}}]})
+    found = bench.serve._density({"statistics": [{"0": sound, "1": {**sound, "density": 0.07}}]})
     assert found == {"density": 0.06, "chunks": 4, "failures": 0}
     broken = {"chunks": 0, "queries": 0, "density": None, "failures": 4}
     for layers in ({"0": sound, "1": broken}, {"0": broken, "1": broken}):
-        with pytest.raises(bench.vllm.EngineError, match=r"sparse attention failed for \d chunks of 2 layers"):
-            bench.vllm._density({"statistics": [layers]})
+        with pytest.raises(bench.serve.EngineError, match=r"sparse attention failed for \d chunks of 2 layers"):
+            bench.serve._density({"statistics": [layers]})
 
 
 def test_the_table() -> None:
@@ -125,13 +209,27 @@ def test_the_table() -> None:
         row("sparse prefill", measure="decode", length=512, requests=32, tokens_per_s=1990.0),
         row("gather", measure="gather", length=131072, q_len=8192, gather_ms=0.4, select_ms=0.8, attend_ms=0.8),
     ]
-    text = vllm_tables(rows)
+    text = serve_tables(rows)
     assert "| 131,072 tokens: first token, ms | 0.052 | 12,000 | 4,000 | 3.00x |" in text, "the later row counts"
     assert "| 32 requests decoding: tokens/s | - | 2,000 | 1,990 | 0.99x |" in text
     assert "random blocks of 5% density" in text and "FlashAttention 3" in text and "commit abc" in text
     assert "First token: medians of 2 (longest prompts) to 7; the other rows: one run each." in text
     assert "gathering the keys and values from the paged cache 0.40 ms (20%)" in text
-    assert vllm_tables([]) == ""
+    assert serve_tables([]) == ""
+
+
+def test_each_engine_has_a_table() -> None:
+    """Beside each other in one document; rows say which engine they are of, and what it calls the tokens of a step."""
+    both = []
+    for kind, (title, option) in ENGINES.items():
+        for backend, ttft in (("default", 600.0), ("sparse prefill", 200.0)):
+            first = row(backend, measure="first token", length=65536, ttft_ms=ttft, repeats=3)
+            tokens, kernel = first.pop("max_num_batched_tokens"), "fa3" if kind == "sglang" else "FlashAttention 3"
+            both.append({**first, "kind": kind, option: tokens, kind: "1.2.3", "dense_kernel": kernel})
+        found = serve_tables(both).split("**Llama-3.1-8B")[-1]
+        assert f"{option} 8,192; default backend: {both[-1]['dense_kernel']}. " in found
+        assert f"{title} 1.2.3" in found and f"| {title}'s default backend |" in found
+    assert serve_tables(both).count("| 65,536 tokens: first token, ms | - | 600 | 200 | 3.00x |") == 2
 
 
 @pytest.mark.parametrize(
@@ -142,6 +240,8 @@ def test_the_table() -> None:
         (["--settings", '{"gama": 1}'], "unknown setting 'gama'"),
         (["--density", "2"], "density must be in (0, 1], got 2"),
         (["--lengths", "0"], "lengths must be whole numbers"),
+        (["--engine", "vlm"], "engine must be one of vllm, sglang, got 'vlm'"),
+        (["--engine", "sglang"], "SGLang is measured on a CUDA GPU, and there is none"),
         (["--only", "nothing"], "only must be one of all, engines, gather, got 'nothing'"),
         (["--only", "gather", "--layers", "32"], "vLLM is measured on a CUDA GPU, and there is none"),
         ([], "vLLM is measured on a CUDA GPU, and there is none"),
@@ -150,7 +250,7 @@ def test_the_table() -> None:
 def test_mistakes_in_one_line(arguments: list[str], message: str) -> None:
     if torch.cuda.is_available() and "there is none" in message:
         pytest.skip("there is a GPU")
-    result = CliRunner().invoke(app, ["vllm", *arguments])
+    result = CliRunner().invoke(app, ["serve", *arguments])
     assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
 
 

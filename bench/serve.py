@@ -1,4 +1,4 @@
-"""Prefill-heavy load on vLLM: its default attention backend, and the same engine with sparse prefill in front.
+"""Prefill-heavy load on a serving engine: its default attention backend, and the same engine with sparse prefill.
 
 The model has the shape of Llama-3.1-8B and random weights, so its attention has no pattern of its own. The sparse
 engine therefore runs its selection in full, throws the result away, and attends over seeded random blocks of a given
@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.serve_job import EngineError, run_job
+from bench.serve_tables import ENGINES
+from bench.serve_vllm import sparse_layers
 from bench.shapes import SHAPES
 from bench.synthetic import chunk_selection
-from bench.vllm_engine import EngineError, run_job, sparse_layers
 from flexprefill_fa import BlockSelection, block_sparse_attention, select_blocks
-from flexprefill_fa.integrations.vllm_config import SECTION, Settings, make_settings
-from flexprefill_fa.integrations.vllm_paged import GatherBuffer, gather
+from flexprefill_fa.integrations.engine_paged import GatherBuffer, gather
+from flexprefill_fa.integrations.engine_settings import SECTION, Settings, make_settings
 from flexprefill_fa.tools.rows import Row, environment, package_version
 
 MODEL = SHAPES["llama-3.1-8b"]
@@ -46,13 +48,14 @@ class LoadPlan:
 
     Attributes:
         lengths: of the prompts, in tokens.
-        settings: of the backend, as in `additional_config`.
+        settings: of the backend, as under "sparse_prefill" in an engine's configuration.
         density: of the synthetic blocks.
         repeats: of each prompt below 64K tokens; longer ones get a third.
-        batched_tokens: vLLM's max_num_batched_tokens.
+        batched_tokens: the most prompt tokens of a step, vLLM's max_num_batched_tokens, SGLang's chunked_prefill_size.
         layers: of the model.
         seed: of prompts and blocks.
         only: "all", or one part: "engines" or "gather".
+        name: of the engine, "vllm" or "sglang".
     """
 
     lengths: Sequence[int]
@@ -63,26 +66,29 @@ class LoadPlan:
     layers: int
     seed: int = 0
     only: str = "all"
+    name: str = "vllm"
 
     def __post_init__(self) -> None:
         if self.only not in PARTS:
             raise ValueError(f"only must be one of {', '.join(PARTS)}, got {self.only!r}")
+        if self.name not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.name!r}")
         make_settings(self.settings, "settings")
 
     def engine(self, folder: str, sparse: bool) -> dict[str, Any]:
-        """Arguments of `vllm.LLM`."""
-        arguments: dict[str, Any] = {
-            "model": folder,
-            "load_format": "dummy",
-            "skip_tokenizer_init": True,
-            "dtype": "bfloat16",
-            "max_model_len": max(self.lengths) + _ANSWER_TOKENS,
-            "max_num_batched_tokens": self.batched_tokens,
-            "seed": self.seed,
-        }
-        if sparse:
-            arguments |= {"attention_backend": "CUSTOM", "additional_config": {SECTION: self.settings}}
-        return arguments
+        """Arguments of `vllm.LLM` or `sglang.Engine`."""
+        length = max(self.lengths) + _ANSWER_TOKENS
+        common = {"load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16"}
+        section = {SECTION: self.settings}
+        if self.name == "vllm":
+            sizes = {"max_model_len": length, "max_num_batched_tokens": self.batched_tokens}
+            ours = {"attention_backend": "CUSTOM", "additional_config": section}
+            arguments: dict[str, Any] = {"model": folder, **common, **sizes, "seed": self.seed}
+        else:
+            sizes = {"context_length": length, "chunked_prefill_size": self.batched_tokens}
+            ours = {"prefill_attention_backend": "flexprefill", "json_model_override_args": json.dumps(section)}
+            arguments = {"model_path": folder, **common, **sizes, "random_seed": self.seed, "log_level": "info"}
+        return arguments | (ours if sparse else {})
 
     def phases(self) -> list[dict[str, Any]]:
         """One of each length to time the first token, one of several long prompts at once, one of decoding."""
@@ -116,7 +122,7 @@ def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
     """
     device = torch.device("cuda")
     conditions: Row = {
-        "kind": "vllm",
+        "kind": plan.name,
         "device": device.type,
         **environment(device),
         "model": "Llama-3.1-8B shape, random weights",
@@ -125,18 +131,19 @@ def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
         "kv_heads": MODEL["num_key_value_heads"],
         "head_dim": MODEL["head_dim"],
         "dtype": MODEL["torch_dtype"],
-        "max_num_batched_tokens": plan.batched_tokens,
+        ENGINES[plan.name].step_tokens: plan.batched_tokens,
         "seed": plan.seed,
     }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": plan.layers}))
         for sparse in (False, True) if plan.only != "gather" else ():
-            note(f"vLLM with {'sparse prefill' if sparse else 'its default backend'}")
+            note(f"{ENGINES[plan.name].title} with {'sparse prefill' if sparse else 'its default backend'}")
             job: dict[str, Any] = {"engine": plan.engine(folder, sparse), "phases": plan.phases()}
             if sparse:
                 job["synthetic"] = plan.density
-            result = run_job(job)
-            backend: Row = {"backend": "sparse prefill" if sparse else "default", **_versions(result["log"])}
+            result = run_job(job, engine=plan.name)
+            versions = _versions(plan.name, result["log"])
+            backend: Row = {"backend": "sparse prefill" if sparse else "default", **versions}
             if sparse:
                 backend |= {"settings": plan.settings, "synthetic_density": plan.density}
             yield from ({**conditions, **backend, **row} for row in _measured(plan, result))
@@ -154,10 +161,11 @@ def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
     }
 
 
-def _versions(log: str) -> Row:
-    """vLLM's version and which kernel it took, from what it printed."""
-    flash = re.search(r"Using FlashAttention version (\d)", log)
-    return {"vllm": package_version("vllm"), "dense_kernel": f"FlashAttention {flash[1]}" if flash else None}
+def _versions(engine: str, log: str) -> Row:
+    """The engine's version and which dense kernel it took, from what it printed."""
+    found = re.search(r"Using FlashAttention version (\d)|Use (\w+) backend by default", log)
+    kernel = None if found is None else f"FlashAttention {found[1]}" if found[1] else found[2]
+    return {engine: package_version(engine), "dense_kernel": kernel}
 
 
 def _measured(plan: LoadPlan, result: dict[str, Any]) -> Iterator[Row]:

@@ -1,15 +1,13 @@
-"""Sparse attention of a prefill chunk over a paged KV cache, and what it counts. Imports no vLLM.
+"""Sparse attention of a prefill chunk over an engine's paged KV cache. Imports no engine.
 
 The keys and values that a chunk sees are gathered once per layer, in the order of their positions: a selector reads all
-keys anyway, and it and FlexAttention's kernels take keys in order, without a block table. `python -m bench vllm --only
+keys anyway, and it and FlexAttention's kernels take keys in order, without a block table. `python -m bench serve --only
 gather` measures what that costs.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,8 +16,7 @@ from flexprefill_fa.attention import sparse_prefill_attention
 from flexprefill_fa.grid import cdiv
 from flexprefill_fa.selection import BlockSelection
 
-from .vllm_config import Settings
-from .vllm_version import CacheLayout
+from .engine_settings import Settings
 
 _ROWS = 128  # a buffer has a multiple of these
 
@@ -29,8 +26,8 @@ AttendChunk = Callable[[Tensor, Tensor, Tensor, Settings, float], tuple[Tensor, 
 class GatherBuffer:
     """Room for the gathered keys and values of one chunk: all layers of one shape use it in turn, on one stream.
 
-    Taken once, in vLLM's profiling run, so that vLLM counts it: a new tensor for every chunk, each longer than the
-    last, would leave behind freed memory that no later chunk fits into. Keys and values are two tensors, each at the
+    Taken once, when the engine starts: a new tensor for every chunk, each longer than the last, would leave behind
+    freed memory that no later chunk fits into. Keys and values are two tensors, each at the
     start of its memory, which is what compiled kernels are told of alignment.
     """
 
@@ -91,8 +88,8 @@ def attend_chunk(
 
 def attend_paged(
     query: Tensor,
-    cache: Tensor,
-    layout: CacheLayout,
+    keys: Tensor,
+    values: Tensor,
     blocks: Tensor,
     kv_len: int,
     settings: Settings,
@@ -104,8 +101,7 @@ def attend_paged(
 
     Args:
         query: `[q_len, Hq, D]`, the last of the keys.
-        cache: keys and values of one layer. The chunk's own are in it already.
-        layout: where it has them.
+        keys, values: of one layer's cache, `[blocks, block_size, Hkv, D]`. The chunk's own are in it already.
         blocks: of the request, int `[n]`.
         kv_len: keys that the chunk's last query sees.
         settings, scale: as for `attend_chunk`.
@@ -115,105 +111,10 @@ def attend_paged(
     Returns:
         `[q_len, Hq, D]` and what was kept.
     """
-    halves = layout.split(cache)
-    room = buffer.room(len(blocks) * halves[0].shape[1], halves[0].shape[2], query)
-    key, value = (gather(half, blocks, kv_len, out) for half, out in zip(halves, room, strict=True))
+    room = buffer.room(len(blocks) * keys.shape[1], keys.shape[2], query)
+    key, value = (gather(half, blocks, kv_len, out) for half, out in zip((keys, values), room, strict=True))
     out, selection = attend(query.transpose(0, 1)[None], key, value, settings, scale)
     return out[0].transpose(0, 1), selection
-
-
-@functools.lru_cache(maxsize=4096)
-def causal_blocks(q_len: int, kv_len: int, block_size: int) -> int:
-    """Blocks that dense causal attention of a chunk computes, in one head."""
-    offset = kv_len - q_len
-    return sum(cdiv(min(offset + first + block_size, kv_len), block_size) for first in range(0, q_len, block_size))
-
-
-class Tally(NamedTuple):
-    """What one chunk kept: blocks kept (int64 `[]`, on its device) and causal blocks, of all heads; its queries."""
-
-    kept: Tensor
-    causal: int
-    queries: int
-
-
-def tally(selection: BlockSelection) -> Tally:
-    """Of one chunk, without waiting for its device."""
-    kept = selection.kept_blocks()  # [1, Hq]
-    causal = causal_blocks(selection.q_len, selection.kv_len, selection.block_size) * kept.shape[1]
-    return Tally(kept.sum(), causal, selection.q_len)
-
-
-class DensityCounter:
-    """What the sparse chunks of one layer kept, added up on their device; reading it waits, adding does not.
-
-    Attributes:
-        chunks: that ran sparse; queries: in them.
-        failures: chunks for which sparse attention failed, so that the parent served their step.
-        declined: chunks of long prompts that the parent served because they, or their step, could not run sparse.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Start from nothing."""
-        self.chunks = self.queries = self.failures = self.declined = 0
-        self.causal = 0
-        self.kept: Tensor | None = None  # int64 []
-
-    def add(self, chunk: Tally) -> None:
-        """Count one chunk."""
-        self.kept = chunk.kept if self.kept is None else self.kept + chunk.kept
-        self.causal += chunk.causal
-        self.chunks += 1
-        self.queries += chunk.queries
-
-    def read(self) -> dict[str, Any]:
-        """Counts, and `density` = kept blocks / causal blocks over all chunks and heads (None before the first)."""
-        density = None if self.kept is None else int(self.kept) / self.causal
-        counts = {"failures": self.failures, "declined": self.declined}
-        return {"chunks": self.chunks, "queries": self.queries, "density": density, **counts}
-
-
-class DensityLog:
-    """A line with the mean density of several layers, not more often than every `seconds`; never waits for the GPU."""
-
-    def __init__(self, counters: Sequence[DensityCounter], seconds: float) -> None:
-        self._counters = counters
-        self._seconds = seconds
-        self._last = -float("inf")
-        self._seen = 0  # chunks, at the latest look
-        self._pending: tuple[Tensor, torch.cuda.Event | None, str] | None = None
-
-    def poll(self, now: float) -> str | None:
-        """A line that is due, or None; `now` in seconds. The numbers were copied from the GPU since an earlier call."""
-        line = None
-        if self._pending is not None and (self._pending[1] is None or self._pending[1].query()):
-            kept, _, text = self._pending
-            line, self._pending = text.format(density=float(kept)), None
-        if self._pending is None and self._seconds and now - self._last >= self._seconds:
-            ran = [counter for counter in self._counters if counter.kept is not None]
-            seen = sum(counter.chunks for counter in ran)
-            if seen != self._seen and ran:  # nothing new is no line
-                self._last = now
-                self._pending = self._copy(ran)
-            self._seen = seen
-        return line
-
-    def _copy(self, ran: list[DensityCounter]) -> tuple[Tensor, torch.cuda.Event | None, str]:
-        kept = [counter.kept for counter in ran if counter.kept is not None]
-        density = torch.stack(kept).sum() / sum(counter.causal for counter in ran)
-        chunks = max(counter.chunks for counter in ran)
-        queries = max(counter.queries for counter in ran)
-        failures = sum(counter.failures for counter in self._counters)
-        text = f"sparse prefill so far: {chunks} chunks of {queries} tokens, density {{density:.3f}}, {failures} failed"
-        if density.device.type != "cuda":
-            return density, None, text
-        event = torch.cuda.Event()
-        copied = torch.empty((), dtype=density.dtype, device="cpu", pin_memory=True).copy_(density, non_blocking=True)
-        event.record()
-        return copied, event, text
 
 
 def warm_up_lengths(rows: int, max_keys: int, settings: Settings) -> list[tuple[int, int]]:

@@ -10,18 +10,9 @@ from oracle import causal_oracle, relative_error
 from paged import PagedBatch
 
 from flexprefill_fa import FlexPrefillConfig, StreamingLLMConfig, select_blocks
-from flexprefill_fa.integrations.vllm_config import Settings
-from flexprefill_fa.integrations.vllm_paged import (
-    DensityCounter,
-    DensityLog,
-    GatherBuffer,
-    attend_paged,
-    causal_blocks,
-    gather,
-    tally,
-    warm_up,
-    warm_up_lengths,
-)
+from flexprefill_fa.integrations.engine_counts import DensityCounter, DensityLog, causal_blocks, tally
+from flexprefill_fa.integrations.engine_paged import GatherBuffer, attend_paged, gather, warm_up, warm_up_lengths
+from flexprefill_fa.integrations.engine_settings import Settings
 from flexprefill_fa.integrations.vllm_version import CacheLayout
 from flexprefill_fa.selection import every_block
 
@@ -62,11 +53,11 @@ def test_a_buffer_grows_only_where_it_must() -> None:
 )
 def test_a_chunk_equals_the_oracle_over_its_kept_blocks(q_len: int, kv_len: int, config, kv_dim: int | None) -> None:
     batch = PagedBatch([(q_len, kv_len)], heads=4, kv_heads=2, head_dim=32, kv_dim=kv_dim)
-    layout = CacheLayout(kv_dim)
+    keys, values = CacheLayout(kv_dim).split(batch.cache)
     chosen = Settings(selector=config)
     blocks = batch.common.block_table_tensor[0, : -(-kv_len // 16)]
     scale = 32**-0.5
-    out, selection = attend_paged(batch.query, batch.cache, layout, blocks, kv_len, chosen, scale, GatherBuffer())
+    out, selection = attend_paged(batch.query, keys, values, blocks, kv_len, chosen, scale, GatherBuffer())
     query, key, value = batch.query.transpose(0, 1)[None], batch.keys[0][None], batch.values[0][None]
     expected, _, real = causal_oracle(query, key, value, selection)
     assert relative_error(out.transpose(0, 1)[None], expected, real) < 1e-5
@@ -86,17 +77,19 @@ def test_causal_blocks(q_len: int, prefix: int, size: int) -> None:
 def test_counting() -> None:
     counter, untouched = DensityCounter(), DensityCounter()
     log = DensityLog([counter, untouched], seconds=10)
-    assert counter.read() == {"chunks": 0, "queries": 0, "density": None, "failures": 0, "declined": 0}
+    nothing = {"chunks": 0, "queries": 0, "kept_blocks": 0, "causal_blocks": 0, "failures": 0, "declined": 0}
+    assert counter.read() == {**nothing, "density": None}
     assert log.poll(0.0) is None
     query, key = torch.randn(2, 1, 2, 512, 16)
-    kept = causal = 0.0
+    kept = causal = 0
     for config in (StreamingLLMConfig(sink=0, window=128), FlexPrefillConfig(gamma=1.0)):
         selection = select_blocks(query, key, config)
         counter.add(tally(selection))
-        kept += float(selection.kept_blocks().sum())
+        kept += int(selection.kept_blocks().sum())
         causal += 2 * 10
     found = counter.read()
-    assert found == {"chunks": 2, "queries": 1024, "density": kept / causal, "failures": 0, "declined": 0}
+    blocks = {"kept_blocks": kept, "causal_blocks": causal}
+    assert found == {**nothing, **blocks, "chunks": 2, "queries": 1024, "density": kept / causal}
     assert log.poll(1.0) is None, "the copy has only begun"
     line = log.poll(2.0)
     assert line == f"sparse prefill so far: 2 chunks of 1024 tokens, density {kept / causal:.3f}, 0 failed"
