@@ -2,66 +2,54 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from bench.tables import markdown_table
-from flexprefill_fa.rows import Row, latest
+from bench.tables import Table, commits, field, settings_of, times, versions
+from flexprefill_fa.rows import Row
 
-_GROUP = ("gpu", "model", "layers", "max_num_batched_tokens")
 _MEASURES = {
     "first token": ("{length:,} tokens: first token, ms", "ttft_ms", False),
     "prefill": ("{requests} x {length:,} tokens at once: prompt tokens/s", "prompt_tokens_per_s", True),
     "decode": ("{requests} requests decoding: tokens/s", "tokens_per_s", True),
 }
-_VERSIONS = (("vllm", "vLLM"), ("torch", "torch"), ("triton", "triton"), ("flash_attn_4", "flash-attn-4"))
+_DEFAULT, _SPARSE = "default", "sparse prefill"
 
 
 def vllm_tables(rows: Iterable[Row]) -> str:
     """One table for each GPU and engine; empty without rows."""
-    found: dict[str, list[Row]] = {}
-    for row in latest(rows, _measured):
-        found.setdefault(json.dumps([row[name] for name in _GROUP]), []).append(row)
-    return "\n\n".join(filter(None, map(_table, found.values())))
+    return _TABLE.markdown(rows)
 
 
-def _measured(row: Row) -> str:
-    names = (*_GROUP, "backend", "measure", "length", "settings", "synthetic_density")
-    return json.dumps([row.get(name) for name in names])
+def _pairs(rows: Sequence[Row]) -> list[dict[str, Row]]:
+    """The rows of both backends, by their names, of what was measured with both."""
+    found: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: row["backend"] != _SPARSE):
+        found.setdefault((row["measure"], row["length"]), {})[row["backend"]] = row
+    return [pair for pair in found.values() if {_DEFAULT, _SPARSE} <= set(pair)]
 
 
-def _table(rows: Sequence[Row]) -> str:
-    def of(backend: str) -> dict[tuple[str, int], Row]:
-        return {(row["measure"], row["length"]): row for row in rows if row["backend"] == backend}
+def _value(row: Row) -> float:
+    return row[_MEASURES[row["measure"]][1]]
 
-    default, sparse = of("default"), of("sparse prefill")
-    lines = []
-    for key, row in sparse.items():
-        other = default.get(key)
-        if other is None:
-            continue
-        title, field, more_is_better = _MEASURES[row["measure"]]
-        ratio = row[field] / other[field] if more_is_better else other[field] / row[field]
-        density = "-" if row["density"] is None else f"{row['density']:.3f}"
-        lines.append([title.format(**row), density, _number(other[field]), _number(row[field]), f"{ratio:.2f}x"])
-    if not lines:
-        return ""
-    header = ["", "density of sparse chunks", "vLLM's default backend", "with sparse prefill", ""]
-    return "\n\n".join(filter(None, (_caption(rows), markdown_table(header, lines), _gather(rows))))
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _ratio(pair: dict[str, Row]) -> str:
+    ratio = _value(pair[_SPARSE]) / _value(pair[_DEFAULT])
+    return times(ratio if _MEASURES[pair[_SPARSE]["measure"]][2] else 1 / ratio)
 
 
 def _caption(rows: Sequence[Row]) -> str:
-    row = next(row for row in rows if row["backend"] == "sparse prefill")
-    versions = [f"{title} {row[name]}" for name, title in _VERSIONS if row.get(name)]
-    settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items()) or "default settings"
+    row = next(row for row in rows if row["backend"] == _SPARSE)
     return (
         f"**{row['model']}**, {row['layers']} layers, {row['dtype']}, max_num_batched_tokens "
         f"{row['max_num_batched_tokens']:,}; default backend: {row.get('dense_kernel') or 'as vLLM chose'}. Random "
-        f"weights have no attention pattern: the sparse engine selects in full ({settings}) and then attends over "
-        f"seeded random blocks of {row['synthetic_density']:.0%} density. {row['gpu']}, {', '.join(versions)}, commit "
-        f"{row['commit']}, {row['date']}; wall clock of the whole engine. First token: {_samples(rows)}; the other "
-        "rows: one run each."
+        f"weights have no attention pattern: the sparse engine selects in full "
+        f"({settings_of(row['settings']) or 'default settings'}) and then attends over seeded random blocks of "
+        f"{row['synthetic_density']:.0%} density. {row['gpu']}, {versions([row], 'vllm')}, {commits([row])}; wall "
+        f"clock of the whole engine. First token: {_samples(rows)}; the other rows: one run each."
     )
 
 
@@ -87,5 +75,17 @@ def _gather(rows: Sequence[Row]) -> str:
     )
 
 
-def _number(value: Any) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+_TABLE = Table(
+    group_by=("gpu", "model", "layers", "max_num_batched_tokens"),
+    identity=("backend", "measure", "length", "settings", "synthetic_density"),
+    lines=_pairs,
+    columns=lambda rows: [
+        ("", lambda pair: _MEASURES[pair[_SPARSE]["measure"]][0].format(**pair[_SPARSE])),
+        ("density of sparse chunks", lambda pair: field("density", ".3f")(pair[_SPARSE])),
+        ("vLLM's default backend", lambda pair: _number(_value(pair[_DEFAULT]))),
+        ("with sparse prefill", lambda pair: _number(_value(pair[_SPARSE]))),
+        ("", _ratio),
+    ],
+    caption=_caption,
+    notes=_gather,
+)
