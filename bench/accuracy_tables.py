@@ -1,204 +1,244 @@
-"""Accuracy rows of `flexprefill eval` as tables for the documents."""
+"""Tables of `flexprefill eval`: accuracy and density by task and length, and all tasks of a model in one."""
 
 from __future__ import annotations
 
-import json
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 
-from bench.tables import VERSIONS, distinct, markdown_table
+from bench.tables import Column, Table, bold, distinct, method, values, versions
 from flexprefill_fa.choice import DENSE
 from flexprefill_fa.tools.evaluation import ACCURACY_KIND
-from flexprefill_fa.tools.reporting import changed_settings
-from flexprefill_fa.tools.rows import Row, latest
+from flexprefill_fa.tools.rows import Row
 
 MARGIN = 0.02
 """How far below dense attention an accuracy may lie before it is marked."""
+ANSWERS = "ruler.jsonl"
+"""Rows of `flexprefill eval` on real models, in the folder of results."""
 
-_CONDITIONS = (
-    "model",
-    "model_sha256",
-    "tokenizer_sha256",
-    "python",
-    "gpu",
-    "dtype",
-    "seed",
-    "samples",
-    "chat_template",
-    "task",
-    "task_version",
-    "metric",
-)
-"""What the rows of a table have in common."""
+_TASK = ("task", "task_version")
+_CONDITIONS = ("model", "model_sha256", "tokenizer_sha256", "python", "gpu", "dtype", "seed", "samples")
+_CONDITIONS += ("chat_template", "metric")
+_CELL = ("length", "selector", "settings", "mean_correction", "dense_layers")
 
-_OF_THE_TASK = ("task", "task_version")
+Cells = dict[tuple[str, "int | None"], Row]
+"""Rows of one task by the name of their line and the length."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """A selector and its settings: `name` for a table, and its rows by length in tokens (None: the task's own)."""
+def cells_of(rows: Iterable[Row]) -> Cells:
+    """The rows of one task, dense first.
 
-    name: str
-    by_length: dict[int | None, Row]
-
-
-@dataclass(frozen=True)
-class TaskTable:
-    """Rows of one task under the same conditions; dense first."""
-
-    task: str
-    lengths: tuple[int | None, ...]
-    lines: tuple[Line, ...]
-
-    @property
-    def title(self) -> str:
-        """The task, with its version if it has one."""
-        version = self.rows()[0]["task_version"]
-        return self.task if version is None else f"{self.task} version {version}"
-
-    @property
-    def conditions(self) -> str:
-        """What its rows have in common but the task: tables of other tasks with the same may be summed up together."""
-        return _key(self.rows()[0], [name for name in _CONDITIONS if name not in _OF_THE_TASK])
-
-    def row(self, name: str, length: int | None) -> Row | None:
-        """The row of a line at a length, if it was measured."""
-        return next((line.by_length.get(length) for line in self.lines if line.name == name), None)
-
-    def rows(self) -> list[Row]:
-        """Every row."""
-        return [row for line in self.lines for row in line.by_length.values()]
-
-
-def task_tables(rows: Iterable[Row]) -> list[TaskTable]:
-    """The accuracy rows among `rows`, the latest of each cell, one table per task and conditions."""
-    found: dict[str, list[Row]] = {}
-    for row in latest((row for row in rows if row["kind"] == ACCURACY_KIND), _cell):
-        found.setdefault(_key(row, _CONDITIONS), []).append(row)
-    return [_table_of(group) for group in found.values()]
-
-
-def _cell(row: Row) -> str:
-    return _key(row, (*_CONDITIONS, "length", "selector", "settings", "mean_correction", "dense_layers"))
-
-
-def _key(row: Row, names: Sequence[str]) -> str:
-    return json.dumps([row[name] for name in names], sort_keys=True)
-
-
-def _table_of(rows: Sequence[Row]) -> TaskTable:
-    for length in {row["length"] for row in rows}:
-        prompts = {row["prompts_sha256"] for row in rows if row["length"] == length}
-        if len(prompts) > 1:
-            raise ValueError(
-                f"accuracy rows of {rows[0]['task']} at {length} tokens must be of the same prompts to stand beside "
-                f"each other, got prompts_sha256 {', '.join(sorted(found[:10] for found in prompts))}"
-            )
-    lines: dict[str, dict[int | None, Row]] = {}
-    for row in sorted(rows, key=lambda row: row["selector"] != DENSE):
-        lines.setdefault(_name(row), {})[row["length"]] = row
-    lengths = sorted({row["length"] for row in rows}, key=lambda length: length or 0)
-    named = tuple(Line(name, by_length) for name, by_length in lines.items())
-    return TaskTable(rows[0]["task"], tuple(lengths), named)
-
-
-def _name(row: Row) -> str:
-    """The selector and the settings that are not its usual ones."""
-    told = [f"{name} {value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
-    told += ["mean correction"] if row["mean_correction"] else []
-    dense = ", ".join(map(str, row["dense_layers"]))
-    told += [f"layer{'s' if len(row['dense_layers']) > 1 else ''} {dense} dense"] if dense else []
-    return ", ".join([row["selector"], *told])
-
-
-def accuracy_tables(rows: Iterable[Row]) -> str:
-    """One table per task: accuracy and density at each length, and recall and prefill time where prompts were measured.
-
-    Recall is that of the longest such length, times are of the shortest and the longest.
+    Raises:
+        ValueError: for rows of one length that are not of the same prompts: they cannot stand beside each other.
     """
-    return "\n\n".join(_markdown(table) for table in task_tables(rows))
+    cells: Cells = {}
+    prompts: dict[int | None, set[str]] = {}
+    for row in sorted(rows, key=lambda row: row["selector"] != DENSE):
+        cells[method(row), row["length"]] = row
+        found = prompts.setdefault(row["length"], set())
+        found.add(row["prompts_sha256"])
+        if len(found) > 1:
+            raise ValueError(
+                f"accuracy rows of {row['task']} at {row['length']} tokens must be of the same prompts to stand beside "
+                f"each other, got prompts_sha256 {', '.join(sorted(name[:10] for name in found))}"
+            )
+    return cells
 
 
-def _markdown(table: TaskTable) -> str:
-    header = ["selector", *(tokens_of(length) for length in table.lengths)]
-    timed = {row["length"] for row in table.rows() if row["measured_prompts"]}
-    measured = [length for length in table.lengths if length in timed]
-    ends = list(dict.fromkeys((measured[0], measured[-1]))) if measured else []
-    if measured:
-        header += [f"recall at {tokens_of(ends[-1])}", *(f"prefill at {tokens_of(length)}" for length in ends)]
-    body = []
-    for line in table.lines:
-        cells = [_accuracy(line.by_length.get(length), table.row(DENSE, length)) for length in table.lengths]
-        if measured:
-            cells.append(_recall(line.by_length.get(ends[-1])))
-            cells += [_time(line.by_length.get(length), table.row(DENSE, length)) for length in ends]
-        body.append([line.name, *cells])
-    return f"{_caption(table)}\n\n{markdown_table(header, body)}"
+def _names(rows: Iterable[Row]) -> list[str]:
+    """A line for each selector and settings."""
+    return list(dict.fromkeys(name for name, _ in cells_of(rows)))
 
 
-def tokens_of(length: int | None) -> str:
-    """A length as a heading."""
+def _tokens(length: int | None) -> str:
     return "the task's own prompts" if length is None else f"{length:,}"
+
+
+def title_of(row: Row) -> str:
+    """The task, with its version if it has one."""
+    version = row["task_version"]
+    return row["task"] if version is None else f"{row['task']} version {version}"
+
+
+def _is_below(row: Row | None, dense: Row | None) -> bool:
+    return row is not None and dense is not None and row["accuracy"] < dense["accuracy"] - MARGIN - 1e-9
 
 
 def _accuracy(row: Row | None, dense: Row | None) -> str:
     if row is None:
         return "-"
-    value = f"{row['accuracy']:.2f}"
-    if dense is not None and is_below(row, dense):
-        value = f"**{value}**"
+    value = bold(f"{row['accuracy']:.2f}", _is_below(row, dense))
     return value if row["selector"] == DENSE else f"{value} ({row['density']:.2f})"
 
 
-def is_below(row: Row, dense: Row) -> bool:
-    """Whether an accuracy is more than `MARGIN` below that of dense attention."""
-    return row["accuracy"] < dense["accuracy"] - MARGIN - 1e-9
-
-
-def _recall(row: Row | None) -> str:
+def _recall(row: Row | None, _: Row | None) -> str:
     if row is None or row["recall"] is None:
         return "-"
     return "1" if row["selector"] == DENSE else f"{row['recall']:.3f} ({row['recall_min']:.2f})"
 
 
 def _time(row: Row | None, dense: Row | None) -> str:
-    time = row["timing"]["prefill_ms"] if row else None
-    before = dense["timing"]["prefill_ms"] if dense else None
+    time, before = (found["timing"]["prefill_ms"] if found else None for found in (row, dense))
     if time is None:
         return "-"
     return f"{time:.1f} ({before / time:.1f}x)" if before else f"{time:.1f}"
 
 
-def drawing_of(row: Row) -> str:
+def _task_columns(rows: list[Row]) -> list[Column]:
+    cells, lengths = cells_of(rows), values(rows, "length")
+    timed = {row["length"] for row in rows if row["measured_prompts"]}
+    measured = [length for length in lengths if length in timed]
+
+    def column(title: str, cell, length: int | None) -> Column:
+        return title, lambda name: cell(cells.get((name, length)), cells.get((DENSE, length)))
+
+    columns = [column(_tokens(length), _accuracy, length) for length in lengths]
+    if measured:
+        columns.append(column(f"recall at {_tokens(measured[-1])}", _recall, measured[-1]))
+        ends = dict.fromkeys((measured[0], measured[-1]))
+        columns += [column(f"prefill at {_tokens(length)}", _time, length) for length in ends]
+    return [("selector", str), *columns]
+
+
+def _drawing(row: Row) -> str:
     """How the prompts were made."""
     return f"seed {row['seed']}, Python {row['python']}{', chat template' if row['chat_template'] else ''}"
 
 
-def model_of(row: Row) -> str:
-    """A model's name and the beginning of its hash."""
+def _model(row: Row) -> str:
     return f"{row['model']} (SHA-256 {row['model_sha256'][:10]})"
 
 
-def _caption(table: TaskTable) -> str:
-    rows = table.rows()
+def _task_caption(rows: Sequence[Row]) -> str:
+    rows = list(cells_of(rows).values())
     row = rows[0]
-    versions = ", ".join(f"{title} {distinct(rows, name)}" for name, title in VERSIONS if distinct(rows, name))
     measured = " and ".join(sorted({str(row["measured_prompts"]) for row in rows if row["measured_prompts"]}))
     timed = (
         f" Recall as the mean over heads (the worst head); prefill time of an uncompiled model on {measured} prompts "
         "one by one, in ms and against dense, selection included; small models are held up by launches."
     )
-    dates = ", ".join(dict.fromkeys(row["timing"]["date"] for row in rows))
     return (
-        f"**{table.title}** ({row['metric']}), {row['samples']} samples a cell, {drawing_of(row)}, "
-        f"model {model_of(row)}. "
-        f"Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
-        f"{row['gpu']}, {row['dtype']}, {versions}, "
-        f"transformers {distinct(rows, 'transformers')}, lm-eval {distinct(rows, 'lm_eval')}, commit "
-        f"{distinct(rows, 'commit')}, {dates}.{timed if measured else ''}"
+        f"**{title_of(row)}** ({row['metric']}), {row['samples']} samples a cell, {_drawing(row)}, "
+        f"model {_model(row)}. Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
+        f"{row['gpu']}, {row['dtype']}, {versions(rows)}, transformers {distinct(rows, 'transformers')}, "
+        f"lm-eval {distinct(rows, 'lm_eval')}, commit {distinct(rows, 'commit')}, "
+        f"{distinct([row['timing'] for row in rows], 'date')}.{timed if measured else ''}"
     )
 
 
-def sparse_rows(table: TaskTable) -> list[Row]:
-    """The rows of a table that a plot shows as points."""
-    return [row for row in table.rows() if row["selector"] != DENSE]
+TASKS = Table(
+    group_by=(*_CONDITIONS, *_TASK),
+    identity=_CELL,
+    where=lambda row: row["kind"] == ACCURACY_KIND,
+    lines=_names,
+    columns=_task_columns,
+    caption=_task_caption,
+)
+"""One task: accuracy and density at each length, and recall and prefill time where prompts were measured.
+
+Recall is that of the longest such length, times are of the shortest and the longest.
+"""
+
+
+def accuracy_tables(rows: Iterable[Row]) -> str:
+    """One table for each task and conditions."""
+    return TASKS.markdown(rows)
+
+
+# All tasks that were asked under the same conditions in one table; of each task, the version whose rows begin last.
+
+
+def _tasks(rows: Iterable[Row]) -> dict[str, Cells]:
+    """The cells of each task."""
+    parts: dict[str, dict[float | None, list[Row]]] = {}
+    for row in rows:
+        parts.setdefault(row["task"], {}).setdefault(row["task_version"], []).append(row)
+    return {task: cells_of(list(versions.values())[-1]) for task, versions in parts.items()}
+
+
+def _summary_cell(name: str, tasks: Iterable[Cells], length: int | None) -> str:
+    rows = [row for cells in tasks if (row := cells.get((name, length))) is not None]
+    if not rows:
+        return "-"
+    worst = min(rows, key=lambda row: row["accuracy"])
+    asked = sum((DENSE, length) in cells for cells in tasks)
+    # A mean over fewer tasks would not compare with the others.
+    whole = len(rows) >= asked
+    text = f"{statistics.fmean(row['accuracy'] for row in rows):.2f}" if whole else f"{len(rows)} of {asked} tasks"
+    text = bold(text, any(_is_below(cells.get((name, length)), cells.get((DENSE, length))) for cells in tasks))
+    if worst["accuracy"] < 1:
+        text += f", {worst['task'].removeprefix('needle_')} {worst['accuracy']:.2f}"
+    if whole and name != DENSE:
+        text += f" ({statistics.fmean(row['density'] for row in rows):.2f})"
+    return text
+
+
+def _summary_columns(rows: list[Row]) -> list[Column]:
+    tasks = _tasks(rows).values()
+    lengths = values([row for cells in tasks for row in cells.values()], "length")
+    by_length: list[Column] = [
+        (_tokens(length), partial(_summary_cell, tasks=tasks, length=length)) for length in lengths
+    ]
+    return [("selector", str), *by_length]
+
+
+def _summary_caption(rows: Sequence[Row]) -> str:
+    tasks = _tasks(rows).values()
+    found = [row for cells in tasks for row in cells.values()]
+    row = found[0]
+    names = ", ".join(title_of(next(iter(cells.values()))) for cells in tasks)
+    return (
+        f"**{_model(row)}**, mean accuracy ({row['metric']}) on {names}, {row['samples']} samples a task and length, "
+        f"{_drawing(row)}; then the worst task, and in brackets the mean density. No mean where not all tasks were "
+        f"asked. Bold: more than {MARGIN} below dense on a task. {row['gpu']}, {row['dtype']}, commit "
+        f"{distinct(found, 'commit')}."
+    )
+
+
+_SUMMARY = Table(
+    group_by=_CONDITIONS,
+    identity=(*_TASK, *_CELL),
+    where=TASKS.where,
+    lines=lambda rows: dict.fromkeys(name for cells in _tasks(rows).values() for name, _ in cells),
+    columns=_summary_columns,
+    caption=_summary_caption,
+)
+
+
+def accuracy_summaries(rows: Iterable[Row]) -> str:
+    """How well each selector does on average, and where it does worst: one table for each model and conditions."""
+    return _SUMMARY.markdown(rows)
+
+
+class RealAnswers:
+    """Mean accuracy of real models over tasks, by model, selector and length."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._rows = [row for group in TASKS.groups(rows) for row in group]
+
+    def lengths(self, model_sha256: str) -> list[int]:
+        """Lengths in tokens at which a model was asked."""
+        return [length for length in values(self._of(model_sha256), "length") if length is not None]
+
+    def text(self, model_sha256: str, selector: str = DENSE, *, corrected: bool = False) -> str:
+        """Mean accuracy at each length, of the setting that was asked most; a dash where not all tasks were asked.
+
+        Empty where none was.
+        """
+        rows = [row for row in self._of(model_sha256) if not row["dense_layers"]]
+        mine = [row for row in rows if (row["selector"], row["mean_correction"]) == (selector, corrected)]
+        if not mine:
+            return ""
+        settings = [str(row["settings"]) for row in mine]
+        asked = max(dict.fromkeys(settings), key=settings.count)
+        mine = [row for row in mine if str(row["settings"]) == asked]
+        return " / ".join(self._mean(mine, rows, length) for length in self.lengths(model_sha256))
+
+    def _of(self, model_sha256: str) -> list[Row]:
+        return [row for row in self._rows if row["model_sha256"] == model_sha256]
+
+    @staticmethod
+    def _mean(mine: list[Row], rows: list[Row], length: int) -> str:
+        tasks = {row["task"] for row in rows if row["selector"] == DENSE and row["length"] == length}
+        found = {row["task"]: row["accuracy"] for row in mine if row["length"] == length}
+        return f"{statistics.fmean(found.values()):.2f}" if found and tasks <= set(found) else "-"

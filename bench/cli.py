@@ -1,37 +1,59 @@
-"""The `python -m bench` command: measure time and quality, tune, fit, calibrate, render."""
+"""The `python -m bench` command: measure time and quality, tune, fit, render."""
 
 from __future__ import annotations
 
-import itertools
-import json
+import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from bench import calibrate as calibration
 from bench.attention import LengthBenchmark
 from bench.fit import fit_rates
 from bench.host import host_rows
-from bench.inputs import WORKLOADS
+from bench.needle.capture import model_config as needle_config
 from bench.paths import RESULTS
-from bench.peers_cli import peers
-from bench.planning import check_memory, head_shape, make_plan
-from bench.quality_cli import quality
-from bench.render import DOCUMENTS, render_document
-from bench.report import calibration_table, one_line, result_table
+from bench.peer_rows import PeerBenchmark, look_for_peers
+from bench.planning import make_plan
+from bench.quality import BACKEND, QualityPlan, quality_rows, sweep
+from bench.quality_tables import SETTINGS
+from bench.render import DOCUMENTS, draw_plots, render_document
 from bench.serve_cli import serve
-from bench.spec import parse_lengths, parse_list, parse_numbers, parse_selector
-from bench.synthetic import block_count
-from bench.terminal import one_line_errors, plain, record
-from bench.ttft_cli import ttft
+from bench.shapes import SHAPES
+from bench.spec import (
+    Backends,
+    Device,
+    Dtype,
+    HeadDim,
+    Heads,
+    Json,
+    KvHeads,
+    Layer,
+    Lengths,
+    Out,
+    Repeats,
+    Seconds,
+    Seed,
+    Selectors,
+    Workload,
+    check_backends,
+    parse_lengths,
+    parse_list,
+    parse_place,
+    parse_selectors,
+    parse_whole,
+)
+from bench.speed_tables import ATTENTION, DENSITY, PEERS
+from bench.tables import paragraphs
+from bench.terminal import Recorder, one_line_errors
+from bench.ttft_tables import ttft_tables
 from bench.tune import best_tiles, tuning_rows
-from flexprefill_fa.tools.loading import UsageError, require_kernels, resolve_device, resolve_dtype
-from flexprefill_fa.tools.progress import WorkProgress
-from flexprefill_fa.tools.reporting import open_console
-from flexprefill_fa.tools.rows import Row, append, read, require_appendable
+from flexprefill_fa import selector_names
+from flexprefill_fa.tools.loading import UsageError, require_transformers
+from flexprefill_fa.tools.rows import Row, read
 
 app = typer.Typer(
     help="Benchmarks. Their rows go to bench/results/, and the tables of the README and docs/ are rendered from those.",
@@ -46,94 +68,201 @@ _LENGTHS = "4096,8192,16384,32768,65536,131072,262144"
 
 @app.command()
 def attention(
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = _LENGTHS,
-    selectors: Annotated[
-        str, typer.Option(help="Comma-separated; name or name:field=value+field=value.")
-    ] = "flexprefill",
+    lengths: Lengths = _LENGTHS,
+    selectors: Selectors = "flexprefill",
     density: Annotated[
         str | None, typer.Option(help="Synthetic selections of these densities instead of selectors.")
     ] = None,
-    backends: Annotated[
-        str | None, typer.Option(help="Default: auto and what the device has of FLASH, TRITON and CPU.")
-    ] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Query heads, 32 by default.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads, 8 by default.")] = None,
-    head_dim: Annotated[int | None, typer.Option(min=16, help="128 by default.")] = None,
+    backends: Backends = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = None,
     batch: Annotated[int, typer.Option(min=1)] = 1,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    workload: Annotated[str, typer.Option(help=f"One of {', '.join(WORKLOADS)}.")] = WORKLOADS[0],
-    layer: Annotated[int, typer.Option(min=0, help="Of the needle model, for that workload.")] = 2,
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each time.")] = 20,
-    seconds: Annotated[float, typer.Option(min=0, help="Fewer repeats where they would take longer.")] = 5.0,
+    dtype: Dtype = "bfloat16",
+    workload: Workload = "sharpened",
+    layer: Layer = 2,
+    device: Device = "auto",
+    seed: Seed = 0,
+    repeats: Repeats = 20,
+    seconds: Seconds = 5.0,
     dense: Annotated[bool, typer.Option(help="Time the dense kernels too.")] = True,
     mean_correction: Annotated[bool, typer.Option(help="Time attention with mean correction too.")] = False,
-    out: Annotated[Path, typer.Option(help="JSON lines; rows are added.")] = RESULTS / "attention.jsonl",
-    as_json: Annotated[bool, typer.Option("--json", help="Print each row on stdout too, the table on stderr.")] = False,
+    out: Out = RESULTS / "attention.jsonl",
+    as_json: Json = False,
 ) -> None:
     """Time selection and attention beside dense attention, on structured inputs, after checking the outputs.
 
     Exits with 1 if an output was wrong and with 2 if something could not run.
     """
-    console = open_console(stderr=True)
+    options = locals()
     with one_line_errors():
-        plan = make_plan(
-            configs=[] if density else [parse_selector(spec) for spec in parse_list("selectors", selectors)],
-            densities=parse_numbers("density", density, 1) if density else [],
-            backends=backends,
-            shape=head_shape(workload, layer, heads, kv_heads, head_dim),
-            batch=batch,
-            dtype=dtype,
-            workload=workload,
-            layer=layer,
-            device=device,
-            seed=seed,
-            repeats=repeats,
-            seconds=seconds,
-            dense=dense,
-            mean_correction=mean_correction,
-        )
-        wanted = parse_lengths(lengths)
-        for length, share in itertools.product(wanted, plan.densities):
-            block_count(length, share)
-        check_memory(plan, wanted)
-        require_appendable(out)
+        plan = make_plan(**options)
+        run = Recorder(out, as_json)
 
-    def rows_of(length: int) -> Iterator[Row]:
-        return LengthBenchmark(plan, length, plain(console)).rows()
+    def measured(length: int) -> Iterator[Row]:
+        return LengthBenchmark(plan, length, run.note).rows()
 
-    rows, skipped = record(wanted, rows_of, plan.steps(), out=out, as_json=as_json, console=console, line=one_line)
-    if rows:
-        open_console(stderr=as_json).print(result_table(rows))
-    if any("error" in row for row in rows):
-        raise typer.Exit(1)
-    if skipped:
-        raise typer.Exit(2)
-
-
-app.command()(quality)
-app.command()(ttft)
-app.command()(serve)
-app.command()(peers)
+    for length in plan.lengths:
+        run.take(f"{length} tokens", plan.steps(), partial(measured, length))
+    tables = paragraphs(table.markdown(run.rows) for table in (ATTENTION, DENSITY))
+    run.finish(tables, wrong=any("error" in row for row in run.rows))
 
 
 @app.command()
-def calibrate(
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "4096",
-    sharpness: Annotated[str, typer.Option(help="Factors to try, comma-separated.")] = "0.4,0.6,0.8,1,1.2,1.4,1.6",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+def quality(
+    lengths: Lengths = "8192,32768",
+    selectors: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated; name or name:field=value+field=value. Default: a sweep of every selector."),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Of the needle model, comma-separated; all by default.")] = None,
+    mean_correction: Annotated[
+        bool | None, typer.Option("--mean-correction/--no-mean-correction", help="Both by default.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Out = RESULTS / "quality.jsonl",
+    as_json: Json = False,
 ) -> None:
-    """Find the sharpness at which the heads of the "sharpened" series reach their target density, on the CPU.
+    """Compare what selectors keep, and what their outputs lose against exact attention, on a trained model's heads.
 
-    Takes about a second per head and sharpness at 64K tokens, four times that at 256K.
+    Exits with 1 if a setting failed and with 2 if something could not run.
     """
+    failures: list[str] = []
+
+    def failed(line: str) -> None:
+        failures.append(line)
+        run.note(line)
+
     with one_line_errors():
-        factors = parse_numbers("sharpness", sharpness, 10)
-        for length in parse_lengths(lengths):
-            with WorkProgress().task(f"{length} tokens", calibration.HEADS) as advance:
-                densities = calibration.head_densities(length, factors, seed, advance)
-            open_console(stderr=False).print(calibration_table(length, factors, densities))
+        model, configs = needle_config(), parse_selectors("selectors", sweep() if selectors is None else selectors)
+        last = model["num_hidden_layers"] - 1
+        where, precision = parse_place(device, dtype)
+        check_backends([BACKEND[where.type]], precision, model["head_dim"], configs, where)
+        plan = QualityPlan(
+            configs=configs,
+            corrections=(False, True) if mean_correction is None else (mean_correction,),
+            layers=list(range(last + 1)) if layers is None else parse_whole("layers", layers, 0, last),
+            dtype=precision,
+            device=where,
+            seed=seed,
+        )
+        wanted = parse_lengths(lengths)
+        run = Recorder(out, as_json)
+        for length in wanted:
+            run.take(f"{length} tokens", plan.steps(), partial(quality_rows, plan, length, failed))
+    run.finish(SETTINGS.markdown(run.rows), wrong=bool(failures))
+
+
+@app.command()
+def ttft(
+    config: Annotated[
+        str, typer.Option(help=f"Shape of the model: {', '.join(SHAPES)} or a folder with a config.json.")
+    ] = "llama-3.1-8b",
+    lengths: Lengths = _LENGTHS,
+    selectors: Annotated[
+        str, typer.Option(help="Run in full, then attention is over random blocks; comma-separated, '' for none.")
+    ] = ",".join(selector_names()),
+    density: Annotated[float, typer.Option(help="Of those random blocks, in (0, 1].")] = 0.05,
+    own: Annotated[
+        str, typer.Option(help="Selectors that attend over their own choice, which random weights make senseless.")
+    ] = "flexprefill:tau=0+max_budget=2048",
+    dense: Annotated[
+        str | None, typer.Option(help="Dense kernels, comma-separated, '' for none. Default: all there are.")
+    ] = None,
+    modes: Annotated[str, typer.Option(help="eager, compiled or both, comma-separated.")] = "eager,compiled",
+    chunk: Annotated[
+        int | None, typer.Option(min=128, help="Tokens of the prompt at a time; selectors alone. Default: all.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of the model, instead of the shape's own.")] = None,
+    repeats: Repeats = 5,
+    seconds: Seconds = 10.0,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Out = RESULTS / "ttft.jsonl",
+    as_json: Json = False,
+) -> None:
+    """Time to first token of a model with random weights, peak memory, and what attention and selection take of it.
+
+    Under torchrun the ranks share the model by transformers' tensor parallelism. Exits with 1 if something that was to
+    run sparse did not, and with 2 if something could not run.
+    """
+    options = locals()
+    with one_line_errors():
+        require_transformers()
+        # They need transformers at import, which the other commands do without.
+        from bench.ttft import check_memory, make_plan, ttft_rows
+        from bench.ttft_ranks import Ranks
+
+        plan = make_plan(**options)
+        with Ranks.start(plan.device) as ranks:
+            check_memory(plan, ranks)
+            run = Recorder(out, as_json, quiet=int(os.environ.get("RANK", "0")) > 0)
+            run.take(config, len(list(plan.passes())), partial(ttft_rows, plan, ranks, run.note))
+    run.incomplete |= any("error" in row for row in run.rows)
+    run.finish(ttft_tables(run.rows, []), wrong=not all(row.get("ran_sparse", True) for row in run.rows))
+
+
+app.command()(serve)
+
+
+@app.command()
+def peers(
+    package: Annotated[
+        Path | None, typer.Option(help="Folder with another implementation's Python package; its code is run.")
+    ] = None,
+    module: Annotated[
+        str | None, typer.Option(help="Comma-separated dotted names of the only modules in --package to look at.")
+    ] = None,
+    lengths: Lengths = "4096,16384,65536",
+    selectors: Selectors = "flexprefill,flashprefill",
+    backends: Backends = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = None,
+    dtype: Dtype = "bfloat16",
+    workload: Workload = "sharpened",
+    layer: Layer = 2,
+    device: Device = "auto",
+    seed: Seed = 0,
+    repeats: Repeats = 20,
+    seconds: Seconds = 5.0,
+    out: Out = RESULTS / "peers.jsonl",
+    as_json: Json = False,
+) -> None:
+    """Time the published functions of another implementation beside this package's selectors, on the same inputs.
+
+    Finds `flex_prefill_attention` and `flash_prefill` by name in the modules under --package; tests are left out, and
+    modules in a package come before loose files. Without a folder, only this package and dense attention are measured.
+    Peers get the same settings. Exits with 1 if an output of this package was wrong and with 2 if a peer's was, or
+    something could not run.
+    """
+    options = locals()
+    with one_line_errors():
+        if module is not None and package is None:
+            raise UsageError("module needs package, the folder that holds it")
+        modules = parse_list("module", module) if module is not None else []
+        plan = make_plan(**options)
+        run = Recorder(out, as_json)
+    found = look_for_peers(package, modules, [config.name for config in plan.configs], run.note)
+    benches: dict[int, PeerBenchmark] = {}  # their inputs stay in memory for the peers, who come after every length
+
+    def ours(length: int) -> Iterator[Row]:
+        bench = PeerBenchmark(plan, length, run.note)
+        yield from bench.rows()
+        benches[length] = bench
+
+    for length in plan.lengths:
+        run.take(f"{length} tokens", plan.steps(), partial(ours, length))
+    for length, bench in benches.items():
+        if package is None or not found:
+            break
+        run.take(f"{length} tokens", len(plan.configs), partial(bench.peer_rows, package, found))
+    broken = [row for row in run.rows if "error" in row]
+    run.incomplete |= bool(broken) or (package is not None and not found)
+    run.finish(PEERS.markdown(run.rows), wrong=any(row["path"] != "peer" for row in broken))
 
 
 @app.command()
@@ -141,52 +270,42 @@ def tune(
     head_dims: Annotated[str, typer.Option(help="Comma-separated.")] = "64,128,256",
     length: Annotated[int, typer.Option(min=1024, help="Tokens.")] = 32768,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each time.")] = 10,
-    out: Annotated[Path, typer.Option(help="JSON lines; rows are added.")] = RESULTS / "tuning.jsonl",
-    as_json: Annotated[bool, typer.Option("--json", help="Print each row on stdout.")] = False,
+    repeats: Repeats = 10,
+    out: Out = RESULTS / "tuning.jsonl",
+    as_json: Json = False,
 ) -> None:
     """Try tiles of FlexAttention's Triton kernel on this GPU, for the table in flexprefill_fa/backends.py."""
     with one_line_errors():
-        precision = resolve_dtype(dtype)
-        if precision not in (torch.bfloat16, torch.float16):
+        where, precision = parse_place("auto", dtype)
+        if precision == torch.float32:
             raise UsageError(f"dtype must be bfloat16 or float16, got {dtype!r}")
-        dims = [int(item) for item in parse_list("head-dims", head_dims) if item.isdecimal() and 16 <= int(item) <= 256]
-        if len(dims) != len(parse_list("head-dims", head_dims)):
-            raise UsageError(f"head-dims must be whole numbers from 16 to 256, got {head_dims!r}")
-        if not torch.cuda.is_available():
+        dims = parse_whole("head-dims", head_dims, 16, 256)
+        if where.type != "cuda":
             raise UsageError("tiles are tuned on a CUDA GPU, and there is none")
-        require_appendable(out)
-        rows = []
-        for row in tuning_rows(dims, length, precision, repeats):
-            rows.append(row)
-            append(out, row)
-            if as_json:
-                typer.echo(json.dumps(row))
-        for (capability, head_dim), tile in best_tiles(rows).items():
-            typer.echo(f"compute capability {capability}, head_dim {head_dim}: {tile}", err=True)
+        run = Recorder(out, as_json)
+        run.take(f"{length} tokens", None, partial(tuning_rows, dims, length, precision, repeats))
+    for (capability, head_dim), tile in best_tiles(run.rows).items():
+        run.note(f"compute capability {capability}, head_dim {head_dim}: {tile}")
+    run.finish("")
 
 
 @app.command()
 def host(
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "1024,4096",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    lengths: Lengths = "1024,4096",
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
     repeats: Annotated[int, typer.Option(min=2, help="Measurements of each time.")] = 200,
     out: Annotated[Path, typer.Option(help="JSON lines; rows of a GPU are added, a CPU's are printed alone.")] = RESULTS
     / "host.jsonl",
 ) -> None:
     """Time what a call costs the CPU before the GPU has its work, for SDPA, dense attention and every selector."""
     with one_line_errors():
-        where, precision = resolve_device(device), resolve_dtype(dtype)
-        if precision is None:
-            raise UsageError("dtype must be bfloat16, float16 or float32, got 'auto'")
-        require_kernels(where)
-        require_appendable(out)
-        for length in parse_lengths(lengths):
-            for row in host_rows(length, where, precision, repeats):
-                typer.echo(json.dumps(row))
-                if where.type == "cuda":
-                    append(out, row)
+        where, precision = parse_place(device, dtype)
+        wanted = parse_lengths(lengths)
+        run = Recorder(out if where.type == "cuda" else None, as_json=True)
+        for length in wanted:
+            run.take(f"{length} tokens", None, partial(host_rows, length, where, precision, repeats))
+    run.finish("")
 
 
 @app.command()
@@ -217,25 +336,14 @@ def render(
 ) -> None:
     """Write the documents' tables and the plots from the rows in bench/results/."""
     with one_line_errors():
-        before = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
         after = {document: render_document(document, names, RESULTS) for document, names in DOCUMENTS.items()}
     if check:
-        stale = [document.name for document, text in before.items() if after[document] != text]
+        stale = [document.name for document, text in after.items() if document.read_text(encoding="utf-8") != text]
         if stale:
             what = f"{', '.join(stale)} is not what the rows say: run 'python -m bench render'"
             typer.echo(f"error: {what}", err=True)
             raise typer.Exit(1)
         return
-    from bench.plots import (  # takes a second to import, and --check needs none
-        draw_accuracy,
-        draw_attention,
-        draw_fidelity,
-        draw_quality,
-    )
-
     for document, text in after.items():
         document.write_text(text, encoding="utf-8")
-    draw_attention(RESULTS)
-    draw_quality(RESULTS)
-    draw_accuracy(RESULTS)
-    draw_fidelity(RESULTS)
+    draw_plots(RESULTS)

@@ -2,71 +2,40 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
-from bench.real_answers import RealAnswers
-from bench.report import number
-from bench.selection_costs import LENGTHS, SelectionCosts
-from bench.tables import distinct, markdown_table, milliseconds
+from bench.accuracy_tables import RealAnswers
+from bench.quality_tables import between
+from bench.speed_tables import ATTENTION
+from bench.tables import (
+    Column,
+    Table,
+    bold,
+    conditions,
+    distinct,
+    field,
+    group_rows,
+    markdown_table,
+    milliseconds,
+    number,
+    paragraphs,
+    settings_of,
+)
+from flexprefill_fa.masks import get_selector
+from flexprefill_fa.tools.fidelity.knobs import knob_fields
 from flexprefill_fa.tools.fidelity.plot import CORRECTED, curves
 from flexprefill_fa.tools.reporting import settings_text
-from flexprefill_fa.tools.rows import Row, latest
+from flexprefill_fa.tools.rows import Row
 
 TARGETS = (0.1, 0.03, 0.01)
 """KL(dense || sparse) in nats, mean over positions."""
-_GROUP = ("model", "model_sha256", "text", "skip", "dtype", "device", "gpu", "chunk")
-
-
-_SWEEP = 3
-"""Settings of one curve from which on rows are a sweep."""
-
-
-def sweeps(rows: Iterable[Row]) -> list[list[Row]]:
-    """The latest rows of each model and text, where some curve has at least `_SWEEP` points."""
-    return [group for group in _groups(rows) if _is_sweep(group)]
-
-
-def _is_sweep(group: Sequence[Row]) -> bool:
-    return any(
-        len(points) >= _SWEEP
-        for length in {row["length"] for row in group}
-        for points in curves([row for row in group if row["length"] == length]).values()
-    )
-
-
-def _groups(rows: Iterable[Row]) -> list[list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in latest(rows, _measured):
-        if not row["dense_layers"]:
-            found.setdefault(json.dumps([row[key] for key in _GROUP]), []).append(row)
-    return list(found.values())
-
-
-def leaderboards(rows: Iterable[Row], costs: SelectionCosts, answers: RealAnswers) -> str:
-    """One table for each model and text: the density at each KL and length, what selecting takes, what is answered."""
-    tables = [_leaderboard(group, costs, answers) for group in sweeps(rows)]
-    return "\n\n".join(filter(None, [costs.conditions() if tables else "", *tables]))
-
-
-def single_settings(rows: Iterable[Row]) -> str:
-    """One table for each model and text that was read with a few settings, no sweeps: a line for each row."""
-    return "\n\n".join(_settings(group) for group in _groups(rows) if not _is_sweep(group))
-
-
-def _settings(group: Sequence[Row]) -> str:
-    head = ["tokens", "selector", "settings", "density", "KL", "KL, 99 %", "same top token"]
-    body = [
-        [
-            *(f"{row['length']:,}", row["selector"], settings_text(row) or "-", f"{row['density']:.3f}"),
-            *(f"{row['kl']:.3f}", f"{row['kl_99']:.2f}", f"{row['same_top']:.3f}"),
-        ]
-        for row in group
-    ]
-    what = f"single settings, mean over the positions after the first {group[0]['skip']:,}"
-    return f"{_subject(group)}: {what}. {_where(group)}\n\n{markdown_table(head, body)}"
+_SWEEP = 3  # settings of one curve from which on rows are a sweep
+_TEXT = "source"  # of the summary
+_COSTS = {"batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "device": "cuda"}
+_COSTS |= {"workload": "sharpened"}
+_COST_LENGTHS = (32_768, 131_072)  # tokens
 
 
 def density_at(points: Sequence[tuple[float, float]], target: float) -> float | None:
@@ -74,70 +43,233 @@ def density_at(points: Sequence[tuple[float, float]], target: float) -> float | 
 
     None where the curve does not reach it, or begins below it.
     """
-    for (low, above), (high, below) in pairwise(points):
-        if above >= target >= below:
-            share = 0.0 if above == below else math.log(above / target) / math.log(above / below)
-            return low * (high / low) ** share
-    return None
+    if not points or points[0][1] < target:
+        return None
+    found = between([(math.log(kl), math.log(density)) for density, kl in points], math.log(target))
+    return None if found is None else math.exp(found)
 
 
-def _measured(row: Row) -> str:
-    names = (*_GROUP, "length", "selector", "settings", "mean_correction", "dense_layers")
-    return json.dumps([row[name] for name in names], sort_keys=True)
+def sweeps(rows: Iterable[Row]) -> list[list[Row]]:
+    """The latest rows of each model and text, where some curve has at least `_SWEEP` points."""
+    return [group for group in _GROUPS.groups(rows) if _is_sweep(group)]
 
 
-def _leaderboard(group: Sequence[Row], costs: SelectionCosts, answers: RealAnswers) -> str:
-    lengths = sorted({row["length"] for row in group})
-    by_length = [curves([row for row in group if row["length"] == length]) for length in lengths]
-    names = list(dict.fromkeys(name for found in by_length for name in found))
-    cells = {
-        name: [density_at(found.get(name, []), target) for found in by_length for target in TARGETS] for name in names
-    }
-    least = [
-        min((value for value in column if value is not None), default=None)
-        for column in zip(*cells.values(), strict=True)
-    ]
-
-    def cell(value: float | None, best: float | None) -> str:
-        text = number(value, ".3f")
-        return f"**{text}**" if value is not None and value == best else text
-
-    sha = group[0]["model_sha256"]
-    asked = answers.lengths(sha)
-    head = ["selector", *(f"{length:,}: KL {target:g}" for length in lengths for target in TARGETS)]
-    head += [f"select {length // 1024}K, ms" for length in LENGTHS]
-    head += [f"answers at {' / '.join(f'{length // 1024}K' for length in asked)}"] * bool(asked)
-    body = []
-    for name, values in cells.items():
-        plain = name.removesuffix(CORRECTED)
-        line = [name, *map(cell, values, least)]
-        line += [milliseconds(costs.milliseconds(plain, length)) for length in LENGTHS]
-        line += [answers.text(sha, plain, corrected=name != plain) or "-"] * bool(asked)
-        body.append(line)
-    told = _caption(group)
-    if asked:
-        told += f" Answers: mean accuracy on the RULER tasks below, of one setting; dense {answers.text(sha) or '-'}."
-    return f"{told}\n\n{markdown_table(head, body)}"
+def _is_sweep(group: Sequence[Row]) -> bool:
+    return any(len(points) >= _SWEEP for part in _by_length(group) for points in curves(part).values())
 
 
-def _caption(group: Sequence[Row]) -> str:
-    return (
-        f"{_subject(group)}: density needed for a KL "
-        f"to dense attention of {', '.join(f'{target:g}' for target in TARGETS)} nats, mean over the positions after "
-        f"the first {group[0]['skip']}, read between the settings of a sweep; - where the sweep does not reach it. "
-        f"Bold: the least. {_where(group)}"
-    )
+def _by_length(group: Sequence[Row]) -> list[list[Row]]:
+    """Ascending."""
+    return sorted(group_rows(group, ["length"]), key=lambda rows: rows[0]["length"])
 
 
-def _subject(group: Sequence[Row]) -> str:
-    row = group[0]
-    return f"**{row['model']}** (SHA-256 {row['model_sha256'][:10]}) on the text '{row['text']}'"
-
-
-def _where(group: Sequence[Row]) -> str:
+def _subject(group: Sequence[Row], what: str) -> str:
     row = group[0]
     chunk = "" if row["chunk"] is None else f", in chunks of {row['chunk']:,}"
     return (
-        f"{row['dtype']}, {row['gpu']}{chunk}, torch {distinct(group, 'torch')}, transformers "
-        f"{distinct(group, 'transformers')}, commit {distinct(group, 'commit')}."
+        f"**{row['model']}** (SHA-256 {row['model_sha256'][:10]}) on the text '{row['text']}': {what} {row['dtype']}, "
+        f"{row['gpu']}{chunk}, torch {distinct(group, 'torch')}, transformers {distinct(group, 'transformers')}, "
+        f"commit {distinct(group, 'commit')}."
     )
+
+
+_GROUPS = Table(
+    group_by=("model", "model_sha256", "text", "skip", "dtype", "device", "gpu", "chunk"),
+    identity=("length", "selector", "settings", "mean_correction", "dense_layers"),
+    where=lambda row: not row["dense_layers"],
+    columns=lambda group: [
+        ("tokens", field("length", ",")),
+        ("selector", lambda row: row["selector"]),
+        ("settings", lambda row: settings_text(row) or "-"),
+        ("density", field("density", ".3f")),
+        ("KL", field("kl", ".3f")),
+        ("KL, 99 %", field("kl_99", ".2f")),
+        ("same top token", field("same_top", ".3f")),
+    ],
+    caption=lambda group: _subject(
+        group, f"single settings, mean over the positions after the first {group[0]['skip']:,}."
+    ),
+)
+
+
+def single_settings(rows: Iterable[Row]) -> str:
+    """One table for each model and text that was read with a few settings, no sweeps: a line for each row."""
+    return paragraphs(_GROUPS.one(group) for group in _GROUPS.groups(rows) if not _is_sweep(group))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaderboard:
+    """What a selector's line has beside its sweep: what selecting takes, and what is answered.
+
+    Attributes:
+        costs: rows of `python -m bench attention` that timed a selection, by selector and length.
+        answers: of the same models.
+    """
+
+    costs: dict[tuple[str, int], Row]
+    answers: RealAnswers
+
+    def conditions(self) -> str:
+        """What the selections were timed on, in one sentence; empty without rows."""
+        if not self.costs:
+            return ""
+        told = {name: f"{name} with {settings_of(row['settings'])}" for (name, _), row in self.costs.items()}
+        rows = list(self.costs.values())
+        return f"Selection in ms, for all heads of one layer: {'; '.join(told.values())}. {conditions(rows)}."
+
+    def columns(self, group: list[Row]) -> list[Column]:
+        columns: list[Column] = [("selector", str)]
+        for part in _by_length(group):
+            by_name = curves(part)
+            for target in TARGETS:
+                found = {name: density_at(points, target) for name, points in by_name.items()}
+                least = min((value for value in found.values() if value is not None), default=None)
+
+                def cell(name: str, found=found, least=least) -> str:
+                    value = found.get(name)
+                    return bold(number(value, ".3f"), value is not None and value == least)
+
+                columns.append((f"{part[0]['length']:,}: KL {target:g}", cell))
+        for length in _COST_LENGTHS:
+            columns.append((f"select {length // 1024}K, ms", lambda name, length=length: self._cost(name, length)))
+        sha = group[0]["model_sha256"]
+        if asked := self.answers.lengths(sha):
+            title = f"answers at {' / '.join(f'{length // 1024}K' for length in asked)}"
+            columns.append((title, lambda name: self._answers(sha, name)))
+        return columns
+
+    def _cost(self, name: str, length: int) -> str:
+        return milliseconds(self.costs.get((name.removesuffix(CORRECTED), length), {}).get("select_ms"))
+
+    def _answers(self, sha: str, name: str) -> str:
+        return self.answers.text(sha, name.removesuffix(CORRECTED), corrected=name.endswith(CORRECTED)) or "-"
+
+    def caption(self, group: list[Row]) -> str:
+        told = _subject(
+            group,
+            f"density needed for a KL to dense attention of {', '.join(f'{target:g}' for target in TARGETS)} nats, "
+            f"mean over the positions after the first {group[0]['skip']}, read between the settings of a sweep; - "
+            "where the sweep does not reach it. Bold: the least.",
+        )
+        sha = group[0]["model_sha256"]
+        if not self.answers.lengths(sha):
+            return told
+        dense = self.answers.text(sha) or "-"
+        return f"{told} Answers: mean accuracy on the RULER tasks below, of one setting; dense {dense}."
+
+
+def _selector(name: str) -> str:
+    """Of a curve."""
+    return name.removesuffix(CORRECTED).split(" ")[0]
+
+
+def selection_costs(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
+    """The latest row of each selector and length that timed a selection of the benchmark's own shape on a GPU."""
+    found = {}
+    for row in (row for group in ATTENTION.groups(rows) for row in group):
+        own = all(row.get(name) == value for name, value in _COSTS.items()) and row["length"] in _COST_LENGTHS
+        if own and row["selector"] is not None and row.get("select_ms") is not None:
+            found[row["selector"], row["length"]] = row
+    return found
+
+
+def leaderboards(rows: Iterable[Row], attention: Iterable[Row], answers: Iterable[Row]) -> str:
+    """One table for each model and text: the density at each KL and length, what selecting takes, what is answered.
+
+    Args:
+        rows: of `flexprefill fidelity`. attention: of `python -m bench attention`. answers: of `flexprefill eval`.
+    """
+    board = _Leaderboard(selection_costs(attention), RealAnswers(answers))
+    table = dataclasses.replace(
+        _GROUPS,
+        columns=board.columns,
+        caption=board.caption,
+        lines=lambda group: dict.fromkeys(name for part in _by_length(group) for name in curves(part)),
+    )
+    tables = [table.one(group) for group in sweeps(rows)]
+    return paragraphs([board.conditions() if tables else "", *tables])
+
+
+# The same in one line a selector: how many sweeps reach a KL, at how many times the fewest blocks.
+
+
+def fidelity_summary(rows: Iterable[Row]) -> str:
+    """One line a selector, over every model, text and length; those with mean correction are left to the tables."""
+    plain = [[row for row in group if not row["mean_correction"]] for group in sweeps(rows)]
+    found = [part for group in plain for part in _by_length(group)]
+    if not found:
+        return ""
+    reached = [[_densities(part, target) for part in found] for target in TARGETS]
+    longest: dict[str, list[Row]] = {}
+    for part in sorted(found, key=lambda part: part[0]["length"]):
+        if part[0]["text"] == _TEXT:
+            longest[part[0]["model"]] = part
+    shown = [longest[name] for name in dict.fromkeys(part[0]["model"] for part in found) if name in longest]
+    head = ["selector", *(f"KL {target:g}" for target in TARGETS)]
+    head += [f"as it comes on {part[0]['model']}, {part[0]['length']:,} tokens" for part in shown]
+    body = [
+        [name, *(_share(by_sweep, name) for by_sweep in reached), *(_usual(part, name) for part in shown)]
+        for name in dict.fromkeys(row["selector"] for part in found for row in part)
+    ]
+    caption = (
+        f"Of {len(found)} sweeps ({_what(found)}), those in which a selector comes within a KL to dense "
+        f"attention of {', '.join(f'{target:g}' for target in TARGETS)} nats, and how many times the sparsest "
+        "selector's blocks it needs. As it comes: density and KL of the selector's usual knob, and the share of "
+        f"positions whose most likely token stays the same, on the text '{_TEXT}'."
+    )
+    return paragraphs([caption, markdown_table(head, body), *map(_lost, shown)])
+
+
+def _densities(rows: Sequence[Row], target: float) -> dict[str, float]:
+    """Selector -> the least density at which one of its curves reaches a KL."""
+    found: dict[str, float] = {}
+    for name, points in curves(rows).items():
+        if (density := density_at(points, target)) is not None:
+            found[_selector(name)] = min(density, found.get(_selector(name), density))
+    return found
+
+
+def _share(reached: Sequence[dict[str, float]], name: str) -> str:
+    ratios = [found[name] / min(found.values()) for found in reached if name in found]
+    if not ratios:
+        return "in none"
+    return f"in {len(ratios)}, " + " to ".join(dict.fromkeys(f"{end:.1f}x" for end in (min(ratios), max(ratios))))
+
+
+def _as_it_comes(rows: Sequence[Row], name: str) -> Row | None:
+    usual = dataclasses.asdict(get_selector(name)())
+    for row in rows:
+        if row["selector"] == name and all(row["settings"][field] == usual[field] for field in knob_fields(name)):
+            return row
+    return None
+
+
+def _usual(rows: Sequence[Row], name: str) -> str:
+    row = _as_it_comes(rows, name)
+    return f"{row['density']:.3f}: KL {row['kl']:.3f}, {row['same_top']:.1%} the same" if row else "-"
+
+
+def _lost(rows: Sequence[Row]) -> str:
+    """What is lost by those that keep more blocks than another selector and are further from dense by both measures."""
+    found = [row for name in dict.fromkeys(row["selector"] for row in rows) if (row := _as_it_comes(rows, name))]
+    lines = []
+    for row in found:
+        sparser = [other for other in found if other["density"] < row["density"]]
+        better = [other for other in sparser if other["kl"] < row["kl"] and other["same_top"] > row["same_top"]]
+        if better:
+            best = min(better, key=lambda other: other["kl"])
+            lines.append(
+                f"{row['selector']} keeps {row['density']:.1%} of the blocks and another token becomes most likely "
+                f"at {1 - row['same_top']:.1%} of positions; {best['selector']} keeps {best['density']:.1%}, and it "
+                f"does at {1 - best['same_top']:.1%}"
+            )
+    return f"What is lost on {rows[0]['model']}, {rows[0]['length']:,} tokens: {'. '.join(lines)}." if lines else ""
+
+
+def _what(found: Sequence[list[Row]]) -> str:
+    lengths: dict[str, set[int]] = {}
+    for rows in found:
+        lengths.setdefault(rows[0]["model"], set()).add(rows[0]["length"])
+    texts = " and ".join(dict.fromkeys(rows[0]["text"] for rows in found))
+    models = "; ".join(f"{model} at {', '.join(f'{n:,}' for n in sorted(found))}" for model, found in lengths.items())
+    return f"{models} tokens; {texts}"

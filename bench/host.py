@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,11 +9,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from bench.timing import described, summarise
 from bench.workloads import structured_inputs
 from flexprefill_fa import FlexPrefillConfig, Selector, get_selector, selector_names, sparse_prefill_attention
 from flexprefill_fa.dense import fastest_dense
 from flexprefill_fa.dispatch import Request, kernel_for
-from flexprefill_fa.tools.rows import Row, environment
+from flexprefill_fa.tools.rows import Row
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 WARM_UPS = 20  # the first call compiles, the second is replayed
@@ -52,11 +52,8 @@ def host_rows(length: int, device: torch.device, dtype: torch.dtype, repeats: in
         cases.append((name, kernel, partial(sparse_prefill_attention, *tensors, config, dense="never")))
     base = None
     for case, backend, call in cases:
-        low, *_, high = statistics.quantiles(found := host_us(call, device, repeats), n=5, method="inclusive")
-        median = statistics.median(found)
-        base = median if base is None else base
-        row: Row = {"kind": "host", "device": device.type, **environment(device), "length": length}
-        row |= {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": str(dtype).removeprefix("torch.")}
-        row |= {"case": case, "kernel": backend, "host_us": round(median, 1), "repeats": repeats}
-        row |= {"host_us_p20": round(low, 1), "host_us_p80": round(high, 1)}
-        yield row | {"more_than_sdpa_us": round(median - base, 1)}
+        found = summarise(host_us(call, device, repeats), "wall clock")
+        base = found.median if base is None else base
+        shape = {"length": length, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+        row = described("host", device, dtype, **shape, case=case, kernel=backend, repeats=repeats)
+        yield row | found.fields("host_us") | {"more_than_sdpa_us": round(found.median - base, 1)}

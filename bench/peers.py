@@ -21,6 +21,9 @@ from torch import Tensor
 from bench.workloads import Inputs
 from flexprefill_fa.tools.rows import Row
 
+SELECTORS = {"flex_prefill_attention": "flexprefill", "flash_prefill": "flashprefill"}
+"""The published functions that can be called, and the selector whose method each one is."""
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -28,8 +31,7 @@ class Peer:
 
     Attributes:
         function: its name, a key of `SELECTORS`.
-        module: dotted name of the module that defines it.
-        file: that module's file.
+        module: dotted name of the module that defines it. file: that module's file.
         root: the folder that must be on the import path.
         also: files that define the same name and were passed over.
     """
@@ -46,34 +48,30 @@ class Peer:
         return self.module.partition(".")[0]
 
 
-SELECTORS = {"flex_prefill_attention": "flexprefill", "flash_prefill": "flashprefill"}
-"""The published functions that can be called, and the selector whose method each one is."""
-
-
 def find_peers(folder: Path, modules: Sequence[str] = ()) -> list[Peer]:
     """The published functions that modules under a folder define, each once; nothing is imported.
 
-    Those inside an `if` or a `try` count, those of classes and other functions do not.
-
-    Of several modules that define one name, those in a package come before loose files and the outermost before deeper
-    ones, the first by name among equals. The folder may be a package itself, hold packages, or be a checkout that does.
+    Those inside an `if` or a `try` count, those of classes and other functions do not. Of several modules that define
+    one name, those in a package come before loose files and the outermost before deeper ones, the first by name among
+    equals. The folder may be a package itself, hold packages, or be a checkout that does.
 
     Args:
         folder: where to look.
         modules: dotted names of the only modules to look at; else all but tests.
     """
-    found = []
+    found: dict[str, list[Peer]] = {function: [] for function in SELECTORS}
     for name in python_files(folder):
-        if modules or not _is_test(name):
-            found += [_peer(function, (folder / name).resolve(), folder) for function in _defined_names(folder / name)]
-    found.sort(key=lambda peer: (peer.root == peer.file.parent, len(peer.file.parts), str(peer.file)))
-    peers: dict[str, Peer] = {}
-    for peer in found:
-        if not modules or peer.module in modules:
-            first = peers.setdefault(peer.function, peer)
-            if first is not peer:
-                peers[peer.function] = dataclasses.replace(first, also=(*first.also, peer.file))
-    return [peers[function] for function in SELECTORS if function in peers]
+        test = name.match("test_*.py") or name.match("*_test.py") or {"test", "tests"} & set(name.parts[:-1])
+        if modules or not test:
+            for function in _defined_names(folder / name):
+                found[function].append(_peer(function, (folder / name).resolve(), folder))
+    peers = []
+    for same in found.values():
+        same = [peer for peer in same if not modules or peer.module in modules]
+        same.sort(key=lambda peer: (peer.root == peer.file.parent, len(peer.file.parts), str(peer.file)))
+        if same:
+            peers.append(dataclasses.replace(same[0], also=tuple(peer.file for peer in same[1:])))
+    return peers
 
 
 def python_files(folder: Path) -> list[Path]:
@@ -82,46 +80,35 @@ def python_files(folder: Path) -> list[Path]:
     return sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
 
 
-def _is_test(name: Path) -> bool:
-    return name.match("test_*.py") or name.match("*_test.py") or not {"test", "tests"}.isdisjoint(name.parts[:-1])
-
-
 def _defined_names(file: Path) -> list[str]:
     """The published functions that a file defines; by text where it is no Python, so that its error is reported."""
     text = file.read_text(encoding="utf-8", errors="replace")
     if not any(name in text for name in SELECTORS):
         return []
     try:
-        defined = list(_function_names(ast.parse(text)))
+        nodes: list[ast.AST] = [ast.parse(text)]
     except (SyntaxError, ValueError):  # the latter for null bytes
-        defined = re.findall(r"^def (\w+)", text, re.MULTILINE)
+        return [name for name in SELECTORS if re.search(rf"^def {name}\b", text, re.MULTILINE)]
+    defined = set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef):
+            defined.add(node.name)
+        elif isinstance(node, (ast.Module, ast.If, ast.Try, ast.ExceptHandler)):
+            nodes += ast.iter_child_nodes(node)
     return [name for name in SELECTORS if name in defined]
 
 
-def _function_names(node: ast.AST) -> Iterator[str]:
-    """The functions that a module defines, under a condition or beside a guarded import too."""
-    for field in ("body", "handlers", "orelse", "finalbody"):
-        for child in getattr(node, field, ()):
-            if isinstance(child, ast.FunctionDef):
-                yield child.name
-            elif isinstance(child, (ast.If, ast.Try, ast.ExceptHandler)):
-                yield from _function_names(child)
-
-
 def _peer(function: str, file: Path, folder: Path) -> Peer:
-    root = _import_root(file, folder)
-    parts = file.relative_to(root).with_suffix("").parts
-    return Peer(function, ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file, root)
-
-
-def _import_root(file: Path, folder: Path) -> Path:
-    """The folder that holds the outermost package around a module; the module's own folder where it is in none."""
+    """Its root is the folder that holds the outermost package around the module, or the module where it is in none."""
     top = folder.resolve()
     while (top / "__init__.py").is_file():  # the folder is itself inside a package
         top = top.parent
     around = [parent for parent in file.parents if parent.is_relative_to(top)]
     packages = [parent for parent in around if (parent / "__init__.py").is_file()]
-    return packages[-1].parent if packages else file.parent  # a subfolder without __init__.py is still importable
+    root = packages[-1].parent if packages else file.parent  # a subfolder without __init__.py is still importable
+    parts = file.relative_to(root).with_suffix("").parts
+    return Peer(function, ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file, root)
 
 
 @contextmanager
@@ -166,35 +153,27 @@ def identity(peer: Peer, folder: Path) -> Row:
     }
 
 
-def loaded_version(peer: Peer) -> str | None:
-    """What the outermost package says of its version, once it is imported."""
-    version = getattr(sys.modules.get(peer.implementation), "__version__", None)
-    return None if version is None else str(version)
-
-
 class Call:
     """A peer's function on given inputs, in its own layout; inside `foreign_code`.
 
     Args:
         peer: which function it is.
-        function: what `load` found.
         inputs: copied once into contiguous `[B, L, H, D]`, the layout of both published signatures.
         config: the settings of the same method here.
 
     Raises:
         TypeError: naming the settings that the function does not take.
         ValueError: for a variant that it does not select.
+        Exception: whatever the import raises.
     """
 
-    def __init__(self, peer: Peer, function: Callable[..., Any], inputs: Inputs, config: Any) -> None:
-        self._function = function
-        self._tensors = [
-            tensor.transpose(1, 2).contiguous().clone() for tensor in (inputs.query, inputs.key, inputs.value)
-        ]
-        self._takes_out = peer.function == "flash_prefill"
-        self._out = torch.empty_like(self._tensors[0]) if self._takes_out else None
-        parameters = inspect.signature(function).parameters
-        settings = _flashprefill_settings(parameters, config) if self._takes_out else _flexprefill_settings(config)
+    def __init__(self, peer: Peer, inputs: Inputs, config: Any) -> None:
+        self._function = load(peer)
+        tensors = (inputs.query, inputs.key, inputs.value)
+        self._tensors = [tensor.transpose(1, 2).contiguous().clone() for tensor in tensors]
+        self._out = torch.empty_like(self._tensors[0]) if peer.function == "flash_prefill" else None
+        parameters = inspect.signature(self._function).parameters
+        settings = _SETTINGS[peer.function](config, parameters)
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.settings = {name: settings[name] for name in settings if takes_any or name in parameters}
         lacking = [name for name in settings if name not in self.settings and settings[name] is not None]
@@ -202,11 +181,10 @@ class Call:
             raise TypeError(f"its signature has no {', '.join(lacking)}")
         self._ratio = {"return_computational_ratio": True} if "return_computational_ratio" in parameters else {}
 
-    def __call__(self) -> Any:
+    def __call__(self, **more: Any) -> Any:
         """One call as a user makes it; what it returns."""
-        if self._takes_out:
-            return self._function(*self._tensors, self._out, **self.settings)
-        return self._function(*self._tensors, **self.settings)
+        out = () if self._out is None else (self._out,)
+        return self._function(*self._tensors, *out, **self.settings, **more)
 
     def checked(self) -> tuple[Tensor, float | None]:
         """Output `[B, H, L, D]` of one call, and the computational ratio where the function returns one.
@@ -215,15 +193,13 @@ class Call:
             ValueError: for an output of another shape, or one that is not finite.
             Exception: whatever the function raises.
         """
-        ratio = None
         if self._out is not None:
             self._out.fill_(float("nan"))  # what it leaves out must not look right
-            returned = self()
-            out = returned if isinstance(returned, Tensor) else self._out
-        else:
-            out = self._function(*self._tensors, **self.settings, **self._ratio)
-            if isinstance(out, (tuple, list)):
-                out, ratio = out[0], float(out[1])
+        out, ratio = self(**({} if self._out is not None else self._ratio)), None
+        if self._out is not None:
+            out = out if isinstance(out, Tensor) else self._out
+        elif isinstance(out, (tuple, list)):
+            out, ratio = out[0], float(out[1])
         expected = list(self._tensors[0].shape)
         if not isinstance(out, Tensor) or list(out.shape) != expected:
             got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -233,26 +209,23 @@ class Call:
         return out.transpose(1, 2), ratio
 
 
-def _flexprefill_settings(config: Any) -> dict[str, Any]:
+def _flexprefill_settings(config: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     if config.variant != "published":  # the function has no name for it
         raise ValueError(f"it selects the variant 'published', got settings of the variant {config.variant!r}")
-    names = ("gamma", "tau", "min_budget", "max_budget", "block_size")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in ("gamma", "tau", "min_budget", "max_budget", "block_size")}
 
 
-def _flashprefill_settings(parameters: Mapping[str, inspect.Parameter], config: Any) -> dict[str, Any]:
+def _flashprefill_settings(config: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     """Published names of the same settings; min_budget, which is not in the paper, as its author set it, else 0."""
-    settings = {
-        "block_size": config.block_size,
-        "attention_sink": config.sink_blocks,
-        "window_size": config.window_blocks,
-        "alpha": config.alpha,
-        "last_n_block_full": config.last_full_blocks,
-    }
+    settings = {"block_size": config.block_size, "attention_sink": config.sink_blocks, "alpha": config.alpha}
+    settings |= {"window_size": config.window_blocks, "last_n_block_full": config.last_full_blocks}
     if "min_budget" in parameters:
         default = parameters["min_budget"].default
         settings["min_budget"] = 0 if default is inspect.Parameter.empty else default
     return settings
+
+
+_SETTINGS = {"flex_prefill_attention": _flexprefill_settings, "flash_prefill": _flashprefill_settings}
 
 
 def density_of_ratio(ratio: float, tokens: int, block_size: int) -> float:

@@ -1,31 +1,136 @@
-"""From the options of a command line to a checked plan: shapes, device, backends, memory."""
+"""From the options of a command line to a checked plan of what to measure, and to its inputs."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-import typer
 
-from bench.attention import Plan
-from bench.inputs import WORKLOADS
 from bench.memory import free_bytes, needed_bytes, shortage
-from bench.needle.capture import model_config
-from bench.spec import check_backends, parse_list
-from flexprefill_fa.backends import flash_problem
-from flexprefill_fa.tools.loading import UsageError, require_kernels, resolve_device, resolve_dtype
+from bench.needle.capture import capture, model_config
+from bench.spec import (
+    WORKLOADS,
+    backends_of,
+    check_backends,
+    parse_lengths,
+    parse_list,
+    parse_place,
+    parse_selectors,
+    parse_share,
+)
+from bench.workloads import Inputs, sharpness_of, structured_inputs
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.needle import MODEL_DIR
 
 _HEADS = (32, 8, 128)  # query heads, kv heads, head_dim
+DENSE_KERNELS = {"cuda": ("sdpa", "sdpa_flash", "sdpa_cudnn", "FLASH", "TRITON"), "cpu": ("sdpa", "CPU")}
+YARDSTICK = {"cuda": "sdpa_flash", "cpu": "sdpa"}
+"""The dense kernel that most published speed-ups are measured against."""
 
 
-def head_shape(
-    workload: str, layer: int, heads: int | None, kv_heads: int | None, head_dim: int | None
-) -> tuple[int, int, int]:
-    """Query heads, kv heads and head_dim of a workload; None means its default.
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        lengths: tokens, queries and keys alike.
+        configs: selectors. densities: of synthetic selections, instead of selectors.
+        backends: for each of those.
+        heads, kv_heads, head_dim, batch, dtype: of the inputs; the needle model has its own heads and head_dim.
+        workload: one of `WORKLOADS`. layer: of the needle model.
+        device, seed: where, and of what.
+        repeats: measurements of each time, fewer where they would take longer than `seconds`.
+        dense: whether to time the dense kernels too.
+        mean_correction: whether to time attention with mean correction too.
+    """
+
+    lengths: Sequence[int]
+    configs: Sequence[Any]
+    densities: Sequence[float]
+    backends: Sequence[str]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int
+    dtype: torch.dtype
+    workload: str
+    layer: int
+    device: torch.device
+    seed: int
+    repeats: int
+    seconds: float
+    dense: bool
+    mean_correction: bool
+
+    @property
+    def kernels(self) -> Sequence[str]:
+        """Dense kernels to time."""
+        return DENSE_KERNELS[self.device.type] if self.dense else ()
+
+    def steps(self) -> int:
+        """Rows per length."""
+        return len(self.kernels) + len(self.backends) * (len(self.configs) + len(self.densities))
+
+    def inputs(self, length: int) -> tuple[Inputs, dict[str, Any]]:
+        """Queries, keys and values, and what a row must say about them besides their shapes.
+
+        Raises:
+            UsageError: for a length that the needle model's prompt cannot have.
+        """
+        if self.workload == "needle":
+            try:
+                tensors = capture(length, self.layer, dtype=self.dtype, device=self.device, seed=self.seed)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+            found = Inputs(*(tensor.repeat(self.batch, 1, 1, 1) for tensor in tensors))
+            return found, {"layer": self.layer, "model_sha256": model_sha256(MODEL_DIR)}
+        sharpness = sharpness_of(self.workload, length)
+        same = {name: getattr(self, name) for name in ("batch", "dtype", "device", "seed")}
+        shape = (self.heads, self.kv_heads, self.head_dim)
+        return structured_inputs(length, *shape, sharpness=sharpness, **same), {"sharpness": round(sharpness, 4)}
+
+
+def make_plan(**options: Any) -> Plan:
+    """The plan of a command's options by their names, checked before any work.
 
     Raises:
-        UsageError: for an unknown workload or layer, or numbers that do not fit.
+        UsageError: for a device, dtype, workload, shape, backend or density that cannot be had, or too little memory.
     """
+    usual = {"density": None, "batch": 1, "dense": True, "mean_correction": False}
+    given = SimpleNamespace(**{**usual, **options})
+    density = given.density
+    configs = [] if density else parse_selectors("selectors", given.selectors)
+    densities = [parse_share("density", item) for item in parse_list("density", density)] if density else []
+    shape = _head_shape(given.workload, given.layer, given.heads, given.kv_heads, given.head_dim)
+    device, dtype = parse_place(given.device, given.dtype)
+    backends = parse_list("backends", given.backends) if given.backends else backends_of(device, dtype, shape[2])
+    check_backends(backends, dtype, shape[2], configs, device)
+    lengths = parse_lengths(given.lengths)
+    for length, share in itertools.product(lengths, densities):
+        blocks = -(-length // 128)
+        causal, always = blocks * (blocks + 1) // 2, 2 * blocks - 1
+        if round(share * causal) < always:
+            raise UsageError(
+                f"density at {length} tokens must be in [{always / causal:.4g}, 1] (the diagonal and the first block "
+                f"are always kept), got {share:g}"
+            )
+    for length in lengths:
+        if problem := shortage(needed_bytes(length, given.batch, *shape, dtype, device), free_bytes(device)):
+            raise UsageError(f"{length} tokens: {problem}")
+    same = ("batch", "workload", "layer", "seed", "repeats", "seconds", "dense", "mean_correction")
+    plain = {name: getattr(given, name) for name in same}
+    return Plan(lengths, configs, densities, backends, *shape, dtype=dtype, device=device, **plain)
+
+
+def _head_shape(
+    workload: str, layer: int, heads: int | None, kv_heads: int | None, head_dim: int | None
+) -> tuple[int, int, int]:
+    """Query heads, kv heads and head_dim of a workload; None means its default."""
     if workload not in WORKLOADS:
         raise UsageError(f"workload must be one of {', '.join(WORKLOADS)}, got {workload!r}")
     if workload == "needle":
@@ -41,64 +146,3 @@ def head_shape(
     if found[2] % 16:
         raise UsageError(f"head-dim must be a multiple of 16, got {found[2]}")
     return found
-
-
-def make_plan(
-    *,
-    backends: str | None,
-    shape: tuple[int, int, int],
-    dtype: str,
-    workload: str,
-    device: str,
-    configs: list[Any],
-    densities: list[float],
-    **rest: Any,
-) -> Plan:
-    """The plan of a command line, checked before any work; `rest` are the other fields of `Plan`.
-
-    Raises:
-        UsageError: for a device, dtype or backend that cannot be had.
-    """
-    where, precision = resolve_device(device), resolve_dtype(dtype)
-    if precision is None:
-        raise UsageError("dtype must be bfloat16, float16 or float32, got 'auto'")
-    heads, kv_heads, head_dim = shape
-    require_kernels(where)
-    listed = parse_list("backends", backends) if backends else backends_of(where, precision, head_dim)
-    check_backends(listed, precision, head_dim, [config.block_size for config in configs] or [128], where)
-    return Plan(
-        configs=configs,
-        densities=densities,
-        backends=listed,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=precision,
-        workload=workload,
-        device=where,
-        **rest,
-    )
-
-
-def backends_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """What there is to measure: FLASH only where it runs."""
-    if device.type == "cpu":
-        return ["auto", "CPU"]
-    problem = flash_problem(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), 128)
-    if problem is None:
-        return ["auto", "FLASH", "TRITON"]
-    typer.echo(f"without FLASH: {problem}", err=True)
-    return ["auto", "TRITON"]
-
-
-def check_memory(plan: Plan, lengths: list[int]) -> None:
-    """Check that memory holds what measuring each length takes, before anything runs.
-
-    Raises:
-        UsageError: naming the first length for which memory is short, with the bytes needed and free.
-    """
-    for length in lengths:
-        needed = needed_bytes(length, plan.batch, plan.heads, plan.kv_heads, plan.head_dim, plan.dtype, plan.device)
-        problem = shortage(needed, free_bytes(plan.device))
-        if problem:
-            raise UsageError(f"{length} tokens: {problem}")

@@ -9,13 +9,14 @@ from typing import Any
 
 import matplotlib  # pyright: ignore[reportMissingImports]  # the bench extra alone brings it
 
-from bench.accuracy_tables import sparse_rows, task_tables
+from bench.accuracy_tables import TASKS, cells_of, title_of
 from bench.fidelity_tables import sweeps
-from bench.quality_points import families, labels, quality_groups
-from bench.render import ACCURACY_PLOT, FIDELITY_PLOT, PLOT, QUALITY_PLOT
-from bench.tables import KERNEL_NAMES, groups
+from bench.quality_tables import SELECTORS, families
+from bench.speed_tables import ATTENTION, shown_first
+from bench.tables import KERNEL_NAMES, split, values
+from flexprefill_fa.choice import DENSE
 from flexprefill_fa.tools.fidelity.plot import save_panels
-from flexprefill_fa.tools.rows import Row, read
+from flexprefill_fa.tools.rows import Row
 
 matplotlib.use("Agg")  # no window
 
@@ -26,113 +27,107 @@ _KL_TEXT = "source"  # the one of the KL plot
 _DENSITY_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 
-def draw_attention(results: Path) -> Path | None:
-    """Draw the first table's rows; None, and no file, where there are none."""
-    found = groups(read(results / "attention.jsonl"), "cuda", "sharpened", synthetic=False)
-    if not found:
-        return None
-    dense, selected = found[0]
-    figure, (time, speedup) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+def _axes(down: int, across: int, width: float) -> tuple[Any, Any]:
+    """A figure, and its axes `[down, across]`."""
+    return plt.subplots(down, across, figsize=(width * across, 4.2 * down), layout="constrained", squeeze=False)
+
+
+def _ticks(axes: Any, places: Any, names: list[str]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(places, names)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
+def _against_density(axes: Any, least: float, most: float, **settings: Any) -> None:
+    axes.set(xlabel="density", **settings)
+    _ticks(axes, _DENSITY_TICKS, [f"{tick:.0%}" for tick in _DENSITY_TICKS])
+    axes.set_xlim(0.9 * least, most)
+
+
+def _save(figure: Any, title: str, path: Path) -> None:
+    figure.suptitle(title, size=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_attention(rows: list[Row], path: Path) -> None:
+    """Time and speed-up against the length, of the first table's rows."""
+    group = ATTENTION.groups(filter(shown_first, rows))[0]
+    dense, selected = split(group)
+    figure, ((time, speedup),) = _axes(1, 2, 5.5)
+
+    def line(axes: Any, members: list[Row], field: str, name: str, colour: str, style: str) -> None:
+        points = sorted((row["length"], row[field]) for row in members if row.get(field) is not None)
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=5)
+
     for kernel, style in (("sdpa_flash", ":"), ("sdpa_cudnn", "-."), ("FLASH", "--")):
-        rows = [row for row in dense if row["kernel"] == kernel]
-        _line(time, rows, "total_ms", f"dense: {KERNEL_NAMES[kernel]}", "grey", style)
+        members = [row for row in dense if row["kernel"] == kernel]
+        line(time, members, "total_ms", f"dense: {KERNEL_NAMES[kernel]}", "grey", style)
     for backend, colour in (("FLASH", "C0"), ("TRITON", "C1")):
-        rows = [row for row in selected if row["backend"] == backend]
-        _line(time, rows, "total_ms", f"sparse, {backend}", colour, "o-")
-        _line(speedup, rows, "speedup_sdpa_flash", f"{backend} over SDPA flash", colour, "o-")
-        _line(speedup, rows, "speedup_best_dense", f"{backend} over the best dense kernel", colour, "s--")
-    rows = [row for row in selected if row["backend"] == "auto"]
-    _line(time, rows, "total_ms", "auto", "black", "x")
-    _line(speedup, rows, "speedup_best_dense", "auto over the best dense kernel", "black", "x")
+        members = [row for row in selected if row["backend"] == backend]
+        line(time, members, "total_ms", f"sparse, {backend}", colour, "o-")
+        line(speedup, members, "speedup_sdpa_flash", f"{backend} over SDPA flash", colour, "o-")
+        line(speedup, members, "speedup_best_dense", f"{backend} over the best dense kernel", colour, "s--")
+    members = [row for row in selected if row["backend"] == "auto"]
+    line(time, members, "total_ms", "auto", "black", "x")
+    line(speedup, members, "speedup_best_dense", "auto over the best dense kernel", "black", "x")
     time.set_ylabel("ms, selection included")
     speedup.set_ylabel("speed-up")
     speedup.axhline(1, color="grey", linewidth=0.8)
+    lengths = values(selected, "length")
     for axes in (time, speedup):
-        axes.set(xscale="log", yscale="log", xlabel="prompt length, tokens")
-        lengths = sorted({row["length"] for row in selected})
-        axes.set_xticks(lengths, [f"{length // 1024}K" if length >= 1024 else str(length) for length in lengths])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+        axes.set(yscale="log", xlabel="prompt length, tokens")
+        _ticks(axes, lengths, [f"{length // 1024}K" if length >= 1024 else str(length) for length in lengths])
         axes.legend(fontsize=8)
     row = selected[0]
-    figure.suptitle(
-        f"{row['gpu']}, {row['dtype']}, batch {row['batch']}, {row['heads']}/{row['kv_heads']} heads", size=10
-    )
-    path = results / PLOT
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    what = f"{row['gpu']}, {row['dtype']}, batch {row['batch']}, {row['heads']}/{row['kv_heads']} heads"
+    _save(figure, what, path)
 
 
-def _line(axes: Any, rows: list[Row], field: str, name: str, colour: str, style: str) -> None:
-    points = sorted((row["length"], row[field]) for row in rows if row.get(field) is not None)
-    if points:
-        axes.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=5)
-
-
-def draw_quality(results: Path) -> Path | None:
-    """Recall and output error against density, one row of axes per length; None, and no file, without rows."""
-    found = quality_groups(read(results / "quality.jsonl"))
-    if not found:
-        return None
-    rows = found[0]
-    lengths = sorted({row["length"] for row in rows})
-    size = (11, 4.2 * len(lengths))
-    figure, grid = plt.subplots(len(lengths), 2, figsize=size, layout="constrained", squeeze=False)
+def draw_quality(rows: list[Row], path: Path) -> None:
+    """Recall and output error against density, a row of axes per length."""
+    group = SELECTORS.groups(rows)[0]
+    lengths = values(group, "length")
+    figure, grid = _axes(len(lengths), 2, 5.5)
     for length, (recall, error) in zip(lengths, grid, strict=True):
-        curves = families(rows, length)
-        for number, (name, family) in enumerate(zip(labels(curves), curves, strict=True)):
+        for number, (name, family) in enumerate(families(group, length).items()):
             for axes, field, style in ((recall, "recall", "o-"), (error, "error", "o-"), (error, "corrected", "s--")):
-                points = [
-                    (point.density, value) for point in family.points if (value := getattr(point, field)) is not None
-                ]
+                points = [(point.density, getattr(point, field)) for point in family.points]
+                points = [point for point in points if point[1] is not None]
                 if points:
                     shown = None if field == "corrected" else name
                     axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=shown, markersize=4)
-        recall.set(ylabel="recall")
-        error.set(ylabel="relative output error", yscale="log")
-        for axes in (recall, error):
-            axes.set(xscale="log", xlabel="density", title=f"{length:,} tokens")
-            axes.set_xticks(_DENSITY_TICKS, [f"{tick:.0%}" for tick in _DENSITY_TICKS])
-            axes.set_xlim(0.9 * min(row["density"] for row in rows), 1.05)
-            axes.minorticks_off()
-            axes.grid(alpha=0.3)
+        least = min(row["density"] for row in group)
+        _against_density(recall, least, 1.05, title=f"{length:,} tokens", ylabel="recall")
+        _against_density(error, least, 1.05, title=f"{length:,} tokens", ylabel="relative output error", yscale="log")
     last = grid[-1, 1]
     last.plot([], [], "s--", color="grey", label="with mean correction", markersize=4)
     figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    row = rows[0]
-    figure.suptitle(f"The needle model's heads, {row['gpu']}, {row['dtype']}; mean over layers and heads", size=10)
-    path = results / QUALITY_PLOT
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    row = group[0]
+    _save(figure, f"The needle model's heads, {row['gpu']}, {row['dtype']}; mean over layers and heads", path)
 
 
-def draw_accuracy(results: Path) -> Path | None:
-    """Task accuracy against density, one axes per task; None, and no file, without rows."""
-    tables = task_tables(read(results / "quality.jsonl"))
-    if not tables:
-        return None
+def draw_accuracy(rows: list[Row], path: Path) -> None:
+    """Task accuracy against density, axes for each task."""
+    tables = [list(cells_of(group).values()) for group in TASKS.groups(rows)]
     across = min(len(tables), _ACROSS)
-    down = math.ceil(len(tables) / across)
-    figure, grid = plt.subplots(down, across, figsize=(5.5 * across, 4.2 * down), layout="constrained", squeeze=False)
+    figure, grid = _axes(math.ceil(len(tables) / across), across, 5.5)
     for spare in grid.flat[len(tables) :]:
         spare.set_axis_off()
-    found = [row for table in tables for row in sparse_rows(table)]
+    sparse = [[row for row in table if row["selector"] != DENSE] for table in tables]
+    found = [row for table in sparse for row in table]
     colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(row["selector"] for row in found))}
-    markers = dict(zip(sorted({row["length"] or 0 for row in found}), itertools.cycle("os^Dv*"), strict=False))
-    for table, axes in zip(tables, grid.flat, strict=False):
-        here = sparse_rows(table)
+    markers = dict(zip(values(found, "length"), itertools.cycle("os^Dv*"), strict=False))
+    for table, here, axes in zip(tables, sparse, grid.flat, strict=False):
         for row in here:
-            style = {"marker": markers[row["length"] or 0], "color": colours[row["selector"]]}
+            style = {"marker": markers[row["length"]], "color": colours[row["selector"]]}
             hollow = {"markerfacecolor": "none"} if row["dense_layers"] else {}
             axes.plot(row["density"], row["accuracy"], markersize=5, alpha=0.8, **style, **hollow)
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set(title=table.title, xlabel="density", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.05))
-        axes.set_xticks(_DENSITY_TICKS, [f"{tick:.0%}" for tick in _DENSITY_TICKS])
-        axes.set_xlim(0.9 * min((row["density"] for row in here), default=0.1), 1.1)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+        least = min((row["density"] for row in here), default=0.1)
+        _against_density(axes, least, 1.1, title=title_of(table[0]), ylabel="accuracy", ylim=(-0.03, 1.05))
     last = grid[0, 0]
     for name, colour in colours.items():
         last.plot([], [], "o", color=colour, label=name)
@@ -141,23 +136,24 @@ def draw_accuracy(results: Path) -> Path | None:
     if any(row["dense_layers"] for row in found):
         last.plot([], [], "o", color="grey", markerfacecolor="none", label="with dense layers")
     figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    row = tables[0].rows()[0]
-    figure.suptitle(f"{row['model']}, {row['gpu']}, {row['dtype']}, {row['samples']} samples a point", size=10)
-    path = results / ACCURACY_PLOT
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    row = tables[0][0]
+    _save(figure, f"{row['model']}, {row['gpu']}, {row['dtype']}, {row['samples']} samples a point", path)
 
 
-def draw_fidelity(results: Path) -> Path | None:
-    """KL against density on source code, one axes per model and length; None, and no file, without rows."""
-    groups_of_text = [group for group in sweeps(read(results / "fidelity.jsonl")) if group[0]["text"] == _KL_TEXT]
+def draw_fidelity(rows: list[Row], path: Path) -> None:
+    """KL against density on source code, axes for each model and length."""
+    found = [row for group in sweeps(rows) for row in group if row["text"] == _KL_TEXT]
     panels: dict[str, list[Row]] = {}
-    for row in sorted(itertools.chain(*groups_of_text), key=lambda row: (row["model"], row["length"])):
+    for row in sorted(found, key=lambda row: (row["model"], row["length"])):
         panels.setdefault(f"{row['model']}, {row['length']:,} tokens", []).append(row)
-    if not panels:
-        return None
-    row = groups_of_text[0][0]
-    path = results / FIDELITY_PLOT
+    row = found[0]
     save_panels(panels, f"Real models on the text '{_KL_TEXT}', {row['gpu']}, {row['dtype']}", path)
-    return path
+
+
+DRAW = {
+    "plot": draw_attention,
+    "accuracy-plot": draw_accuracy,
+    "quality-plot": draw_quality,
+    "fidelity-plot": draw_fidelity,
+}
+"""By the name of the block that shows it."""

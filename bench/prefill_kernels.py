@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bench.laps import Laps
+from bench.timing import Laps
 from flexprefill_fa.dense import DENSE_KERNELS, causal_attention
 from flexprefill_fa.region import compile_limits
 

@@ -12,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.attention import spread
 from bench.check import reference, verify
 from bench.exact import Exact, exact_attention
 from bench.needle.capture import capture_layers
-from bench.quality_points import KIND
+from bench.quality_tables import KIND
+from bench.timing import described
 from bench.workloads import Inputs
 from flexprefill_fa import get_selector, selector_names, sparse_prefill_attention
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.loading import first_line
 from flexprefill_fa.tools.needle import MODEL_DIR
-from flexprefill_fa.tools.rows import Row, environment
+from flexprefill_fa.tools.rows import Row
 
 BACKEND = {"cuda": "TRITON", "cpu": "CPU"}
 """The kernel that runs, by device."""
@@ -38,8 +40,8 @@ _OTHER = {
 }
 
 
-def sweep() -> list[str]:
-    """Selectors and settings, from few blocks to many, as `bench.spec.parse_selector` reads them."""
+def sweep() -> str:
+    """Selectors and settings, from few blocks to many, as `bench.spec.parse_selectors` reads them."""
     found = []
     for name in selector_names():
         fields = get_selector(name).sweep
@@ -52,7 +54,7 @@ def sweep() -> list[str]:
             for others in (*_OTHER.get(name, [""]), *_LEAN.get(name, []))
             for setting in settings
         ]
-    return found
+    return ",".join(found)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class QualityPlan:
 
 
 def quality_rows(plan: QualityPlan, length: int, failed: Callable[[str], None]) -> Iterator[Row]:
-    """One row for each layer, setting and correction at one length.
+    """The rows of one length.
 
     Args:
         plan: what to measure.
@@ -93,24 +95,16 @@ def quality_rows(plan: QualityPlan, length: int, failed: Callable[[str], None]) 
         torch.OutOfMemoryError: where the GPU is too small.
     """
     captured = capture_layers(length, plan.layers, dtype=plan.dtype, device=plan.device, seed=plan.seed)
-    conditions: Row = {"kind": KIND, "device": plan.device.type, **environment(plan.device), "length": length}
-    conditions["model_sha256"] = model_sha256(MODEL_DIR)
     for layer in plan.layers:
         on_device = torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext()
         inputs = Inputs(*captured.pop(layer))
+        batch, heads, _, head_dim = inputs.query.shape
+        shape = {"batch": batch, "heads": heads, "kv_heads": inputs.key.shape[1], "head_dim": head_dim}
+        where = {"workload": "needle", "model_sha256": model_sha256(MODEL_DIR), "layer": layer, "seed": plan.seed}
+        conditions = described(KIND, plan.device, plan.dtype, length=length, **shape, **where)
         with torch.no_grad(), on_device:
             exact = exact_attention(inputs.query, inputs.key, inputs.value)
-            described = conditions | {
-                "batch": inputs.query.shape[0],
-                "heads": inputs.query.shape[1],
-                "kv_heads": inputs.key.shape[1],
-                "head_dim": inputs.query.shape[-1],
-                "dtype": str(plan.dtype).removeprefix("torch."),
-                "workload": "needle",
-                "layer": layer,
-                "seed": plan.seed,
-                "dense_error": _four_digits(exact.head_errors(_dense(inputs)).mean().item()),
-            }
+            conditions["dense_error"] = _four_digits(exact.head_errors(_dense(inputs)).mean().item())
             for config in plan.configs:
                 for correction in plan.corrections:
                     try:
@@ -119,9 +113,9 @@ def quality_rows(plan: QualityPlan, length: int, failed: Callable[[str], None]) 
                         raise
                     except Exception as error:  # the other rows of a long run are still worth having
                         who = f"{length} tokens, layer {layer}, {config}, mean_correction={correction}"
-                        failed(f"{who}: {type(error).__name__}: {first_line(error)}")
+                        failed(f"failed: {who}: {type(error).__name__}: {first_line(error)}")
                         continue
-                    yield described | found
+                    yield conditions | found
 
 
 def measure(inputs: Inputs, exact: Exact, config: Any, backend: str, correction: bool) -> Row:
@@ -146,28 +140,16 @@ def measure(inputs: Inputs, exact: Exact, config: Any, backend: str, correction:
         inputs.query, inputs.key, inputs.value, config, dense="never", backend=backend, return_selection=True, **options
     )
     problem = None if correction else verify(out, reference(inputs, selection)).problem
-    errors = exact.head_errors(out)
-    if problem is None and not errors.isfinite().all():
+    found = {"density": selection.density(), "recall": exact.recall(selection), "error": exact.head_errors(out)}
+    if problem is None and not found["error"].isfinite().all():
         problem = "the output is not finite"
     if problem is not None:
         raise ArithmeticError(problem)
-    density, recall = selection.density(), exact.recall(selection)
-    return {
-        "selector": config.name,
-        "settings": dataclasses.asdict(config),
-        "backend": backend,
-        "mean_correction": correction,
-        "density": round(density.mean().item(), 5),
-        "density_min": round(density.min().item(), 5),
-        "density_max": round(density.max().item(), 5),
-        "recall": round(recall.mean().item(), 5),
-        "recall_min": round(recall.min().item(), 5),
-        "error": round(errors.mean().item(), 5),
-        "error_max": round(errors.max().item(), 5),
-        "head_density": _per_head(density),
-        "head_recall": _per_head(recall),
-        "head_error": _per_head(errors),
-    }
+    row = {"selector": config.name, "settings": dataclasses.asdict(config), "backend": backend}
+    row["mean_correction"] = correction
+    for name, ends in (("density", "min max"), ("recall", "min"), ("error", "max")):
+        row |= spread(name, found[name], ends)
+    return row | {f"head_{name}": [_four_digits(value) for value in each[0].tolist()] for name, each in found.items()}
 
 
 def _dense(inputs: Inputs) -> Tensor:
@@ -176,11 +158,6 @@ def _dense(inputs: Inputs) -> Tensor:
     # Repeated by hand: in fp32 on a GPU, grouped heads would take a kernel that holds all scores.
     key, value = (tensor.repeat_interleave(groups, 1) for tensor in (inputs.key, inputs.value))
     return F.scaled_dot_product_attention(inputs.query, key, value, is_causal=True)
-
-
-def _per_head(values: Tensor) -> list[float]:
-    """`[1, Hq]` as a list."""
-    return [_four_digits(value) for value in values[0].tolist()]
 
 
 def _four_digits(value: float) -> float:

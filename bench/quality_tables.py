@@ -1,176 +1,224 @@
-"""Quality rows as text: tables for the documents and for the terminal."""
+"""Tables of `python -m bench quality`: recall and output error against density, and what mean correction does."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from rich.table import Table
-
-from bench.quality_points import Family, at_density, families, labels, quality_groups
-from bench.report import number
-from bench.tables import conditions, markdown_table
+from bench.tables import Column, Table, bold, conditions, group_rows, key, number, values
 from flexprefill_fa import get_selector
-from flexprefill_fa.tools.reporting import changed_settings
 from flexprefill_fa.tools.rows import Row
 
+KIND = "quality"
+"""Of the rows of `python -m bench quality`."""
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 CORRECTED_ALPHAS = (0.05, 0.1, 0.2)
 """Of flashprefill, in the table about mean correction."""
 
+_PROMPT = ("layer", "seed")  # what a point is the mean over, beside the heads
 _DIGITS = ".3f"
 
 
+@dataclass(frozen=True)
+class Point:
+    """One setting at one length, the mean over layers, prompts and heads.
+
+    Attributes:
+        settings: of the selector.
+        density, recall: kept blocks / causal blocks; share of the exact probability in them.
+        error: relative L2 distance of the output from exact dense attention, None where it was not measured.
+        corrected: the same with mean correction.
+        worst, corrected_worst: those of the worst head.
+    """
+
+    settings: dict[str, Any]
+    density: float
+    recall: float
+    error: float | None
+    corrected: float | None
+    worst: float | None = None
+    corrected_worst: float | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A selector's sweep at one length: `points` by ascending density, settings outside the sweep in `fixed`."""
+
+    selector: str
+    fixed: dict[str, Any]
+    points: tuple[Point, ...]
+
+    def at(self, field: str, density: float) -> float | None:
+        """`recall`, `error` or `corrected` at a density: linear in log density between the two neighbours.
+
+        None outside the range of its points that have the field.
+        """
+        points = [(point.density, found) for point in self.points if (found := getattr(point, field)) is not None]
+        for at, value in points:
+            if at == density:
+                return value
+        return between([(math.log(at), value) for at, value in points], math.log(density))
+
+
+def between(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    """y at x, linear between the two neighbours among points (x, y); None where x lies outside of them."""
+    for (low, below), (high, above) in pairwise(points):
+        if min(low, high) <= x <= max(low, high):
+            share = 0.0 if low == high else (x - low) / (high - low)
+            return below + (above - below) * share
+    return None
+
+
+def families(rows: Sequence[Row], length: int) -> dict[str, Family]:
+    """The sweeps at one length of one table's rows, by names that tell them apart, in the order of the rows.
+
+    A name has the fixed settings in which a family differs from its selector's others. A setting counts only where it
+    has a row for every layer and prompt that the rows have at this length: else its mean would be over other heads than
+    its neighbours'.
+    """
+    here = [row for row in rows if row["length"] == length]
+    prompts = {key(row, _PROMPT) for row in here}
+    members: dict[str, list[Row]] = {}
+    for row in here:
+        swept = get_selector(row["selector"]).sweep  # rows that share the other settings form one family
+        fixed = {name: value for name, value in row["settings"].items() if name not in swept}
+        members.setdefault(json.dumps([row["selector"], fixed]), []).append(row)
+    found = []
+    for name, part in members.items():
+        points = [_point(same, prompts) for same in group_rows(part, ["settings"])]
+        whole = sorted((point for point in points if point is not None), key=lambda point: point.density)
+        if whole:
+            selector, fixed = json.loads(name)
+            found.append(Family(selector, fixed, tuple(whole)))
+    named = {}
+    for family in found:
+        same = [other.fixed for other in found if other.selector == family.selector]
+        told = [
+            f"{name}={value}" for name, value in family.fixed.items() if any(fixed.get(name) != value for fixed in same)
+        ]
+        named[" ".join([family.selector, *told])] = family
+    return named
+
+
+def _point(rows: Sequence[Row], prompts: set[str]) -> Point | None:
+    whole: dict[bool, list[Row]] = {}
+    for correction in (False, True):
+        part = [row for row in rows if row["mean_correction"] == correction]
+        if {key(row, _PROMPT) for row in part} == prompts:
+            whole[correction] = part
+    if not whole:
+        return None
+    either = next(iter(whole.values()))  # the correction changes the output, not the selection
+    errors = [_mean(whole[x], "error") if x in whole else None for x in (False, True)]
+    worst = [max(row["error_max"] for row in whole[x]) if x in whole else None for x in (False, True)]
+    return Point(rows[0]["settings"], _mean(either, "density"), _mean(either, "recall"), *errors, *worst)
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return math.fsum(row[name] for row in rows) / len(rows)
+
+
+def _caption(rows: Sequence[Row], what: str) -> str:
+    prompts = len(values(rows, "seed"))
+    return (
+        f"**The needle model (SHA-256 {rows[0]['model_sha256'][:10]}) on {prompts} needle "
+        f"{'prompt' if prompts == 1 else 'prompts'}**, layers {', '.join(map(str, values(rows, 'layer')))}; means over "
+        f"heads and layers. {conditions(rows)}; rounding alone gives dense attention an error of up to "
+        f"{max(row['dense_error'] for row in rows):.2g}. {what}"
+    )
+
+
+def _table(what: str, lines: Callable[[list[Row]], list[list[str]]], header: Sequence[str]) -> Table:
+    """Of lines that are cells already."""
+
+    def columns(rows: list[Row]) -> list[Column]:
+        return [(title, lambda line, place=place: line[place]) for place, title in enumerate(header)]
+
+    return Table(
+        group_by=("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "model_sha256"),
+        identity=(*_PROMPT, "length", "selector", "settings", "backend", "mean_correction"),
+        where=lambda row: row["kind"] == KIND,
+        lines=lines,
+        columns=columns,
+        caption=lambda rows: _caption(rows, what),
+    )
+
+
+def _read(found: dict[str, Family], field: str) -> list[list[float | None]]:
+    """One row for each family, one column for each density, rounded as it is shown."""
+    read = [[family.at(field, density) for density in DENSITIES] for family in found.values()]
+    return [[None if value is None else round(value, 3) for value in row] for row in read]
+
+
+def _bold(read: Sequence[Sequence[float | None]], choose: Callable[[list[float]], float]) -> list[list[str]]:
+    """The values as text, the best of each column in bold; ties are all bold."""
+    measured = [[value for value in column if value is not None] for column in zip(*read, strict=True)]
+    best = [choose(column) if column else None for column in measured]
+    return [
+        [bold(number(value, _DIGITS), value is not None and value == top) for value, top in zip(row, best, strict=True)]
+        for row in read
+    ]
+
+
+def _selectors(rows: list[Row]) -> list[list[str]]:
+    lines = []
+    for length in values(rows, "length"):
+        found = families(rows, length)
+        recall = _bold(_read(found, "recall"), max)
+        error, corrected = (_bold(_read(found, field), min) for field in ("error", "corrected"))
+        for name, kept, *pair in zip(found, recall, error, corrected, strict=True):
+            errors = ["-" if both == ("-", "-") else " / ".join(both) for both in zip(*pair, strict=True)]
+            lines.append([f"{length:,}", name, *kept, *errors])
+    return lines
+
+
+def _points(rows: list[Row], shown: Callable[[Family, Point], bool] = lambda family, point: True) -> list[list[str]]:
+    """A line for each setting, the densest first."""
+    lines = []
+    for length in values(rows, "length"):
+        for label, family in families(rows, length).items():
+            for point in filter(lambda point: shown(family, point), family.points[::-1]):
+                swept = [f"{name}={value:g}" for name, value in point.settings.items() if name not in family.fixed]
+                ratio = point.corrected / point.error if point.corrected is not None and point.error else None
+                found = (point.density, point.recall, point.error, point.corrected, ratio)
+                found += (point.worst, point.corrected_worst)
+                lines.append([f"{length:,}", " ".join([label, *swept]), *(number(value, _DIGITS) for value in found)])
+    return lines
+
+
+def _is_about_correction(family: Family, point: Point) -> bool:
+    return family.selector == "flashprefill" and point.settings["alpha"] in CORRECTED_ALPHAS
+
+
+_POINTS = ("tokens", "selector", "density", "recall", "error without", "error with", "with / without")
+_POINTS += ("worst head without", "worst head with")
+SELECTORS = _table(
+    "Recall and relative output error (without / with mean correction) at equal densities, between the two nearest "
+    "settings of each sweep; '-' where a sweep does not reach; the best in bold.",
+    _selectors,
+    [
+        *("tokens", "selector"),
+        *(f"{what} at {density:.0%}" for what in ("recall", "error") for density in DENSITIES),
+    ],
+)
+"""Recall and output error of every selector at equal densities."""
+CORRECTION = _table(
+    "Output error without and with mean correction.", lambda rows: _points(rows, _is_about_correction), _POINTS
+)
+"""What mean correction does to flashprefill's output error."""
+SETTINGS = _table("Every setting.", _points, _POINTS)
+"""What a run measured."""
+
+
 def selector_tables(rows: Iterable[Row]) -> str:
-    """Recall and output error of every selector at equal densities, one table per group, and who beats FlexPrefill."""
-    return "\n\n".join(_selector_table(group) for group in quality_groups(rows))
+    """One `SELECTORS` for each processor, shape and model."""
+    return SELECTORS.markdown(rows)
 
 
 def correction_tables(rows: Iterable[Row]) -> str:
-    """What mean correction does to flashprefill's output error, one table per group; empty without such rows."""
-    return "\n\n".join(filter(None, (_correction_table(group) for group in quality_groups(rows))))
-
-
-def _selector_table(group: Sequence[Row]) -> str:
-    header = ["tokens", "selector"]
-    header += [f"recall at {density:.0%}" for density in DENSITIES]
-    header += [f"error at {density:.0%}" for density in DENSITIES]
-    lines, verdicts = [], []
-    for length in _lengths(group):
-        found = families(group, length)
-        recall, error, corrected = (_columns(found, field) for field in ("recall", "error", "corrected"))
-        best = [_bold(recall, max), _bold(error, min), _bold(corrected, min)]
-        for row, name in enumerate(labels(found)):
-            pairs = zip(best[1][row], best[2][row], strict=True)
-            errors = ["-" if pair == ("-", "-") else " / ".join(pair) for pair in pairs]
-            lines.append([f"{length:,}", name, *best[0][row], *errors])
-        verdicts += [_verdict(found, length, "recall"), _verdict(found, length, "error")]
-    what = (
-        f"{_caption(group)} Recall and relative output error (without / with mean correction) at equal densities, "
-        "between the two nearest settings of each sweep; '-' where a sweep does not reach; the best in bold."
-    )
-    listed = "\n".join(f"- {verdict}" for verdict in verdicts if verdict)
-    return "\n\n".join(filter(None, (what, markdown_table(header, lines), listed)))
-
-
-def _correction_table(group: Sequence[Row]) -> str:
-    lines = []
-    for length in _lengths(group):
-        found = families(group, length)
-        for family, label in zip(found, labels(found), strict=True):
-            for point in family.points[::-1]:
-                if family.selector != "flashprefill" or point.settings["alpha"] not in CORRECTED_ALPHAS:
-                    continue
-                ratio = point.corrected / point.error if point.corrected is not None and point.error else None
-                values = (point.density, point.recall, point.error, point.corrected, ratio)
-                values += (point.worst, point.corrected_worst)
-                name = f"{label} alpha={point.settings['alpha']:g}"
-                lines.append([f"{length:,}", name, *(number(value, _DIGITS) for value in values)])
-    if not lines:
-        return ""
-    header = ["tokens", "selector", "density", "recall", "error without", "error with", "with / without"]
-    header += ["worst head without", "worst head with"]
-    return f"{_caption(group)} Output error without and with mean correction.\n\n{markdown_table(header, lines)}"
-
-
-def _lengths(group: Sequence[Row]) -> list[int]:
-    return sorted({row["length"] for row in group})
-
-
-def _columns(found: Sequence[Family], field: str) -> list[list[float | None]]:
-    """One row for each family, one column for each density, rounded as it is shown."""
-    values = [[at_density(family, field, density) for density in DENSITIES] for family in found]
-    return [[None if value is None else round(value, 3) for value in row] for row in values]
-
-
-def _bold(values: Sequence[Sequence[float | None]], choose: Callable[[list[float]], float]) -> list[list[str]]:
-    """The values as text, the best of each column in bold; ties are all bold."""
-    measured = [[value for value in column if value is not None] for column in zip(*values, strict=True)]
-    best = [choose(column) if column else None for column in measured]
-
-    def cell(value: float | None, column: int) -> str:
-        text = number(value, _DIGITS)
-        return f"**{text}**" if value is not None and value == best[column] else text
-
-    return [[cell(value, column) for column, value in enumerate(row)] for row in values]
-
-
-def _verdict(found: Sequence[Family], length: int, field: str) -> str:
-    """Whether a simpler rule beats FlexPrefill's published one in "recall" or "error", density by density."""
-    values = list(zip(found, labels(found), _columns(found, field), strict=True))
-    published = [column for family, _, column in values if _is_published(family)]
-    if not published:
-        return ""
-    higher_is_better = field == "recall"
-    parts = []
-    for index, own in enumerate(published[0]):
-        others = [(column[index], name) for family, name, column in values if _is_simpler(family)]
-        reached = [(value, name) for value, name in others if value is not None]
-        if own is None:
-            verdict = "outside its sweep"
-        elif not reached:
-            verdict = f"no simpler rule reaches this density ({own:{_DIGITS}})"
-        elif better := sorted(
-            ((value, name) for value, name in reached if (value > own if higher_is_better else value < own)),
-            reverse=higher_is_better,
-        ):
-            listed = ", ".join(f"{name} ({value:{_DIGITS}})" for value, name in better)
-            verdict = f"**beaten** ({own:{_DIGITS}}) by {listed}"
-        else:
-            verdict = f"not beaten ({own:{_DIGITS}})"
-        parts.append(f"at {DENSITIES[index]:.0%} {verdict}")
-    what = "recall" if higher_is_better else "output error without mean correction"
-    return f"{length:,} tokens, {what}, FlexPrefill's published rule against simpler ones: {'; '.join(parts)}."
-
-
-def _is_published(family: Family) -> bool:
-    fixed = family.fixed
-    return family.selector == "flexprefill" and fixed["variant"] == "published" and fixed["tau"] > 0
-
-
-def _is_simpler(family: Family) -> bool:
-    """Another selector, or the published rule without its test for query-aware heads."""
-    fixed = family.fixed
-    return family.selector != "flexprefill" or (fixed["variant"] == "published" and fixed["tau"] == 0)
-
-
-def _caption(group: Sequence[Row]) -> str:
-    layers = sorted({row["layer"] for row in group})
-    prompts = len({row["seed"] for row in group})
-    shown = ", ".join(map(str, layers))
-    plural = "prompt" if prompts == 1 else "prompts"
-    rounding = max(row["dense_error"] for row in group)
-    return (
-        f"**The needle model (SHA-256 {group[0]['model_sha256'][:10]}) on {prompts} needle {plural}**, layers {shown}; "
-        f"means over heads and layers. {conditions(group)}; rounding alone gives dense attention an error of up to "
-        f"{rounding:.2g}."
-    )
-
-
-def quality_line(row: Row) -> str:
-    """A row for a log."""
-    told = changed_settings(row["selector"], row["settings"])
-    told |= {name: row["settings"][name] for name in get_selector(row["selector"]).sweep}
-    who = f"{row['length']} tokens, layer {row['layer']}, {row['selector']} {_assignments(told)}"
-    corrected = ", mean-corrected" if row["mean_correction"] else ""
-    found = ", ".join(f"{name} {row[name]:{_DIGITS}}" for name in ("density", "recall", "error"))
-    return f"{who}{corrected}: {found}"
-
-
-def _assignments(settings: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in settings.items())
-
-
-def quality_summary(rows: Sequence[Row]) -> Table:
-    """All settings of a run, means over layers and heads."""
-    table = Table(title=f"{conditions(rows)}; means over heads and layers", title_justify="left")
-    for name in ("tokens", "selector", "setting", "density", "recall", "error", "mean-corrected"):
-        table.add_column(name, justify="left" if name in ("selector", "setting") else "right")
-    for length in _lengths(rows):
-        found = families(rows, length)
-        for name, family in zip(labels(found), found, strict=True):
-            for point in family.points:
-                swept = {name: value for name, value in point.settings.items() if name not in family.fixed}
-                values = (point.density, point.recall, point.error, point.corrected)
-                table.add_row(str(length), name, _assignments(swept), *(number(value, _DIGITS) for value in values))
-    return table
+    """One `CORRECTION` for each processor, shape and model."""
+    return CORRECTION.markdown(rows)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from bench.tables import markdown_table
-from flexprefill_fa.tools.rows import Row, latest
+from bench.tables import Table, commits, field, settings_of, times, versions
+from flexprefill_fa.tools.rows import Row
 
 
 class Engine(NamedTuple):
@@ -20,49 +20,38 @@ class Engine(NamedTuple):
 ENGINES = {"vllm": Engine("vLLM", "max_num_batched_tokens"), "sglang": Engine("SGLang", "chunked_prefill_size")}
 """By the kind of their rows."""
 
-_GROUP = ("kind", "gpu", "model", "layers", *(engine.step_tokens for engine in ENGINES.values()))
 _MEASURES = {
     "first token": ("{length:,} tokens: first token, ms", "ttft_ms", False),
     "prefill": ("{requests} x {length:,} tokens at once: prompt tokens/s", "prompt_tokens_per_s", True),
     "decode": ("{requests} requests decoding: tokens/s", "tokens_per_s", True),
 }
-_VERSIONS = (
-    *((kind, engine.title) for kind, engine in ENGINES.items()),
-    *(("torch", "torch"), ("triton", "triton"), ("flash_attn_4", "flash-attn-4")),
-)
+_DEFAULT, _SPARSE = "default", "sparse prefill"
 
 
-def serve_tables(rows: Iterable[Row]) -> str:
-    """One table for each GPU and engine; empty without rows."""
-    found: dict[str, list[Row]] = {}
-    for row in latest(rows, _measured):
-        found.setdefault(json.dumps([row.get(name) for name in _GROUP]), []).append(row)
-    return "\n\n".join(filter(None, map(_table, found.values())))
+def serve_tables(*files: Iterable[Row]) -> str:
+    """One table for each engine and GPU, of the rows of all files; empty without rows."""
+    return _TABLE.markdown(itertools.chain(*files))
 
 
-def _measured(row: Row) -> str:
-    names = (*_GROUP, "backend", "measure", "length", "settings", "synthetic_density")
-    return json.dumps([row.get(name) for name in names])
+def _pairs(rows: Sequence[Row]) -> list[dict[str, Row]]:
+    """The rows of both backends, by their names, of what was measured with both."""
+    found: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: row["backend"] != _SPARSE):
+        found.setdefault((row["measure"], row["length"]), {})[row["backend"]] = row
+    return [pair for pair in found.values() if {_DEFAULT, _SPARSE} <= set(pair)]
 
 
-def _table(rows: Sequence[Row]) -> str:
-    def of(backend: str) -> dict[tuple[str, int], Row]:
-        return {(row["measure"], row["length"]): row for row in rows if row["backend"] == backend}
+def _value(row: Row) -> float:
+    return row[_MEASURES[row["measure"]][1]]
 
-    default, sparse = of("default"), of("sparse prefill")
-    lines = []
-    for key, row in sparse.items():
-        other = default.get(key)
-        if other is None:
-            continue
-        title, field, more_is_better = _MEASURES[row["measure"]]
-        ratio = row[field] / other[field] if more_is_better else other[field] / row[field]
-        density = "-" if row["density"] is None else f"{row['density']:.3f}"
-        lines.append([title.format(**row), density, _number(other[field]), _number(row[field]), f"{ratio:.2f}x"])
-    if not lines:
-        return ""
-    header = ["", "density of sparse chunks", f"{_engine(rows).title}'s default backend", "with sparse prefill", ""]
-    return "\n\n".join(filter(None, (_caption(rows), markdown_table(header, lines), _gather(rows))))
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _ratio(pair: dict[str, Row]) -> str:
+    ratio = _value(pair[_SPARSE]) / _value(pair[_DEFAULT])
+    return times(ratio if _MEASURES[pair[_SPARSE]["measure"]][2] else 1 / ratio)
 
 
 def _engine(rows: Sequence[Row]) -> Engine:
@@ -70,16 +59,14 @@ def _engine(rows: Sequence[Row]) -> Engine:
 
 
 def _caption(rows: Sequence[Row]) -> str:
-    row, engine = next(row for row in rows if row["backend"] == "sparse prefill"), _engine(rows)
-    versions = [f"{title} {row[name]}" for name, title in _VERSIONS if row.get(name)]
-    settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items()) or "default settings"
+    row, engine = next(row for row in rows if row["backend"] == _SPARSE), _engine(rows)
     return (
         f"**{row['model']}**, {row['layers']} layers, {row['dtype']}, {engine.step_tokens} "
         f"{row[engine.step_tokens]:,}; default backend: {row.get('dense_kernel') or f'as {engine.title} chose'}. "
-        f"Random weights have no attention pattern: the sparse engine selects in full ({settings}) and then attends "
-        f"over seeded random blocks of {row['synthetic_density']:.0%} density. {row['gpu']}, {', '.join(versions)}, "
-        f"commit {row['commit']}, {row['date']}; wall clock of the whole engine. First token: {_samples(rows)}; the "
-        "other rows: one run each."
+        f"Random weights have no attention pattern: the sparse engine selects in full "
+        f"({settings_of(row['settings']) or 'default settings'}) and then attends over seeded random blocks of "
+        f"{row['synthetic_density']:.0%} density. {row['gpu']}, {versions([row], rows[0]['kind'])}, {commits([row])}; "
+        f"wall clock of the whole engine. First token: {_samples(rows)}; the other rows: one run each."
     )
 
 
@@ -105,5 +92,17 @@ def _gather(rows: Sequence[Row]) -> str:
     )
 
 
-def _number(value: Any) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+_TABLE = Table(
+    group_by=("kind", "gpu", "model", "layers", *(engine.step_tokens for engine in ENGINES.values())),
+    identity=("backend", "measure", "length", "settings", "synthetic_density"),
+    lines=_pairs,
+    columns=lambda rows: [
+        ("", lambda pair: _MEASURES[pair[_SPARSE]["measure"]][0].format(**pair[_SPARSE])),
+        ("density of sparse chunks", lambda pair: field("density", ".3f")(pair[_SPARSE])),
+        (f"{_engine(rows).title}'s default backend", lambda pair: _number(_value(pair[_DEFAULT]))),
+        ("with sparse prefill", lambda pair: _number(_value(pair[_SPARSE]))),
+        ("", _ratio),
+    ],
+    caption=_caption,
+    notes=_gather,
+)

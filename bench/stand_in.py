@@ -13,13 +13,13 @@ import weakref
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bench.laps import Laps
-from bench.synthetic import block_count, chunk_selection, random_selection
+from bench.synthetic import chunk_selection
+from bench.timing import Laps
 from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
 from flexprefill_fa.masks.selector import Lists, Selector, traced_lists
-from flexprefill_fa.selection import BlockSelection
 
 _made: weakref.WeakValueDictionary[int, StandIn] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -75,7 +75,7 @@ class StandIn(Selector, name="stand_in", register=False):
     def forget(self) -> None:
         """Start counting anew."""
         self.calls, self._kept, self._causal = 0, [], 0
-        self.selecting.forget()
+        self.selecting.take_ms()
 
     def kept_density(self) -> float:
         """Kept blocks / causal blocks of all calls since `forget`, over all heads; reads back from the GPU.
@@ -107,42 +107,20 @@ class StandIn(Selector, name="stand_in", register=False):
         assert self.density is not None
         chosen = _blocks(q_len, kv_len, heads, self.density, self.block_size, lists[0].device, self.seed)
         width = lists[1].shape[-1]
-
-        def copied(count: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-            out = torch.zeros(*indices.shape[:-1], width, dtype=torch.int32, device=indices.device)
-            out[..., : indices.shape[-1]] = indices
-            return count.repeat(batch, 1, 1), out.repeat(batch, 1, 1, 1) if batch > 1 else out
-
-        partial = copied(chosen.kv_num_blocks, chosen.kv_indices)
-        full = copied(chosen.full_kv_num_blocks, chosen.full_kv_indices)
-        return *partial, *full
+        padded = [F.pad(part, (0, width - part.shape[-1])) if part.ndim == 4 else part for part in chosen]
+        count, indices, full_count, full_indices = (part.repeat(batch, *[1] * (part.ndim - 1)) for part in padded)
+        return count, indices, full_count, full_indices
 
 
 @functools.cache
 def _blocks(
     q_len: int, kv_len: int, heads: int, density: float, block_size: int, device: torch.device, seed: int
-) -> BlockSelection:
-    """Of one shape, with the lists cut to the longest row."""
-    try:
-        whole = q_len == kv_len and block_count(q_len, density, block_size) > 0
-    except ValueError:  # less than what every row keeps
-        whole = False
-    if whole:
-        found = random_selection(q_len, heads, density, block_size=block_size, seed=seed)
-    else:
-        found = chunk_selection(q_len, kv_len, heads, density, block_size=block_size, seed=seed)
-
-    def cut(count: Tensor, indices: Tensor) -> Tensor:
-        return indices[..., : max(1, int(count.max()))].contiguous().to(device)
-
-    return BlockSelection(
-        found.kv_num_blocks.to(device),
-        cut(found.kv_num_blocks, found.kv_indices),
-        found.full_kv_num_blocks.to(device),
-        cut(found.full_kv_num_blocks, found.full_kv_indices),
-        q_len,
-        kv_len,
-        block_size,
+) -> tuple[Tensor, ...]:
+    """The lists of one shape, cut to the longest row."""
+    found = chunk_selection(q_len, kv_len, heads, density, block_size=block_size, device=device, seed=seed)
+    pairs = (found.kv_num_blocks, found.kv_indices), (found.full_kv_num_blocks, found.full_kv_indices)
+    return tuple(
+        part for count, indices in pairs for part in (count, indices[..., : max(1, int(count.max()))].contiguous())
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -12,9 +12,11 @@ import torch
 import typer
 from rich.console import Console
 
+from bench.tables import line_of
 from flexprefill_fa.tools import loading
 from flexprefill_fa.tools.progress import WorkProgress
-from flexprefill_fa.tools.rows import Row, append
+from flexprefill_fa.tools.reporting import open_console
+from flexprefill_fa.tools.rows import Row, append, drop_unfinished, require_appendable
 
 one_line_errors = partial(loading.one_line_errors, (loading.UsageError, ValueError, OSError, torch.OutOfMemoryError))
 """As `loading.one_line_errors`, also for numbers that a workload refuses, broken rows and files that fail."""
@@ -41,44 +43,57 @@ def plain(console: Console) -> Callable[[str], None]:
     return partial(console.print, markup=False, soft_wrap=True)
 
 
-def record(
-    lengths: Iterable[int],
-    rows_of: Callable[[int], Iterator[Row]],
-    steps: int,
-    *,
-    out: Path,
-    as_json: bool,
-    console: Console,
-    line: Callable[[Row], str],
-) -> tuple[list[Row], bool]:
-    """Measure each length; a length for which memory is short, or the GPU gave up, is told and left out.
+class Recorder:
+    """Measured rows: each is added to a file, told in a line on stderr and, where asked for, printed as JSON.
 
     Args:
-        lengths: tokens.
-        rows_of: measures the rows of a length, one after the other.
-        steps: rows per length.
-        out: file that each row is added to.
-        as_json: whether to print each on stdout too.
-        console: on stderr, for a bar and a line for each row. line: what to tell of a row.
+        out: the file of rows; None where they are no results.
+        as_json: whether to print them.
+        quiet: whether another process keeps and tells the same rows.
 
-    Returns:
-        The rows, and whether a length was left out.
+    Attributes:
+        rows: all of them.
+        incomplete: whether something could not be measured.
+
+    Raises:
+        UsageError: for a file to which no rows can be added, before anything is measured.
     """
-    note = plain(console)
-    rows: list[Row] = []
-    left_out = False
-    for length in lengths:
+
+    def __init__(self, out: Path | None, as_json: bool, *, quiet: bool = False) -> None:
+        self.rows: list[Row] = []
+        self.incomplete = False
+        self._out, self._as_json = (None, False) if quiet else (out, as_json)
+        if self._out is not None:
+            require_appendable(self._out)
+            drop_unfinished(self._out)  # of a run that was stopped: this one goes on from there
+        self._console = Console(quiet=True) if quiet else open_console(stderr=True)
+        self.note = plain(self._console)
+
+    def take(self, label: str, steps: int | None, rows: Callable[[], Iterable[Row]]) -> None:
+        """Measure, row by row; where memory is short, or the GPU gave up, that is told and the rest is left out.
+
+        Args:
+            label: of what is measured. steps: how many rows that is, where it is known.
+            rows: measures them, one after the other.
+        """
         try:
-            with WorkProgress(console).task(f"{length} tokens", steps) as advance:
-                for row in rows_of(length):
-                    rows.append(row)
-                    append(out, row)
-                    note(line(row))
-                    if as_json:
+            with WorkProgress(self._console).task(label, steps) as advance:
+                for row in rows():
+                    self.rows.append(row)
+                    if self._out is not None:
+                        append(self._out, row)
+                    self.note(line_of(row))
+                    if self._as_json:
                         typer.echo(json.dumps(row))
                     if advance is not None:
                         advance()
         except (loading.UsageError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
-            note(f"error: {length} tokens: {loading.first_line(error)}")
-            left_out = True
-    return rows, left_out
+            typer.echo(f"error: {label}: {loading.first_line(error)}", err=True)
+            self.incomplete = True
+
+    def finish(self, table: str, *, wrong: bool = False) -> None:
+        """Print a table of the rows; exit with 1 for a wrong output and with 2 where something could not run."""
+        if table and not self._console.quiet:
+            typer.echo(table, err=self._as_json)
+        if wrong or self.incomplete:
+            raise typer.Exit(1 if wrong else 2)

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from flexprefill_fa.tools.rows import Row, environment
+
 WARM_UPS = 2
 LEAST_REPEATS = 3
 _LEAST_FLUSH_BYTES = 256 * 2**20  # long enough to hide the launches that are queued behind it
+
+
+def described(kind: str, device: torch.device, dtype: torch.dtype, **fields: Any) -> Row:
+    """What a row says before it is measured: its kind, where it is measured, and other fields."""
+    name = str(dtype).removeprefix("torch.")
+    return {"kind": kind, "device": device.type, **environment(device), "dtype": name, **fields}
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class Times:
     timed_by: str
 
     def fields(self, name: str) -> dict[str, Any]:
-        """The row's fields `name`, `name_p20`, `name_p80`; name ends in `_ms`."""
+        """The row's fields `name`, `name_p20`, `name_p80`; name ends in the unit."""
         return {name: round(self.median, 5), f"{name}_p20": round(self.p20, 5), f"{name}_p80": round(self.p80, 5)}
 
 
@@ -125,3 +134,40 @@ class Stopwatch:
             end.record()
         torch.cuda.synchronize(self.device)
         return summarise([start.elapsed_time(end) for start, end in pairs], timed_by)
+
+
+class Laps:
+    """The time that a part of a run takes, without waiting: CUDA events on a GPU, the wall clock on a CPU.
+
+    Args:
+        device: on which the part runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._laps: list[Callable[[], float]] = []
+
+    @contextmanager
+    def lap(self) -> Iterator[None]:
+        """Time the body once more. On a GPU it is the time between the work around it, gaps included."""
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            taken = 1e3 * (time.perf_counter() - start)
+            self._laps.append(lambda: taken)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._laps.append(lambda: begin.elapsed_time(end))
+
+    def take_ms(self) -> float:
+        """Milliseconds of all laps since the last call; waits for the GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        laps, self._laps = self._laps, []
+        return sum(lap() for lap in laps)
+
+    def __len__(self) -> int:
+        return len(self._laps)

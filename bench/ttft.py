@@ -15,25 +15,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bench.laps import Laps
+from bench.memory import free_bytes, prefill_bytes, shortage
+from bench.planning import DENSE_KERNELS
 from bench.prefill_kernels import DensePrefill, implementation, timed_attention
-from bench.shapes import FIRST_TOKEN, head_dim
+from bench.shapes import FIRST_TOKEN, head_dim, model_config
+from bench.spec import backends_of, parse_lengths, parse_list, parse_place, parse_selectors, parse_share
 from bench.stand_in import StandIn
-from bench.timing import summarise
+from bench.timing import Laps, described, summarise
 from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.integrations.hf_mask import MIN_QUERY_TOKENS
 from flexprefill_fa.integrations.transformers import NAME, compile_prefill, enable_sparse_prefill
 from flexprefill_fa.tools.loading import UsageError
-from flexprefill_fa.tools.rows import Row, environment, package_version
-
-_COMPILING_TOKENS = 2048  # of a prompt that only serves to compile kernels
+from flexprefill_fa.tools.rows import Row, package_version
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,7 @@ class TtftPlan:
         modes: whether the model is compiled, for each that is measured; uncompiled first.
         chunk: tokens of the prompt at a time, transformers' prefill_chunk_size; None for the whole prompt.
         repeats: timed passes, fewer (at least one) where they would take longer than `seconds` together.
-        once_from: prompts from which on a dense kernel gets one pass, uncompiled and without a warm-up, and a selector
-            one warm-up instead of two.
-        dtype, seed: of weights and prompts.
+        device, dtype, seed: of weights and prompts.
     """
 
     shape: str
@@ -91,43 +90,94 @@ class TtftPlan:
     chunk: int | None
     repeats: int
     seconds: float
-    once_from: int
+    device: torch.device
     dtype: torch.dtype
     seed: int
 
     def passes(self) -> Iterator[tuple[bool, int, Attention]]:
         """(compiled, length, attention) of each row, in the order of measuring."""
         for compiled, length, attention in itertools.product(self.modes, self.lengths, self.attentions):
-            once = attention.kernel is not None and length >= self.once_from
-            if not (compiled and once) and not attention.keeps_all(length):
+            if not attention.keeps_all(length):
                 yield compiled, length, attention
 
 
-def check_lengths(plan: TtftPlan) -> None:
-    """Check that there is something to measure, and that every prompt and every chunk of one runs sparse.
+def make_plan(**options: Any) -> TtftPlan:
+    """The plan of a command's options by their names, checked before any work.
+
+    Every prompt and every chunk of one is to run sparse.
 
     Raises:
-        UsageError: for a plan without a pass, prompts or last chunks that are too short, or chunks that a selector
-            keeps whole.
+        UsageError: for what cannot be had, a plan without a pass, prompts or last chunks that are too short, or chunks
+            that a selector keeps whole.
     """
+    given = SimpleNamespace(**options)
+    config, chunk = model_config(given.config, given.layers), given.chunk
+    share = parse_share("density", f"{given.density:g}")
+    device, dtype = parse_place(given.device, given.dtype)
+    modes = parse_list("modes", given.modes)
+    for mode in modes:
+        if mode not in ("eager", "compiled"):
+            raise UsageError(f"modes must be of eager, compiled, got {mode!r}")
+    attentions = [Attention(kernel=name) for name in _kernels(given.dense, chunk, device, dtype, head_dim(config))]
+    attentions += [Attention(config=found, density=share) for found in parse_selectors("selectors", given.selectors)]
+    attentions += [Attention(config=found) for found in parse_selectors("own", given.own)]
+    if not attentions:
+        raise UsageError("there is nothing to measure: give selectors, own or dense")
+    plan = TtftPlan(
+        shape=given.config,
+        config=config,
+        lengths=parse_lengths(given.lengths),
+        attentions=attentions,
+        modes=[mode == "compiled" for mode in ("eager", "compiled") if mode in modes],
+        chunk=chunk,
+        repeats=given.repeats,
+        seconds=given.seconds,
+        device=device,
+        dtype=dtype,
+        seed=given.seed,
+    )
     if not any(plan.passes()):
-        raise UsageError(
-            "there is nothing to measure: selectors keep every block of prompts so short, and dense kernels have no "
-            "compiled pass of prompts so long"
-        )
+        raise UsageError("there is nothing to measure: selectors keep every block of prompts so short")
     shortest = min((length for _, length, attention in plan.passes() if attention.config), default=MIN_QUERY_TOKENS)
     if shortest < MIN_QUERY_TOKENS:
         raise UsageError(f"lengths must be at least {MIN_QUERY_TOKENS} tokens for selectors to run, got {shortest}")
-    if plan.chunk is None:
-        return
-    least = max((attention.config.dense_tokens for attention in plan.attentions if attention.config), default=0)
-    if plan.chunk <= least:
-        raise UsageError(f"chunk must be above {least} tokens, of which a selector keeps every block, got {plan.chunk}")
+    least = max((attention.config.dense_tokens for attention in attentions if attention.config), default=0)
+    if chunk is not None and chunk <= least:
+        raise UsageError(f"chunk must be above {least} tokens, of which a selector keeps every block, got {chunk}")
     for length in plan.lengths:
-        if plan.chunk < length and 0 < length % plan.chunk < MIN_QUERY_TOKENS:
-            raise UsageError(
-                f"the last chunk must hold at least {MIN_QUERY_TOKENS} tokens, got {length % plan.chunk} of {length}"
-            )
+        if chunk is not None and chunk < length and 0 < (rest := length % chunk) < MIN_QUERY_TOKENS:
+            raise UsageError(f"the last chunk must hold at least {MIN_QUERY_TOKENS} tokens, got {rest} of {length}")
+    return plan
+
+
+def _kernels(dense: str | None, chunk: int | None, device: torch.device, dtype: torch.dtype, dim: int) -> list[str]:
+    """The dense kernels to measure."""
+    if chunk is not None:
+        if dense:
+            raise UsageError("dense attention of a chunk needs a mask of its queries and all keys: leave out dense")
+        return []
+    sdpa = [kernel for kernel in DENSE_KERNELS[device.type] if kernel.startswith("sdpa")]
+    there = [*sdpa, *backends_of(device, dtype, dim)[1:]]
+    if dense is None:
+        return there
+    wanted = parse_list("dense", dense) if dense else []
+    for kernel in wanted:
+        if kernel not in there:
+            raise UsageError(f"dense must be of {', '.join(there)}, got {kernel!r}")
+    return wanted
+
+
+def check_memory(plan: TtftPlan, ranks: Ranks) -> None:
+    """Check that memory holds each prefill, before anything is built.
+
+    Raises:
+        UsageError: naming the first length for which memory is short, with the bytes needed and free.
+    """
+    free = ranks.least(free_bytes(ranks.device))
+    for length in plan.lengths:
+        needed = prefill_bytes(plan.config, length, plan.chunk, plan.dtype, ranks.device, ranks.world_size)
+        if problem := shortage(needed * ranks.sharing_memory, free):
+            raise UsageError(f"{length} tokens: {problem}")
 
 
 def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iterator[Row]:
@@ -178,23 +228,22 @@ class _ModelBenchmark:
         self.model = model
         self.ranks = ranks
         self.cuda = ranks.device.type == "cuda"
-        self._ran: set[tuple[Attention, bool]] = set()
         self._dense = DensePrefill(model)
         self._stand_ins: dict[Attention, StandIn] = {}
-        self._same: Row = {
-            "kind": "ttft",
-            "device": ranks.device.type,
-            **environment(ranks.device),
-            "transformers": package_version("transformers"),
-            "shape": plan.shape,
-            "layers": plan.config.num_hidden_layers,
-            "heads": plan.config.num_attention_heads,
-            "kv_heads": plan.config.num_key_value_heads,
-            "head_dim": head_dim(plan.config),
-            "dtype": str(plan.dtype).removeprefix("torch."),
-            "ranks": ranks.world_size,
-            "seed": plan.seed,
-        }
+        config = plan.config
+        self._same = described(
+            "ttft",
+            ranks.device,
+            plan.dtype,
+            transformers=package_version("transformers"),
+            shape=plan.shape,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=head_dim(config),
+            ranks=ranks.world_size,
+            seed=plan.seed,
+        )
 
     def conditions(self, attention: Attention, length: int, compiled: bool) -> Row:
         """The fields of a row that are known before it is measured."""
@@ -217,49 +266,36 @@ class _ModelBenchmark:
         generator = torch.Generator().manual_seed(plan.seed)
         tokens = torch.randint(FIRST_TOKEN, plan.config.vocab_size, (1, length), generator=generator)
         tokens = tokens.to(self.ranks.device)
-        laps = Laps(self.ranks.device)
-        stand_in = self._stand_in(attention)
+        laps, stand_in = Laps(self.ranks.device), self._stand_in(attention)
         with ExitStack() as stack:
             stack.enter_context(self._installed(attention, stand_in, compiled))
             if not compiled:
                 name = NAME if attention.kernel is None else implementation(attention.kernel)
                 stack.enter_context(timed_attention(name, laps))
-            if attention.kernel is not None and length >= plan.once_from:
-                if (attention, compiled) not in self._ran:
-                    self._pass(tokens[:, :_COMPILING_TOKENS])
-                row["warm_up"] = False
-                count = 1
-            else:
-                first = warm = self._pass(tokens)
-                if length < plan.once_from and (stand_in is not None or (attention, compiled) not in self._ran):
-                    warm = self._pass(tokens)  # the first one may have compiled, or drawn blocks
-                row |= {"warm_up": True, "first_s": round(first, 3)}
-                count = self.ranks.least(max(1, min(plan.repeats, int(plan.seconds / warm))))
-            self._ran.add((attention, compiled))
+            first = warm = self._pass(tokens)
+            if self.ranks.least(int(first < plan.seconds)):
+                warm = self._pass(tokens)  # the first one may have compiled, or drawn blocks
+            count = self.ranks.least(max(1, min(plan.repeats, int(plan.seconds / warm))))
+            row |= {"first_s": round(first, 3), "repeats": count}
+            laps.take_ms()
             if stand_in is not None:
                 stand_in.forget()
             if self.cuda:
                 torch.cuda.reset_peak_memory_stats(self.ranks.device)
             passes, attending, selecting = [], [], []
             for _ in range(count):
-                laps.forget()
                 passes.append(1e3 * self._pass(tokens))
-                attending.append(laps.total_ms())
-                if stand_in is not None:
-                    selecting.append(stand_in.selecting.total_ms())
-                    stand_in.selecting.forget()
+                attending.append(laps.take_ms())
+                selecting.append(stand_in.selecting.take_ms() if stand_in is not None else 0.0)
             row |= summarise(passes, "wall clock").fields("ttft_ms")
-            row["repeats"] = count
             if self.cuda:
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated(self.ranks.device) / 2**30, 2)
             if not compiled:
                 row["attention_ms"] = round(statistics.median(attending), 3)
         if stand_in is None:
             return row
-        row |= {
-            "density": round(stand_in.kept_density(), 5) if stand_in.calls else None,
-            "select_ms": round(statistics.median(selecting), 3),
-        }
+        row["density"] = round(stand_in.kept_density(), 5) if stand_in.calls else None
+        row["select_ms"] = round(statistics.median(selecting), 3)
         expected = count * plan.config.num_hidden_layers * -(-length // (row["chunk"] or length))
         if stand_in.calls != expected:
             row |= {"ran_sparse": False, "error": f"{stand_in.calls} of {expected} calls of attention ran sparse"}

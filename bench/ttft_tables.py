@@ -1,160 +1,49 @@
-"""Rows of `python -m bench ttft` as text: tables for the documents and lines for the terminal."""
+"""The tables of a model's first token, and the README's summary of that and of the attention alone."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
-from bench.report import number
-from bench.tables import KERNEL_NAMES, VERSIONS, distinct, markdown_table
+from bench.speed_tables import ATTENTION, by_length, selector_caption, shown_first, tokens
+from bench.tables import (
+    KERNEL_NAMES,
+    Column,
+    Table,
+    commits,
+    distinct,
+    field,
+    group_rows,
+    key,
+    markdown_table,
+    method,
+    milliseconds,
+    number,
+    split,
+    times,
+    versions,
+)
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.evaluation import ACCURACY_KIND
 from flexprefill_fa.tools.needle import MODEL_DIR
-from flexprefill_fa.tools.reporting import changed_settings
-from flexprefill_fa.tools.rows import Row, latest
+from flexprefill_fa.tools.rows import Row
 
 _GROUP = ("gpu", "shape", "layers", "dtype", "ranks")
-_WHAT = ("length", "chunk", "kernel", "selector", "settings", "synthetic_density", "backend")
-
-
-def ttft_tables(rows: Iterable[Row], accuracy: Iterable[Row]) -> str:
-    """One table for each GPU, model and number of ranks; empty without rows.
-
-    Args:
-        rows: of `python -m bench ttft`.
-        accuracy: of `flexprefill eval`, for the densities that selectors come to in the needle model.
-    """
-    groups: dict[str, list[Row]] = {}
-    last = latest((row for row in rows if row["kind"] == "ttft"), _measured)
-    for row in last:
-        groups.setdefault(_key(row, _GROUP), []).append(row)
-    true = _true_densities(accuracy)
-    alone = {_measured(row): row for row in last if row["ranks"] == 1}
-    return "\n\n".join(_table(group, true, alone) for group in groups.values())
-
-
-def first_tokens(rows: Iterable[Row], selector: str, settings: Row) -> dict[int, tuple[Row, Row]]:
-    """By length: the fastest dense row, and the selector's fastest over random blocks; uncompiled, whole, on one rank.
-
-    Of the first model and density measured; lengths without either are left out.
-    """
-    last = latest((row for row in rows if row["kind"] == "ttft"), _measured)
-    plain = [row for row in last if row["ranks"] == 1 and not row["chunk"] and not row["compiled"]]
-    plain = [row for row in plain if "error" not in row and _key(row, _GROUP) == _key(plain[0], _GROUP)]
-    dense = [row for row in plain if row["selector"] is None]
-    sparse = [row for row in plain if (row["selector"], row["settings"]) == (selector, settings)]
-    sparse = [row for row in sparse if row["synthetic_density"] is not None]
-    sparse = [row for row in sparse if row["synthetic_density"] == sparse[0]["synthetic_density"]]
-    found = {}
-    for length in dict.fromkeys(row["length"] for row in sparse):
-        here = [[row for row in each if row["length"] == length] for each in (dense, sparse)]
-        if all(here):
-            found[length] = tuple(min(each, key=lambda row: row["ttft_ms"]) for each in here)
-    return found
-
-
-def ttft_line(row: Row) -> str:
-    """A row for a log."""
-    who = f"{row['length']} tokens, {_who(row)}{', compiled' if row['compiled'] else ''}"
-    if "error" in row:
-        return f"{who}: ERROR: {row['error']}"
-    peak = f", peak {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
-    return f"{who}: {row['ttft_ms']:.1f} ms{peak}"
-
-
-def _key(row: Row, names: Sequence[str]) -> str:
-    return json.dumps([row.get(name) for name in names])
-
-
-def _measured(row: Row) -> str:
-    """What tells one measurement from another; a later row of the same takes an earlier one's place."""
-    return _key(row, (*_GROUP, *_WHAT, "compiled"))
-
-
-def _true_densities(rows: Iterable[Row]) -> dict[str, list[float]]:
-    """By selector, settings and length: the densities that the tasks of this checkout's needle model came to."""
-    found: dict[str, list[float]] = {}
-    needle = model_sha256(MODEL_DIR)
-    for row in rows:
-        if row["kind"] != ACCURACY_KIND or row["model_sha256"] != needle:
-            continue
-        if row["density"] is not None and not row["mean_correction"] and not row["dense_layers"]:
-            found.setdefault(_key(row, ("selector", "settings", "length")), []).append(row["density"])
-    return found
-
-
-def _table(rows: Sequence[Row], true: dict[str, list[float]], alone: dict[str, Row]) -> str:
-    yardsticks = _yardsticks(rows)
-    shared = rows[0]["ranks"] > 1
-    header = ["tokens", "prefill", "density", "needle model's density", "first token, ms", *yardsticks]
-    header += [*(["x one rank"] if shared else []), "compiled, ms", "x best dense, compiled"]
-    header += ["attention", "selection", "peak GiB"]
-    lines = []
-    for length, chunk in sorted({(row["length"], row["chunk"]) for row in rows}, key=lambda key: (key[0], key[1] or 0)):
-        here = [row for row in rows if (row["length"], row["chunk"]) == (length, chunk)]
-        dense = [row for row in rows if row["length"] == length and row["selector"] is None and "error" not in row]
-        for name in dict.fromkeys(_key(row, _WHAT) for row in here):
-            lines.append(_line([row for row in here if _key(row, _WHAT) == name], dense, yardsticks, true, alone))
-    return f"{_caption(rows)}\n\n{markdown_table(header, lines)}"
-
-
-def _yardsticks(rows: Sequence[Row]) -> dict[str, set[str]]:
-    """By the title of their column: the dense kernels whose fastest is compared with, uncompiled."""
-    kernels = {row["kernel"] for row in rows if row["selector"] is None}
-    found = {"x SDPA": {"sdpa"}}
-    if "sdpa_flash" in kernels:
-        found["x SDPA flash"] = {"sdpa_flash"}
-    if kernels - {"sdpa"}:  # else the best one is SDPA, which has its column
-        found["x best dense"] = kernels
-    return found
-
-
-def _line(
-    rows: Sequence[Row],
-    dense: Sequence[Row],
-    yardsticks: dict[str, set[str]],
-    true: dict[str, list[float]],
-    alone: dict[str, Row],
-) -> list[str]:
-    """One attention at one length; speed-ups are over dense rows of the same mode, and over itself on one rank."""
-    row = rows[0]
-    eager = next((row for row in rows if not row["compiled"]), {})
-    compiled = next((row for row in rows if row["compiled"]), {})
-    tokens = f"{row['length']:,}" + (f" in chunks of {row['chunk']:,}" if row["chunk"] else "")
-    cells = [tokens, _who(row), number(eager.get("density", compiled.get("density")), ".3f")]
-    cells.append(_range(true.get(_key(row, ("selector", "settings", "length")), [])))
-    plain = [row for row in dense if not row["compiled"]]
-    cells.append(_ms(eager))
-    cells += [_speed_up(eager, [row for row in plain if row["kernel"] in kernels]) for kernels in yardsticks.values()]
-    if row["ranks"] > 1:
-        before = alone.get(_measured({**eager, "ranks": 1}))
-        cells.append(_speed_up(eager, [before] if before and "error" not in before else []))
-    cells += [_ms(compiled), _speed_up(compiled, [row for row in dense if row["compiled"]])]
-    cells += [_share(eager, "attention_ms"), _share(eager, "select_ms")]
-    return [*cells, number(eager.get("peak_gib", compiled.get("peak_gib")), ".1f")]
-
-
-def _speed_up(row: Row, others: Sequence[Row]) -> str:
-    """Over the fastest of other rows."""
-    if not others or "error" in row or "ttft_ms" not in row:
-        return "-"
-    return f"{min(other['ttft_ms'] for other in others) / row['ttft_ms']:.2f}x"
+_ATTENTION = ("length", "chunk", "kernel", "selector", "settings", "synthetic_density", "backend")
+_TRUE = ("selector", "settings", "length")
 
 
 def _who(row: Row) -> str:
     if row["selector"] is None:
         return f"dense {KERNEL_NAMES[row['kernel']]}"
-    told = [f"{name} {value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
-    told += ["its own choice"] if row["synthetic_density"] is None else []
-    told += [row["backend"]] if row.get("backend") else []
-    return ", ".join([row["selector"], *told])
+    told = [method(row), "its own choice" if row["synthetic_density"] is None else "", row.get("backend") or ""]
+    return ", ".join(filter(None, told))
 
 
-def _ms(row: Row) -> str:
-    if "error" in row:
-        return row["error"]
-    if "ttft_ms" not in row:
-        return "-"
+def _pass_ms(row: Row) -> str:
+    if "error" in row or "ttft_ms" not in row:
+        return row.get("error", "-")
     cold = "" if row.get("warm_up", True) else ", not warmed up"
     return f"{row['ttft_ms']:,.0f}{f' (one pass{cold})' if row['repeats'] == 1 else ''}"
 
@@ -163,27 +52,84 @@ def _share(row: Row, part: str) -> str:
     return f"{row[part] / row['ttft_ms']:.0%}" if part in row and "error" not in row else "-"
 
 
-def _range(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    return low if low == high else f"{low} to {high}"
+def _over(row: Row, others: Iterable[Row]) -> str:
+    """A speed-up over the fastest of other rows."""
+    found = [other["ttft_ms"] for other in others if "error" not in other]
+    return "-" if not found or "error" in row or "ttft_ms" not in row else times(min(found) / row["ttft_ms"])
+
+
+def _yardsticks(rows: Iterable[Row]) -> dict[str, set[str]]:
+    """By the title of their column: the dense kernels whose fastest is compared with, uncompiled."""
+    kernels = {row["kernel"] for row in rows if row["selector"] is None}
+    found = {"x SDPA": {"sdpa"}, "x SDPA flash": kernels & {"sdpa_flash"}}
+    if kernels - {"sdpa"}:  # else the best one is SDPA, which has its column
+        found["x best dense"] = kernels
+    return {title: names for title, names in found.items() if names}
+
+
+def _prefills(rows: list[Row]) -> list[dict[bool, Row]]:
+    """A line for each attention at a length: its rows by whether they are compiled."""
+    ordered = sorted(rows, key=lambda row: (row["length"], row["chunk"] or 0))
+    return [{row["compiled"]: row for row in part} for part in group_rows(ordered, _ATTENTION)]
+
+
+def _columns(rows: list[Row], true: dict[str, list[float]], alone: Sequence[Row]) -> list[Column]:
+    """Of `_prefills`.
+
+    Args:
+        rows: of the table.
+        true: by selector, settings and length, the densities that the needle model's tasks came to.
+        alone: rows of models on one rank.
+    """
+    dense = split(rows)[0]
+
+    def of(cell: Callable[[Row], str], *modes: bool) -> Callable[[dict[bool, Row]], str]:
+        """Of the first mode that was measured."""
+        return lambda line: cell(next((line[mode] for mode in modes if mode in line), {}))
+
+    def over(row: Row, compiled: bool, names: set[str] | None = None) -> str:
+        others = [other for other in dense if other["compiled"] == compiled and other["length"] == row.get("length")]
+        return _over(row, [other for other in others if names is None or other["kernel"] in names])
+
+    def over_one_rank(row: Row) -> str:
+        names = (*_GROUP, *_ATTENTION, "compiled")
+        return _over(row, [other for other in alone if key(other, names) == key({**row, "ranks": 1}, names)])
+
+    def true_density(row: Row) -> str:
+        found = true.get(key(row, _TRUE))
+        return "-" if not found else " to ".join(dict.fromkeys(f"{end:.2f}" for end in (min(found), max(found))))
+
+    either = (False, True)
+    chunked = " in chunks of {:,}"
+    yardsticks = _yardsticks(rows).items()
+    return [
+        ("tokens", of(lambda row: tokens(row) + (chunked.format(row["chunk"]) if row["chunk"] else ""), *either)),
+        ("prefill", of(_who, *either)),
+        ("density", of(field("density", ".3f"), *either)),
+        ("needle model's density", of(true_density, *either)),
+        ("first token, ms", of(_pass_ms, False)),
+        *((title, of(partial(over, compiled=False, names=names), False)) for title, names in yardsticks),
+        *([("x one rank", of(over_one_rank, False))] if rows[0]["ranks"] > 1 else []),
+        ("compiled, ms", of(_pass_ms, True)),
+        ("x best dense, compiled", of(partial(over, compiled=True), True)),
+        ("attention", of(partial(_share, part="attention_ms"), False)),
+        ("selection", of(partial(_share, part="select_ms"), False)),
+        ("peak GiB", of(field("peak_gib", ".1f"), *either)),
+    ]
 
 
 def _caption(rows: Sequence[Row]) -> str:
-    row = rows[0]
-    versions = ", ".join(f"{title} {distinct(rows, name)}" for name, title in VERSIONS if distinct(rows, name))
+    row, yardsticks = rows[0], _yardsticks(rows)
     densities = sorted({row["synthetic_density"] for row in rows if row["synthetic_density"] is not None})
-    stand_in = " and ".join(f"{density:.0%}" for density in densities)
-    shared = "" if row["ranks"] == 1 else f", shared by {row['ranks']} ranks (tensor parallel)"
-    over_one = "" if row["ranks"] == 1 else ", and over the same uncompiled on one rank"
-    yardsticks = _yardsticks(rows)
+    ranks = row["ranks"]
+    shared = "" if ranks == 1 else f", shared by {ranks} ranks (tensor parallel)"
+    over_one = "" if ranks == 1 else ", and over the same uncompiled on one rank"
     choices = "PyTorch's choice of kernel" + (", and its flash kernel" if "x SDPA flash" in yardsticks else "")
     best = " and over the fastest dense kernel in the table" if "x best dense" in yardsticks else ""
     replaced = (
         f" Random weights have no attention pattern: each selector runs in full, and attention is then over seeded "
-        f"random blocks of {stand_in} density, or what every row keeps where that is more, unless it says 'its own "
-        "choice'."
+        f"random blocks of {' and '.join(f'{density:.0%}' for density in densities)} density, or what every row keeps "
+        "where that is more, unless it says 'its own choice'."
         if densities
         else ""
     )
@@ -194,6 +140,93 @@ def _caption(rows: Sequence[Row]) -> str:
         f"uncompiled SDPA ({choices}){best}, uncompiled over uncompiled, compiled over compiled{over_one}. Shares are "
         "of the uncompiled time, gaps between launches included, and selection is part of attention; the peak is what "
         "PyTorch allocated, weights included. "
-        f"{row['gpu']}, {versions}, transformers {distinct(rows, 'transformers')}, commit {distinct(rows, 'commit')}, "
-        f"{distinct(rows, 'date')}; medians of up to {max(row.get('repeats', 1) for row in rows)} passes by wall clock."
+        f"{row['gpu']}, {versions(rows)}, transformers {distinct(rows, 'transformers')}, {commits(rows)}; medians of "
+        f"up to {max(row.get('repeats', 1) for row in rows)} passes by wall clock."
     )
+
+
+FIRST_TOKEN = Table(
+    group_by=_GROUP,
+    identity=(*_ATTENTION, "compiled"),
+    where=lambda row: row["kind"] == "ttft",
+    lines=_prefills,
+    columns=partial(_columns, true={}, alone=()),
+    caption=_caption,
+)
+"""The first token of a model, on a number of ranks, with each attention."""
+
+
+def ttft_tables(rows: Sequence[Row], accuracy: Iterable[Row]) -> str:
+    """One table for each GPU, model and number of ranks.
+
+    Args:
+        rows: of `python -m bench ttft`.
+        accuracy: of `flexprefill eval`, for the densities that selectors come to in the needle model.
+    """
+    true: dict[str, list[float]] = {}
+    needle = model_sha256(MODEL_DIR)
+    for row in accuracy:
+        plain = row["kind"] == ACCURACY_KIND and not row["mean_correction"] and not row["dense_layers"]
+        if plain and row["model_sha256"] == needle and row["density"] is not None:
+            true.setdefault(key(row, _TRUE), []).append(row["density"])
+    alone = [row for group in FIRST_TOKEN.groups(rows) for row in group if row["ranks"] == 1]
+    return dataclasses.replace(FIRST_TOKEN, columns=partial(_columns, true=true, alone=alone)).markdown(rows)
+
+
+def first_tokens(rows: Iterable[Row], selector: str, settings: Row) -> dict[int, tuple[Row, Row]]:
+    """By length: the fastest dense row, and the selector's fastest over random blocks; uncompiled, whole, on one rank.
+
+    Of the first model and density measured; lengths without either are left out.
+    """
+    plain = [row for group in FIRST_TOKEN.groups(rows) for row in group if "error" not in row]
+    plain = [row for row in plain if row["ranks"] == 1 and not row["chunk"] and not row["compiled"]]
+    plain = group_rows(plain, _GROUP)[0] if plain else []
+    sparse = [row for row in plain if (row["selector"], row["settings"]) == (selector, settings)]
+    sparse = [row for row in sparse if row["synthetic_density"] is not None]
+    sparse = group_rows(sparse, ["synthetic_density"])[0] if sparse else []
+    fastest: list[dict[int, Row]] = [{}, {}]
+    for place, part in enumerate((split(plain)[0], sparse)):
+        for row in sorted(part, key=lambda row: -row["ttft_ms"]):
+            fastest[place][row["length"]] = row
+    return {row["length"]: (fastest[0][n], fastest[1][n]) for row in sparse if (n := row["length"]) in fastest[0]}
+
+
+def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:
+    """The README's table, of the lengths at which both were measured: one layer's attention, a model's first token.
+
+    Args:
+        attention: of `python -m bench attention`; its first table, which the plot shows.
+        ttft: of `python -m bench ttft`; the same selector with the same settings.
+    """
+    rows = next(iter(ATTENTION.groups(row for row in attention if shown_first(row))), None)
+    if rows is None:
+        return ""
+    selected = split(rows)[1][0]
+    whole = first_tokens(ttft, selected["selector"], selected["settings"])
+    chosen = {line.length: line for line in by_length(rows) if line.length in whole}
+    body, first = [], []
+    for length, line in chosen.items():
+        row, best = line.sparse.get("auto", {"error": "not measured"}), line.best_dense()
+        if "error" in row:
+            continue
+        plain, sparse = (each["ttft_ms"] for each in whole[length])
+        first += whole[length]
+        cells = [f"{length:,}", number(row.get("density") if row["path"] == "sparse" else 1, ".1%")]
+        cells += [_ms(best and best[0]), _ms(row["total_ms"]), times(best and best[0] / row["total_ms"])]
+        body.append([*cells, _ms(plain), _ms(sparse), times(plain / sparse)])
+    if not body:
+        return ""
+    head = ["tokens", "blocks kept", "attention: dense", "sparse", "speed-up"]
+    head += ["first token: dense", "sparse", "speed-up"]
+    row = first[-1]
+    return (
+        f"{selector_caption([row for row in rows if row['length'] in whole])} Dense is the fastest kernel measured, "
+        f"and what sparse prefill takes itself where it expects no gain. First token: {row['shape']}, random weights, "
+        f"{row['layers']} layers, uncompiled; selection in full, then attention over random blocks of "
+        f"{row['synthetic_density']:.0%} density or what every row keeps where that is more; transformers "
+        f"{distinct(first, 'transformers')}, {commits(first)}.\n\n{markdown_table(head, body)}"
+    )
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{milliseconds(value)} ms"

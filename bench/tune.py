@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.synthetic import random_selection
-from bench.timing import Stopwatch
+from bench.synthetic import chunk_selection
+from bench.timing import Stopwatch, described
 from flexprefill_fa import BlockSelection
 from flexprefill_fa.region import Call, run_attend
 from flexprefill_fa.tools.loading import first_line
-from flexprefill_fa.tools.rows import Row, environment
+from flexprefill_fa.tools.rows import Row
 
 DENSITIES = (0.06, 0.25)
 _BLOCK = 128
@@ -53,7 +53,7 @@ def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repea
         raise ValueError(f"length must be a multiple of {_BLOCK}, got {length}")
     device = torch.device("cuda")
     watch = Stopwatch(device, repeats, 2.0)
-    selections = [random_selection(length, _HEADS, density, device=device) for density in DENSITIES]
+    selections = [chunk_selection(length, length, _HEADS, density, device=device) for density in DENSITIES]
     for head_dim in head_dims:
         query, key, value = (
             torch.randn(1, heads, length, head_dim, dtype=dtype, device=device)
@@ -62,9 +62,8 @@ def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repea
         expected: dict[float, Tensor] = {}
         for candidate in CANDIDATES:
             tile = tile_options(candidate)
-            row: Row = {"kind": "tuning", "device": "cuda", **environment(device), "length": length}
-            row |= {"heads": _HEADS, "kv_heads": _KV_HEADS, "head_dim": head_dim}
-            row |= {"dtype": str(dtype).removeprefix("torch."), "tile": tile}
+            shape = {"length": length, "heads": _HEADS, "kv_heads": _KV_HEADS, "head_dim": head_dim}
+            row = described("tuning", device, dtype, **shape, tile=tile)
             options = {"BACKEND": "TRITON", "IS_DIVISIBLE": True, **tile}
             try:
                 for density, selection in zip(DENSITIES, selections, strict=True):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench.accuracy_summary import accuracy_summaries
-from bench.accuracy_tables import accuracy_tables
+from bench.accuracy_tables import accuracy_summaries, accuracy_tables
+from bench.render import draw_plots
 from flexprefill_fa.tools.rows import append
 
 GAMMA = {"gamma": 0.9, "tau": 0.1, "min_budget": 1024, "max_budget": None, "block_size": 128, "variant": "published"}
@@ -115,14 +115,13 @@ def test_versions_of_a_task_are_not_mixed() -> None:
 
 def test_a_plot_of_more_tasks_than_fit_side_by_side(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from bench.plots import draw_accuracy
-
-    assert draw_accuracy(tmp_path) is None
+    draw_plots(tmp_path)
+    assert not list(tmp_path.iterdir())
     for number in range(4):
         dense = {"dense_layers": [number] if number else []}
         append(tmp_path / "quality.jsonl", sparse(f"task{number}", 4096, 0.9, 0.3) | dense)
-    found = draw_accuracy(tmp_path)
-    assert found is not None and found.read_bytes().startswith(b"\x89PNG")
+    draw_plots(tmp_path)
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_answers_to_other_prompts_do_not_stand_beside_each_other() -> None:

@@ -6,7 +6,7 @@ from oracle import causal_oracle, relative_error
 from torch import Tensor
 
 from bench.check import kept_rows, reference, sample_positions, verify
-from bench.synthetic import random_selection
+from bench.synthetic import chunk_selection
 from bench.workloads import Inputs, structured_inputs
 from flexprefill_fa import BlockSelection
 
@@ -15,7 +15,7 @@ N = 700  # five blocks and a part of one
 
 def make(dtype: torch.dtype = torch.float32) -> tuple[Inputs, BlockSelection]:
     inputs = structured_inputs(N, 4, 2, 32, sharpness=0.5, batch=2, dtype=dtype)
-    return inputs, random_selection(N, 4, 0.7, batch=2)
+    return inputs, chunk_selection(N, N, 4, 0.7, batch=2)
 
 
 def attend(inputs: Inputs, selection: BlockSelection | None, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -98,7 +98,7 @@ def test_wrong_outputs_are_caught() -> None:
     last_row[:, :, -1] = 0
     not_a_number = right.clone()
     not_a_number[0, 0, -1, 0] = float("nan")
-    other_blocks = attend(inputs, random_selection(N, 4, 0.7, batch=2, seed=9)).bfloat16()
+    other_blocks = attend(inputs, chunk_selection(N, N, 4, 0.7, batch=2, seed=9)).bfloat16()
     for wrong in (one_head, last_row, not_a_number, other_blocks, right * 1.02):
         problem = verify(wrong, found).problem
         assert problem is not None and "relative error" in problem and "allowed" in problem

@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 
-from bench.fidelity_summary import fidelity_summary
-from bench.fidelity_tables import density_at, leaderboards, single_settings
-from bench.plots import draw_fidelity
-from bench.real_answers import RealAnswers
-from bench.selection_costs import selection_costs
+from bench.fidelity_tables import density_at, fidelity_summary, leaderboards, single_settings
+from bench.render import draw_plots
 from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, XAttentionConfig
 
-NO_COSTS, NO_ANSWERS = selection_costs([]), RealAnswers([])
+NO_COSTS = NO_ANSWERS = ()
 
 
 def row(config: Any, density: float, kl: float, **fields: Any) -> dict[str, Any]:
@@ -87,7 +84,7 @@ def test_selection_costs_stand_beside_the_selectors_that_were_timed() -> None:
     timed += [cost(FlashPrefillConfig(), 32_768, 0.25)]  # measured again
     timed += [cost(XAttentionConfig(), 32_768, 7.0, device="cpu"), cost(XAttentionConfig(), 8192, 1.0)]
     timed += [cost(FlexPrefillConfig(), 32_768, 0.5, heads=8)]
-    text = leaderboards(rows_of_three(), selection_costs(timed), NO_ANSWERS)
+    text = leaderboards(rows_of_three(), timed, NO_ANSWERS)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[-2:] for line in lines[2:]] == [["-", "- |"], ["0.25", "2.5 |"], ["-", "- |"]]
     assert "flashprefill with alpha 0.1" in text and "cost-commit" in text and "xattention with" not in text
@@ -112,7 +109,7 @@ def test_answers_of_the_same_model_stand_beside_its_selectors() -> None:
     asked += answers("flashprefill", {("a", 4096): 0.8, ("b", 4096): 0.5, ("a", 16_384): 0.3})
     asked += answers("xattention", {("a", 4096): 0.8, ("a", 16_384): 0.7})
     asked += answers("flexprefill", {("a", 4096): 0.1}, model_sha256="of another model")
-    text = leaderboards(rows_of_three(), NO_COSTS, RealAnswers(asked))
+    text = leaderboards(rows_of_three(), NO_COSTS, asked)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert lines[0].endswith("| answers at 4K / 16K |") and "dense 0.95 / 0.80." in text
     assert [line.split(" | ")[-1] for line in lines[2:]] == ["- |", "0.65 / 0.30 |", "- / 0.70 |"]
@@ -143,5 +140,6 @@ def test_the_plot_needs_a_sweep_on_source_code(tmp_path: Path) -> None:
     rows = tmp_path / "fidelity.jsonl"
     for text, drawn in (("prose", False), ("source", True)):
         rows.write_text("".join(json.dumps({**one, "text": text}) + "\n" for one in rows_of_three()))
-        assert (draw_fidelity(tmp_path) is not None) is drawn
+        draw_plots(tmp_path)
+        assert (tmp_path / "fidelity.png").exists() is drawn
     assert (tmp_path / "fidelity.png").read_bytes().startswith(b"\x89PNG")

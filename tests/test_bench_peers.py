@@ -18,12 +18,11 @@ from typer.testing import CliRunner, Result
 import bench.attention
 from bench.check import no_better_than_zeros, reference, relative_error
 from bench.cli import app
-from bench.inputs import make_inputs
 from bench.peer_rows import PeerBenchmark
-from bench.peer_tables import peer_line, peer_tables
 from bench.peers import density_of_ratio, find_peers
 from bench.planning import make_plan
-from bench.spec import parse_selector
+from bench.speed_tables import PEERS
+from bench.tables import line_of
 from flexprefill_fa import FlexPrefillConfig, sparse_prefill_attention
 
 SMALL = ("--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--dtype", "float32", "--device", "cpu")
@@ -118,11 +117,12 @@ def check_ours(ours: list[dict[str, Any]]) -> None:
 def measured() -> tuple[PeerBenchmark, list[dict[str, Any]]]:
     """512 tokens with this package's rows."""
     plan = make_plan(
-        configs=[parse_selector(spec) for spec in SELECTORS],
-        densities=[],
+        lengths="512",
+        selectors=",".join(SELECTORS),
         backends="CPU",
-        shape=(4, 2, 32),
-        batch=1,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
         dtype="float32",
         workload="sharpened",
         layer=0,
@@ -130,7 +130,6 @@ def measured() -> tuple[PeerBenchmark, list[dict[str, Any]]]:
         seed=0,
         repeats=2,
         seconds=0.1,
-        dense=True,
     )
     bench = PeerBenchmark(plan, 512, print)
     return bench, list(bench.rows())
@@ -165,7 +164,7 @@ def test_a_package_is_timed_and_checked_beside_ours(package: Path, tmp_path: Pat
     assert "density" not in peers[1] and peers[1]["peer_settings"]["min_budget"] == 256
     assert "flash_prefill: dense_peer.ops.flash (" in result.stderr.replace("\n", "")
 
-    table = peer_tables([*ours, *peers])
+    table = PEERS.markdown([*ours, *peers])
     assert table in result.stdout and "4/2 heads" in table
     flex = "flexprefill, gamma 0.5, tau 0.05, min_budget 200, max_budget 400"
     flash = "flashprefill, alpha 0.4, sink_blocks 1, window_blocks 2, last_full_blocks 3"
@@ -193,7 +192,7 @@ def test_dense_error_is_that_of_the_sampled_rows(
     bench, ours = measured
     (flex, _) = bench.peer_rows(package, find_peers(package))
     assert 0.2 < flex["dense_error"] < 0.25  # the first row is right
-    inputs, _ = make_inputs(bench.plan, 512)
+    inputs, _ = bench.plan.inputs(512)
     exact = reference(inputs, None)
     for row, config in zip(ours[2:], bench.plan.configs, strict=True):
         out = sparse_prefill_attention(inputs.query, inputs.key, inputs.value, config, dense="never")
@@ -239,8 +238,8 @@ def test_what_fails_is_a_row_with_the_error_and_the_rest_goes_on(
     assert not [name for name in broken if name.endswith("_ms") or name.startswith("speedup")]
     assert "error" not in whole and whole["total_ms"] > 0
     shown = f"error: {broken['error']}".replace("|", "/")
-    assert f" | dense_peer | - | - | {shown} |" in peer_tables([*ours, broken, whole])
-    assert "WRONG: " in peer_line(broken)
+    assert f" | dense_peer | - | - | {shown} |" in PEERS.markdown([*ours, broken, whole])
+    assert "WRONG: " in line_of(broken)
 
 
 def test_a_head_that_keeps_what_ours_keeps_is_not_wrong_for_keeping_little(
@@ -397,25 +396,25 @@ def lines(measured: tuple[PeerBenchmark, list[dict[str, Any]]]) -> list[dict[str
 
 def test_a_later_row_takes_an_earlier_ones_place(lines: list[dict[str, Any]]) -> None:
     failed = {name: value for name, value in lines[-1].items() if not name.endswith("_ms")} | {"error": "no kernel"}
-    table = peer_tables([*lines[:-1], failed, lines[-1]])
+    table = PEERS.markdown([*lines[:-1], failed, lines[-1]])
     assert table.count("| p |") == 1 and "no kernel" not in table
-    assert peer_tables([]) == ""
+    assert PEERS.markdown([]) == ""
 
 
 def test_each_setting_of_a_selector_has_its_lines(lines: list[dict[str, Any]]) -> None:
     settings = lines[-1]["settings"]
     more = [row | {"settings": settings | {"gamma": 0.9}} for row in lines[2:]]
     usual = [row | {"settings": dataclasses.asdict(FlexPrefillConfig())} for row in lines[2:]]
-    table = peer_tables([*lines, *more, *usual])
+    table = PEERS.markdown([*lines, *more, *usual])
     found = [line.split(" | ")[1:3] for line in table.splitlines() if line.startswith("| 512 | flex")]
     rest = "tau 0.05, min_budget 200, max_budget 400"
     methods = [f"flexprefill, gamma 0.5, {rest}", f"flexprefill, gamma 0.9, {rest}", "flexprefill"]
     assert found == [[method, who] for method in methods for who in ("flexprefill_fa CPU", "p")]
-    assert f"flexprefill, gamma 0.9, {rest}: " in peer_line(more[-1])
+    assert f"flexprefill, gamma 0.9, {rest} of p: " in line_of(more[-1])
 
 
 def test_auto_is_shown_where_no_backend_was_named(lines: list[dict[str, Any]]) -> None:
     auto = lines[2] | {"backend": "auto"}
-    assert "| flexprefill_fa auto |" in peer_tables([*lines[:2], auto, lines[-1]])
-    both = peer_tables([*lines, auto, auto | {"length": 600}])
+    assert "| flexprefill_fa auto |" in PEERS.markdown([*lines[:2], auto, lines[-1]])
+    both = PEERS.markdown([*lines, auto, auto | {"length": 600}])
     assert both.count("| flexprefill_fa auto |") == 1 and "| flexprefill_fa CPU |" in both

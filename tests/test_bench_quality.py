@@ -17,7 +17,7 @@ from bench.cli import app
 from bench.exact import exact_attention
 from bench.needle.capture import capture, capture_layers
 from bench.quality import measure, sweep
-from bench.spec import parse_selector
+from bench.spec import parse_selectors
 from bench.workloads import Inputs
 from flexprefill_fa import FlexPrefillConfig, get_selector, select_blocks, selector_names
 from flexprefill_fa.selection import every_block
@@ -133,7 +133,7 @@ def test_small_run(out: Path) -> None:
     assert row["recall_min"] == pytest.approx(min(recall[0].tolist()), rel=1e-3)
     assert (row["density_min"], row["density_max"]) == pytest.approx((min(density), max(density)), rel=1e-3)
     assert 0 < row["dense_error"] < 1e-5
-    assert "900 tokens, layer 1, flexprefill gamma=0.5 min_budget=128: density " in result.stderr
+    assert "900 tokens, layer 1, flexprefill, gamma 0.5, min_budget 128 CPU: density " in result.stderr
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> list[dict[str, Any]]:
@@ -173,7 +173,8 @@ def test_both_corrections_are_asked_for_unless_one_is_named(out: Path, monkeypat
     calls.clear()
     result = run(*options, "--mean-correction")
     assert result.exit_code == 0 and calls == [{**shared, "mean_correction": True}] * 2
-    assert "gamma=0.5" in result.stdout and "mean-corrected" in result.stdout
+    assert "| 600 | flexprefill gamma=0.5 |" in result.stdout
+    assert "flexprefill, gamma 0.5, min_budget 128, mean correction CPU: density " in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -226,8 +227,8 @@ def test_a_setting_that_raises_leaves_the_others(out: Path, monkeypatch: pytest.
     ("options", "message"),
     [
         (("--lengths", "8k"), "lengths must be whole numbers of tokens from 1, such as 4096,8192, got '8k'"),
-        (("--layers", "0,6"), "layers must be whole numbers in [0, 6), got '6'"),
-        (("--layers", "-1"), "layers must be whole numbers in [0, 6), got '-1'"),
+        (("--layers", "0,6"), "layers must be whole numbers in [0, 5], got '6'"),
+        (("--layers", "-1"), "layers must be whole numbers in [0, 5], got '-1'"),
         (("--layers", "1,1"), "layers must name each item once, got 1 more than once"),
         (("--selectors", "nonsense"), "unknown selector 'nonsense', expected one of"),
         (("--selectors", "streaming_llm:gamma=0.5"), "selector streaming_llm has no gamma"),
@@ -245,7 +246,7 @@ def test_mistakes_are_one_line(options: tuple[str, ...], message: str, out: Path
 
 
 def test_the_default_sweep() -> None:
-    configs = [parse_selector(spec) for spec in sweep()]
+    configs = parse_selectors("selectors", sweep())
     assert len(set(configs)) == len(configs)
     for name in selector_names():
         assert sum(config.name == name for config in configs) >= 6

@@ -11,8 +11,8 @@ from typer.testing import CliRunner, Result
 from bench.cli import app
 from bench.paths import RESULTS
 from bench.render import BLOCKS, DOCUMENTS, render_document, render_text
-from bench.speed_summary import speed_summary
-from bench.tables import attention_tables, demo_table
+from bench.speed_tables import attention_tables, demo_table
+from bench.ttft_tables import speed_summary
 from flexprefill_fa.tools.cli import app as flexprefill
 from flexprefill_fa.tools.demo import Answer, DemoResult
 from flexprefill_fa.tools.generation import LayerReport, Measurement

@@ -1,15 +1,11 @@
 """The benchmark's inputs: repeatable, shaped as asked, with heads that attend as their archetype says."""
 
 import itertools
-import re
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from bench.calibrate import interpolate
-from bench.cli import app
-from bench.synthetic import block_count, random_selection
+from bench.synthetic import chunk_selection
 from bench.workloads import (
     ARCHETYPES,
     FIXED_SHARPNESS,
@@ -136,26 +132,14 @@ def test_sharpness_between_and_beyond_the_lengths_of_the_table() -> None:
     assert {sharpness_of("fixed", n) for n in (100, 8192, 2**20)} == {FIXED_SHARPNESS}
 
 
-def test_calibration_interpolates_and_says_when_it_cannot() -> None:
-    assert interpolate([1.0, 2.0, 3.0], [0.8, 0.4, 0.1], 0.2) == pytest.approx(2.5)
-    assert interpolate([2.0, 1.0], [0.4, 0.8], 0.8) == 1.0
-    with pytest.raises(ValueError, match=r"0\.05 is outside what was measured \(0\.400 at 1, 0\.100 at 2\)"):
-        interpolate([1.0, 2.0], [0.4, 0.1], 0.05)
-
-
 @pytest.mark.parametrize("length", [129, 1000, 4096])
 @pytest.mark.parametrize("density", [0.45, 0.7, 1.0])
 def test_synthetic_selection_is_exact(length: int, density: float) -> None:
     blocks = -(-length // 128)
     causal = blocks * (blocks + 1) // 2
-    if round(density * causal) < 2 * blocks - 1:
-        with pytest.raises(ValueError, match=f"density at {length} tokens must be in"):
-            random_selection(length, 3, density)
-        return
-    selection = random_selection(length, 3, density, batch=2, seed=1)
+    selection = chunk_selection(length, length, 3, density, batch=2, seed=1)
     keep = selection.to_dense()
-    assert (keep.sum((-2, -1)) == round(density * causal)).all()
-    assert block_count(length, density) == round(density * causal)
+    assert (keep.sum((-2, -1)) == max(round(density * causal), 2 * blocks - 1)).all()
     assert not keep.triu(1).any()
     assert keep.diagonal(dim1=-2, dim2=-1).all() and keep[..., 0].all()
     listed = torch.arange(blocks) < selection.full_kv_num_blocks[..., None]
@@ -163,7 +147,7 @@ def test_synthetic_selection_is_exact(length: int, density: float) -> None:
     assert torch.equal(selection.kept_blocks(), keep.sum((-2, -1)))  # none in both lists
     if density == 0.7 and length > 1000:
         assert not torch.equal(keep[0, 0], keep[0, 1])
-        assert torch.equal(keep, random_selection(length, 3, density, batch=2, seed=1).to_dense())
+        assert torch.equal(keep, chunk_selection(length, length, 3, density, batch=2, seed=1).to_dense())
 
 
 def test_needle_capture_is_what_the_layer_computes(needle_model, needle_tokenizer) -> None:
@@ -180,12 +164,3 @@ def test_needle_capture_is_what_the_layer_computes(needle_model, needle_tokenize
     hook.remove()
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out.transpose(1, 2).flatten(2), seen[0], atol=1e-4, rtol=1e-4)
-
-
-def test_calibrate_command() -> None:
-    result = CliRunner().invoke(app, ["calibrate", "--lengths", "4096", "--sharpness", "0.55,0.62"])
-    assert result.exit_code == 0, result.output
-    found = re.search(r"4096 tokens: density 0\.76 at sharpness (0\.\d+)", result.stdout)
-    assert found and float(found[1]) == pytest.approx(SHARPNESS[4096], abs=0.02)
-    wrong = CliRunner().invoke(app, ["calibrate", "--sharpness", "0.5,x"])
-    assert wrong.exit_code == 2 and "error: sharpness must be in (0, 10], got 'x'" in wrong.stderr

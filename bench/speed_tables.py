@@ -1,0 +1,273 @@
+"""The tables of time: of the attention alone, of other implementations, of the first token, and of the demo."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from bench.planning import YARDSTICK
+from bench.tables import (
+    KERNEL_NAMES,
+    Column,
+    Table,
+    commits,
+    conditions,
+    field,
+    markdown_table,
+    method,
+    milliseconds,
+    number,
+    settings_of,
+    split,
+    times,
+    values,
+)
+from flexprefill_fa.masks import get_selector
+from flexprefill_fa.tools.rows import Row
+
+OURS = "flexprefill_fa"
+_GROUP = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "layer", "model_sha256")
+_MEASURED = ("kernel", "length", "selector", "settings", "backend", "implementation", "module", "function")
+_WORKLOADS = {
+    "sharpened": "**Heads that get sharper with length**",
+    "fixed": "**The same heads at every length**",
+    "needle": "**Layer {layer} of the needle model (SHA-256 {model}) on a needle prompt**",
+}
+
+
+def tokens(row: Row) -> str:
+    """A length as a cell."""
+    return f"{row['length']:,}"
+
+
+def _caption(rows: Sequence[Row], what: str) -> str:
+    row = rows[0]
+    workload = _WORKLOADS[row["workload"]].format(layer=row.get("layer"), model=(row.get("model_sha256") or "")[:10])
+    timed = sorted({how for row in rows for how in row.get("timed_by", {}).values()} - {"wall clock"}) or ["wall clock"]
+    repeats = sorted({row["repeats"] for row in rows if "repeats" in row})
+    count = "-".join(map(str, dict.fromkeys((repeats[0], repeats[-1])))) if repeats else "no"
+    return f"{workload}; {what}. {conditions(rows)}; median of {count} runs by {' and '.join(timed)}."
+
+
+def selector_caption(rows: Sequence[Row]) -> str:
+    """Of a selector's rows, and of the dense rows before them."""
+    row = rows[-1]
+    return _caption(rows, f"{row['selector']}, {settings_of(row['settings'])}; total includes selection")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Length:
+    """What was measured at one length: dense rows by kernel, a selector's by backend."""
+
+    length: int
+    dense: dict[str, Row]
+    sparse: dict[str, Row]
+
+    def field(self, name: str) -> Any:
+        """Of the first row that has it and did not go dense."""
+        rows = (row for row in self.sparse.values() if row["path"] == "sparse")
+        return next((row[name] for row in rows if row.get(name) is not None), None)
+
+    def dense_ms(self, kernel: str) -> float | None:
+        return self.dense.get(kernel, {}).get("total_ms")
+
+    def best_dense(self) -> tuple[float, str] | None:
+        return min(((row["total_ms"], name) for name, row in self.dense.items() if "total_ms" in row), default=None)
+
+
+def by_length(rows: list[Row]) -> list[_Length]:
+    """A line for each length that a selector was measured at."""
+    dense, selected = split(rows)
+    return [
+        _Length(
+            length,
+            {row["kernel"]: row for row in dense if row["length"] == length},
+            {row["backend"]: row for row in selected if row["length"] == length},
+        )
+        for length in values(selected, "length")
+    ]
+
+
+def _attention_columns(rows: list[Row]) -> list[Column]:
+    selected = split(rows)[1]
+    yardstick = YARDSTICK[rows[0]["device"]]
+    explicit = list(dict.fromkeys(row["backend"] for row in selected if row["backend"] != "auto"))
+
+    def each(title: str, cell: Any, names: Sequence[str] = explicit, named: bool = len(explicit) > 1) -> list[Column]:
+        return [
+            (f"{title}, {name}" if named else title, lambda line, name=name: cell(line.sparse.get(name, {})))
+            for name in names
+        ]
+
+    def best(line: _Length) -> str:
+        found = line.best_dense()
+        return "-" if found is None else f"{milliseconds(found[0])} ({KERNEL_NAMES[found[1]]})"
+
+    def auto(row: Row) -> str:
+        if not row or "error" in row:
+            return "wrong" if row else "-"
+        speedup = times(row.get(f"speedup_{yardstick}"))
+        return f"{row['path']} {row['kernel']}: {milliseconds(row['total_ms'])} ms, {speedup}"
+
+    def correction(row: Row) -> str:
+        return f"+{row['corrected_ms'] / row['attend_ms'] - 1:.0%} of attend" if "corrected_ms" in row else "-"
+
+    corrected = [name for name in explicit if any(row["backend"] == name and "corrected_ms" in row for row in selected)]
+    return [
+        ("tokens", lambda line: f"{line.length:,}"),
+        ("density", lambda line: number(line.field("density"), ".3f")),
+        ("recall", lambda line: number(line.field("recall"), ".3f")),
+        (f"{KERNEL_NAMES[yardstick]} ms", lambda line: milliseconds(line.dense_ms(yardstick))),
+        ("best dense ms", best),
+        ("select ms", lambda line: milliseconds(line.field("select_ms"))),
+        *each("attend ms", lambda row: milliseconds(row.get("attend_ms"))),
+        *each("total ms", lambda row: "wrong" if "error" in row else milliseconds(row.get("total_ms"))),
+        *each(f"x {KERNEL_NAMES[yardstick]}", lambda row: times(row.get(f"speedup_{yardstick}"))),
+        *each("x best dense", lambda row: times(row.get("speedup_best_dense"))),
+        *each("mean correction", correction, corrected, True),
+        *each("`auto`", auto, ["auto"], False),
+    ]
+
+
+ATTENTION = Table(
+    group_by=_GROUP,
+    identity=_MEASURED,
+    each=("selector", "settings"),
+    where=lambda row: row["selector"] != "synthetic",
+    lines=by_length,
+    columns=_attention_columns,
+    caption=selector_caption,
+)
+"""What each length costs with a selector, beside dense attention."""
+
+DENSITY = Table(
+    group_by=_GROUP,
+    identity=_MEASURED,
+    each=("selector",),
+    where=lambda row: row["selector"] in (None, "synthetic"),
+    lines=lambda rows: sorted(
+        (row for row in split(rows)[1] if row["backend"] != "auto"),
+        key=lambda row: (row["length"], row["density"], row["kernel"]),
+    ),
+    columns=lambda rows: [
+        ("tokens", tokens),
+        ("density", field("density", ".3f")),
+        ("kernel", lambda row: row["kernel"]),
+        ("attend ms", lambda row: "wrong" if "error" in row else milliseconds(row.get("attend_ms"))),
+        ("TFLOP/s", field("tflops", ".0f")),
+        ("share of its dense TFLOP/s", field("share_of_dense_tflops", ".0%")),
+        ("x best dense", lambda row: times(row.get("speedup_best_dense"))),
+    ],
+    caption=partial(_caption, what="random blocks of an exact density, attention alone, without a selection"),
+)
+"""Throughput of the attention alone at exact densities."""
+
+
+def attention_tables(rows: Iterable[Row], device: str, workload: str) -> str:
+    """The tables of a kind of processor and of inputs."""
+    return ATTENTION.markdown(row for row in rows if (row["device"], row["workload"]) == (device, workload))
+
+
+def density_tables(rows: Iterable[Row]) -> str:
+    """The tables of GPUs."""
+    return DENSITY.markdown(row for row in rows if row["device"] == "cuda")
+
+
+def shown_first(row: Row) -> bool:
+    """Whether a row may belong into the table that the plot and the README show."""
+    return row["device"] == "cuda" and row["workload"] == "sharpened"
+
+
+# Other implementations.
+
+
+def _compared(rows: list[Row]) -> list[Row]:
+    """A line for each; those of "auto" where no backend of the method was named, peers behind ours."""
+    named = {(row["length"], method(row)) for row in rows if row["backend"] not in (None, "auto")}
+    shown = [row for row in rows if row["backend"] != "auto" or (row["length"], method(row)) not in named]
+    order = list(dict.fromkeys(map(method, shown)))
+    return sorted(shown, key=lambda row: (row["length"], order.index(method(row)), row["path"] == "peer"))
+
+
+def _implementation(row: Row) -> str:
+    if row["selector"] is None:
+        return KERNEL_NAMES[row["kernel"]]
+    if row["path"] == "peer":
+        return str(row["implementation"])
+    return f"{OURS} {row['backend']}" + (f" (dense {row['kernel']})" if row["path"] == "dense" else "")
+
+
+def _peer_columns(rows: list[Row]) -> list[Column]:
+    yardstick = YARDSTICK[rows[0]["device"]]
+
+    def error(row: Row) -> str:
+        measured = row.get("check_error") if row["selector"] is None else row.get("dense_error")
+        return number(None if "error" in row else measured, ".2g")
+
+    def total(row: Row) -> str:  # a table cell holds one line without bars
+        return f"error: {row['error']}".replace("|", "/") if "error" in row else milliseconds(row.get("total_ms"))
+
+    return [
+        ("tokens", tokens),
+        ("method", method),
+        ("implementation", _implementation),
+        ("density", field("density", ".3f")),
+        ("error against dense", error),
+        ("total ms", total),
+        ("wall clock ms", lambda row: milliseconds(row.get("total_eager_ms"))),
+        (f"x {KERNEL_NAMES[yardstick]}", lambda row: times(row.get(f"speedup_{yardstick}"))),
+        ("x best dense", lambda row: times(row.get("speedup_best_dense"))),
+        ("timed by", lambda row: row.get("timed_by", {}).get("total_ms", "-")),
+    ]
+
+
+def _peer_notes(rows: list[Row]) -> str:
+    """Settings and origin of what is compared, each once."""
+    notes = []
+    for row in split(_compared(rows))[1]:
+        who, settings = f"{OURS}, {row['selector']}", row["settings"]
+        if row["path"] == "peer":
+            version = f" {row['peer_version']}" if row["peer_version"] else ""
+            who = f"{row['implementation']}{version}, `{row['module']}.{row['function']}`, digest {row['peer_digest']}"
+            settings = row.get("peer_settings")
+        notes.append(f"- {who}: {settings_of(settings) if settings else 'not called'}")
+    return "\n".join(dict.fromkeys(notes))
+
+
+PEERS = Table(
+    group_by=_GROUP,
+    identity=_MEASURED,
+    lines=_compared,
+    columns=_peer_columns,
+    caption=lambda rows: _caption(_compared(rows), "each implementation on the same values, selection included"),
+    notes=_peer_notes,
+)
+"""This package beside other implementations."""
+
+
+def demo_table(rows: Sequence[Row]) -> str:
+    """The latest run of the demo."""
+    if not rows:
+        return ""
+    row = rows[-1]
+    lines = []
+    for name, title in (("dense", "dense SDPA"), ("sparse", "sparse")):
+        part = row[name]
+        cells = [title, f"{part['answer']} {'right' if part['correct'] else 'wrong'}", f"{part['prefill_seconds']:.2f}"]
+        cells += [number(part.get("compile_seconds"), ".1f"), number(part.get("density"), ".3f")]
+        lines.append([*cells, times(row["dense"]["prefill_seconds"] / part["prefill_seconds"])])
+    recall = ""
+    if layers := [layer for layer in row["sparse"].get("layers", ()) if layer["recall"] is not None]:
+        low, *_, high = sorted(layer["recall"] for layer in (*layers, layers[0]))
+        worst = min(layer["lowest_recall"] for layer in layers)
+        recall = f" Mean recall per layer {low:.2f} to {high:.2f}, worst head {worst:.2f}."
+    selector = row.get("selector", "flexprefill")  # the demo's only one, once
+    fields: Any = get_selector(selector)
+    settings = settings_of({field.name: row.get(field.name) for field in dataclasses.fields(fields)})
+    where = f"{row['prompt']['tokens']:,} tokens on {row['gpu']}; {row['dtype']}, torch {row['torch']}"
+    table = markdown_table(["prefill", "answer", "seconds", "compile s", "density", "speed-up"], lines)
+    return (
+        f"{table}\n\n({where}, {commits([row])}; {selector}, {settings}; the prefill time includes selection.{recall})"
+    )
