@@ -43,14 +43,13 @@ FLOAT_POINTERS = {
 }  # fmt: skip
 BYTE_POINTERS = {"kept", "again", "chosen", "hit", "diagonal_hit"}
 OF_THE_INPUTS = {
-    ("_block_mean_kernel", "values"), ("_representatives_kernel", "vectors"), ("_rows_kernel", "vectors"),
+    ("_block_mean_kernel", "values"), ("_scores_kernel", "parts"), ("_representatives_kernel", "vectors"),
+    ("_rows_kernel", "vectors"),
     *(("_correct_kernel", name) for name in ("mean_key", "mean_value", "out", "result")),
 }  # fmt: skip
 # The same name for another type of data in one kernel.
 EXCEPTIONS = {
     ("_paper_rows_kernel", "columns"): "*i8",
-    ("_split_kernel", "parts"): "*fp16",
-    ("_scores_kernel", "parts"): "*fp16",
 }
 
 
@@ -69,6 +68,8 @@ def shared_memory(kernel: triton.JITFunction, arch: int, dtype: torch.dtype, opt
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
+        elif name == "parts" and dtype == torch.float32:
+            signature[name] = "*fp16"
         elif name in ("query", "key") or (kernel.fn.__name__, name) in OF_THE_INPUTS:
             signature[name] = TYPES[dtype]
         else:
@@ -127,7 +128,8 @@ def variants(dtype: torch.dtype, dim: int, block: int):
     shape = flash_scores.tile_options(dim, two_parts)
     options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
     padding = {"D": dim, "BLOCK_D": padded}
-    yield flash_scores._split_kernel, {"num_warps": 4}, {**padding, "ROWS": flash_scores.SPLIT_ROWS}
+    if two_parts:
+        yield flash_scores._split_kernel, {"num_warps": 4}, {**padding, "ROWS": flash_scores.SPLIT_ROWS}
     yield flash_scores._scores_kernel, options, {**padding, "BLOCK": block, "TWO_PARTS": two_parts, **shape}
     row = {"BLOCK": block, "WIDTH": 1024, "CHUNK": flash_rows.CHUNK, "ALL_PARTIAL": False, "ZERO_TAILS": True}
     yield flash_rows._rows_kernel, {"num_warps": 4}, row
