@@ -41,7 +41,7 @@ FLOAT_POINTERS = {
     "mean_query", "columns", "column_sums", "diagonals", "diagonal_sums", "logits", "distance", "pooled_scores",
     "mass", "diagonal_mass", "goals", "factors", "tokens", "best_scores", "squares", "biases",
 }  # fmt: skip
-BYTE_POINTERS = {"kept", "again", "chosen", "hit", "diagonal_hit"}
+BYTE_POINTERS = {"kept", "chosen", "hit", "diagonal_hit"}
 OF_THE_INPUTS = {
     ("_block_mean_kernel", "values"), ("_scores_kernel", "parts"), ("_representatives_kernel", "vectors"),
     ("_rows_kernel", "vectors"),
@@ -117,10 +117,8 @@ def variants(dtype: torch.dtype, dim: int, block: int):
     yield mean_correction._kept_map_kernel, {}, {"CHUNK": mean_correction.CHUNK}
     shape = mean_correction.launch_options(dim, block)
     options = {"num_warps": shape.pop("num_warps")}
-    limits = {"LIMIT": 100, "SHARE": mean_correction.SHARE}
-    for flag in (True, False):
-        constants = {"D": dim, "BLOCK_D": padded, "BLOCK": block, **limits, **shape, "ONLINE": flag}
-        yield mean_correction._correct_kernel, options, constants
+    constants = {"D": dim, "BLOCK_D": padded, "BLOCK": block, "LIMIT": 100, **shape}
+    yield mean_correction._correct_kernel, options, constants
     row = {"HAS_AWARE": True, "BLOCK": block, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True}
     yield line_rows._line_rows_kernel, {"num_warps": 4}, {**row, "DENSE": False, "CHUNK": line_rows.CHUNK}
     yield rows._paper_rows_kernel, {"num_warps": 4}, {**row, "LIMITED": True}
