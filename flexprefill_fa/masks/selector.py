@@ -260,32 +260,61 @@ def select_plain(
     """
     batch, heads, q_len, dim = query.shape
     grid = Grid(q_len, key.shape[2], config.block_size)
-    whole = starts is None and lengths is None
-    ranges = real_ranges(starts, lengths, batch, grid.kv_len, query.device)
-    if whole:
+    ranges = None
+    if starts is None and lengths is None:
         visible, unmasked = whole_blocks(grid, query.device)
     else:
-        visible, unmasked = visible_blocks(grid, ranges), unmasked_blocks(grid, ranges)
+        ranges = real_ranges(starts, lengths, batch, grid.kv_len, query.device)
+        visible = visible_blocks(grid, ranges)
+        unmasked = visible & unmasked_blocks(grid, ranges)
     reports = {name: torch.zeros(batch, heads, device=query.device) for name in config.diagnostics}
-    keep = config.pattern(grid, ranges)
+    keep, repeats = None, 1
+    if type(config).pattern is not Selector.pattern:
+        keep = config.pattern(
+            grid, real_ranges(None, None, batch, grid.kv_len, query.device) if ranges is None else ranges
+        )
     if keep is not None:
         keep, repeats = keep[:, None], heads
     else:
-        keep, repeats = torch.zeros(batch, heads, *visible.shape[-2:], dtype=torch.bool, device=query.device), 1
-        scale = 1 / math.sqrt(dim) if scale is None else scale
-        for b, (start, end) in enumerate([(0, grid.kv_len)] * batch if whole else ranges.tolist()):
-            found = element_of(query[b], key[b], start, end, grid, scale)
-            if found is not None:
-                element, rows, columns = found
-                keep[b, :, rows, columns] = _kept(config, element) | config.always(element)
-                for name, values in element.reports.items():
-                    reports[name][b] = values
-    keep = keep & visible[:, None]
-    full = torch.zeros_like(keep) if all_partial else keep & unmasked[:, None]
-    lists = (*index_lists(keep & ~full), *index_lists(full))
+        keep = _kept_blocks(query, key, config, grid, ranges, 1 / math.sqrt(dim) if scale is None else scale, reports)
+    if all_partial:
+        partial = keep & visible[:, None]
+        full = torch.zeros_like(partial)
+    else:
+        partial, full = keep & (visible ^ unmasked)[:, None], keep & unmasked[:, None]
+    lists = (*index_lists(partial), *index_lists(full))
     if repeats > 1:
         lists = tuple(x.repeat(1, repeats, *[1] * (x.dim() - 2)) for x in lists)
     return *lists, *reports.values()
+
+
+def _kept_blocks(
+    query: Tensor,
+    key: Tensor,
+    config: Selector,
+    grid: Grid,
+    ranges: Tensor | None,
+    scale: float,
+    reports: dict[str, Tensor],
+) -> Tensor:
+    """bool `[B, H, nq, nk]`: what the rule and `always` keep of each sequence; fills the reports `[B, H]`."""
+    batch, heads = query.shape[:2]
+    shape = (batch, heads, grid.q_blocks, grid.kv_blocks)
+    alone = batch == 1 and ranges is None  # its sequence fills the grid
+    keep = None if alone else torch.zeros(shape, dtype=torch.bool, device=query.device)
+    for b, (start, end) in enumerate([(0, grid.kv_len)] * batch if ranges is None else ranges.tolist()):
+        found = element_of(query[b], key[b], start, end, grid, scale)
+        if found is None:
+            continue
+        element, rows, columns = found
+        blocks = _kept(config, element) | config.always(element)
+        for name, values in element.reports.items():
+            reports[name][b] = values
+        if keep is None:
+            return blocks[None]
+        keep[b, :, rows, columns] = blocks
+    assert keep is not None  # a sequence without padding has a query
+    return keep
 
 
 def _kept(config: Selector, element: Element) -> Tensor:
