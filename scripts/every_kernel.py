@@ -19,6 +19,7 @@ from flexprefill_fa import (
     PeakPrefillConfig,
     VerticalSlashConfig,
     select_blocks,
+    share_heads,
 )
 from flexprefill_fa.kernels import coverage
 from flexprefill_fa.kernels.mean_correction import correct
@@ -45,6 +46,7 @@ def configs(block_size: int) -> Iterator[Selector]:
     for kind in ("clusters", "outliers"):
         yield PeakPrefillConfig(peak=0.2, representatives=kind, block_size=block_size)
     yield VerticalSlashConfig(64, 130, block_size)
+    yield share_heads(FlashPrefillConfig(0.5, 1, 1, 0, block_size))
 
 
 def launch_every_kernel(device: torch.device, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:

@@ -11,7 +11,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flexprefill_fa.kernels import coverage, last_query, line_rows, mean_correction, merge, pooling, top_lines
+from flexprefill_fa.kernels import (
+    coverage,
+    kept_map,
+    last_query,
+    line_rows,
+    mean_correction,
+    merge,
+    pooling,
+    shared_heads,
+    top_lines,
+)
 from flexprefill_fa.kernels.common import head_slices
 from flexprefill_fa.masks.flashprefill.kernels import rows as flash_rows
 from flexprefill_fa.masks.flashprefill.kernels import scores as flash_scores
@@ -114,7 +124,9 @@ def variants(dtype: torch.dtype, dim: int, block: int):
         yield top_lines._choose_kernel, {"num_warps": 8}, {"TOKENS": flag, "BLOCK": block, "WIDTH": 1024}
     yield paper._diagonal_windows_kernel, {}, {"BLOCK": block}
     yield paper._column_hits_kernel, {}, {"BLOCK": block}
-    yield mean_correction._kept_map_kernel, {}, {"CHUNK": mean_correction.CHUNK}
+    yield kept_map._kept_map_kernel, {}, {"CHUNK": kept_map.CHUNK}
+    united = {"BLOCK": block, "WIDTH": 1024, "CHUNK": shared_heads.CHUNK, "ALL_PARTIAL": False, "ZERO_TAILS": True}
+    yield shared_heads._unite_kernel, {}, united
     shape = mean_correction.launch_options(dim, block)
     options = {"num_warps": shape.pop("num_warps")}
     constants = {"D": dim, "BLOCK_D": padded, "BLOCK": block, "LIMIT": 100, **shape}

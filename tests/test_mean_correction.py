@@ -128,7 +128,7 @@ def test_the_kernel_over_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from flexprefill_fa.kernels import mean_correction as kernel
 
     monkeypatch.setattr(kernel, "launch_options", lambda *_: {"ROWS": 64, "COLUMNS": 16, "STAGES": 1, "num_warps": 4})
-    monkeypatch.setattr(kernel, "CHUNK", 4)
+    monkeypatch.setattr("flexprefill_fa.kernels.kept_map.CHUNK", 4)
     query, key = structured_qk(1, 2, 1, 140, 3300, 32, seed=7)
     value = torch.randn_like(key)
     selection = select_blocks(query, key, SMALL)

@@ -33,18 +33,15 @@ def test_every_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     launched = set()
-    call = interpreter.GridExecutor.__call__
 
     def recorded(self: Any, *arguments: Any, **named: Any) -> None:
+        """Launches nothing: the host code of a selection reads nothing back."""
         launched.add(f"{self.fn.__module__}:{self.fn.__name__}")
-        if self.fn.__name__ in ("_correct_kernel", "_split_kernel", "_block_mean_kernel", "_kept_map_kernel"):
-            call(self, *arguments, **named)  # the rest is tested elsewhere; these are quick
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", recorded)
-    monkeypatch.setattr(script, "SHAPES", script.SHAPES[:1])
-    script.launch_every_kernel(torch.device("cpu"), (torch.float32,))
+    script.launch_every_kernel(torch.device("cpu"))
     expected = kernels_in_the_source()
-    assert len(expected) == 24 and launched == expected
+    assert len(expected) == 25 and launched == expected
 
 
 def test_without_a_sanitizer_it_says_so(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ from flexprefill_fa.validation import check_block_size
 Lists = tuple[Tensor, ...]
 SelectOperator = Callable[..., Lists]
 
+SHARED_HEADS = "_shared_heads"
+"""What the name of a selector ends in that chooses once for the query heads of a key head."""
+
 DEFAULT_SELECTOR = "peakprefill"
 """The name of the selector that is meant where none is named."""
 
@@ -33,11 +36,16 @@ _LIBRARIES: dict[str, torch.library.Library] = {}  # what defines each operator,
 
 
 def get_selector(name: str) -> type[Selector]:
-    """The class of a selector.
+    """The class of a selector; `<name>_shared_heads` is made when it is first asked for, see `share_heads`.
 
     Raises:
         ValueError: if no selector has that name; the message lists those that exist.
     """
+    own = name.removesuffix(SHARED_HEADS)
+    if name not in _REGISTRY and own in _REGISTRY:
+        from flexprefill_fa.masks.shared_heads import make_shared  # which needs this module
+
+        return make_shared(_REGISTRY[own])
     if name not in _REGISTRY:
         raise ValueError(f"unknown selector {name!r}, expected one of {', '.join(selector_names())}")
     return _REGISTRY[name]
@@ -57,8 +65,8 @@ def default_selector(settings: Iterable[str] = ()) -> str:
 
 
 def selector_names() -> list[str]:
-    """Of all selectors that are defined, in alphabetical order."""
-    return sorted(_REGISTRY)
+    """Of all selectors that are defined, in alphabetical order; without those that share heads."""
+    return sorted(name for name in _REGISTRY if not name.endswith(SHARED_HEADS))
 
 
 def check_selector(config: object) -> None:
