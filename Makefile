@@ -1,5 +1,6 @@
 # make demo   a 16K-token prompt through a trained model, dense and sparse
 # make test   lint, types and the CPU tests
+# make soak   10,000 drawn cases of every selector's invariants (SOAK=... another number), some ten minutes
 # make docs   the documentation as a site, in build/site
 # All build .venv first; PYTHON=... chooses the interpreter.
 
@@ -13,14 +14,18 @@ endif
 
 # Processes that run the tests; each holds torch and compiles kernels.
 WORKERS ?= 2
+SOAK ?= 10000
 
-.PHONY: demo test docs lint setup clean
+.PHONY: demo test soak docs lint setup clean
 
 demo: setup
 	.venv/bin/flexprefill demo
 
 test: lint
 	.venv/bin/pytest -m 'not gpu' -n $(WORKERS)
+
+soak: setup
+	SOAK=$(SOAK) .venv/bin/pytest tests/test_soak.py -n $(WORKERS)
 
 docs: setup
 	.venv/bin/mkdocs build --strict

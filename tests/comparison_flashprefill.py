@@ -11,8 +11,9 @@ from torch import Tensor
 
 from flexprefill_fa import BlockSelection, FlashPrefillConfig, select_blocks
 
-# A score that comes closer to the threshold, relatively to the scores' size, may fall either way in fp32.
-NEAR_TIE = 2e-6
+# A score that comes closer to the threshold, relatively to the scores' size, may fall either way in fp32; with rounded
+# means one between two numbers of the inputs' dtype may become either.
+NEAR_TIE = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 
 
 def ask_oracle(
@@ -37,7 +38,7 @@ def compare_with_oracle(
     """(cells that only a score decides, those of them that are kept, near-ties, the selection)."""
     selection = select_blocks(query, key, config, starts=starts, lengths=lengths, scale=scale)
     oracle = ask_oracle(query, key, config, starts, lengths, scale)
-    clear = torch.from_numpy(oracle.margin) >= NEAR_TIE
+    clear = torch.from_numpy(oracle.margin) >= NEAR_TIE[key.dtype]
     expected, keep = torch.from_numpy(oracle.keep), selection.to_dense()
     wrong = ((keep != expected) & clear).nonzero()
     assert not len(wrong), (

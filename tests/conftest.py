@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -50,6 +50,33 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def gpu_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 in Triton's interpreter as on a GPU: by itself it cuts fp32 off, and multiplies bf16 as integers."""
+    import numpy as np
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, create_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def rounded(self: InterpreterBuilder, src: TensorHandle, dst_type: Any) -> TensorHandle:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst_type)
+        nearest = torch.from_numpy(np.asarray(src.data).copy()).to(torch.bfloat16)
+        return TensorHandle(nearest.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+    def widened(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
 
 
 @pytest.fixture(params=["0.24.0", "0.33.0"])

@@ -11,7 +11,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flexprefill_fa.kernels import coverage, last_query, line_rows, mean_correction, merge, pooling, top_lines
+from flexprefill_fa.kernels import (
+    coverage,
+    kept_map,
+    last_query,
+    line_rows,
+    mean_correction,
+    merge,
+    pooling,
+    shared_heads,
+    top_lines,
+)
 from flexprefill_fa.kernels.common import head_slices
 from flexprefill_fa.masks.flashprefill.kernels import rows as flash_rows
 from flexprefill_fa.masks.flashprefill.kernels import scores as flash_scores
@@ -41,16 +51,15 @@ FLOAT_POINTERS = {
     "mean_query", "columns", "column_sums", "diagonals", "diagonal_sums", "logits", "distance", "pooled_scores",
     "mass", "diagonal_mass", "goals", "factors", "tokens", "best_scores", "squares", "biases",
 }  # fmt: skip
-BYTE_POINTERS = {"kept", "again", "chosen", "hit", "diagonal_hit"}
+BYTE_POINTERS = {"kept", "chosen", "hit", "diagonal_hit"}
 OF_THE_INPUTS = {
-    ("_block_mean_kernel", "values"), ("_representatives_kernel", "vectors"), ("_rows_kernel", "vectors"),
+    ("_block_mean_kernel", "values"), ("_scores_kernel", "parts"), ("_representatives_kernel", "vectors"),
+    ("_rows_kernel", "vectors"),
     *(("_correct_kernel", name) for name in ("mean_key", "mean_value", "out", "result")),
 }  # fmt: skip
 # The same name for another type of data in one kernel.
 EXCEPTIONS = {
     ("_paper_rows_kernel", "columns"): "*i8",
-    ("_split_kernel", "parts"): "*fp16",
-    ("_scores_kernel", "parts"): "*fp16",
 }
 
 
@@ -69,6 +78,8 @@ def shared_memory(kernel: triton.JITFunction, arch: int, dtype: torch.dtype, opt
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
+        elif name == "parts" and dtype == torch.float32:
+            signature[name] = "*fp16"
         elif name in ("query", "key") or (kernel.fn.__name__, name) in OF_THE_INPUTS:
             signature[name] = TYPES[dtype]
         else:
@@ -113,13 +124,13 @@ def variants(dtype: torch.dtype, dim: int, block: int):
         yield top_lines._choose_kernel, {"num_warps": 8}, {"TOKENS": flag, "BLOCK": block, "WIDTH": 1024}
     yield paper._diagonal_windows_kernel, {}, {"BLOCK": block}
     yield paper._column_hits_kernel, {}, {"BLOCK": block}
-    yield mean_correction._kept_map_kernel, {}, {"CHUNK": mean_correction.CHUNK}
+    yield kept_map._kept_map_kernel, {}, {"CHUNK": kept_map.CHUNK}
+    united = {"BLOCK": block, "WIDTH": 1024, "CHUNK": shared_heads.CHUNK, "ALL_PARTIAL": False, "ZERO_TAILS": True}
+    yield shared_heads._unite_kernel, {}, united
     shape = mean_correction.launch_options(dim, block)
     options = {"num_warps": shape.pop("num_warps")}
-    limits = {"LIMIT": 100, "SHARE": mean_correction.SHARE}
-    for flag in (True, False):
-        constants = {"D": dim, "BLOCK_D": padded, "BLOCK": block, **limits, **shape, "ONLINE": flag}
-        yield mean_correction._correct_kernel, options, constants
+    constants = {"D": dim, "BLOCK_D": padded, "BLOCK": block, "LIMIT": 100, **shape}
+    yield mean_correction._correct_kernel, options, constants
     row = {"HAS_AWARE": True, "BLOCK": block, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True}
     yield line_rows._line_rows_kernel, {"num_warps": 4}, {**row, "DENSE": False, "CHUNK": line_rows.CHUNK}
     yield rows._paper_rows_kernel, {"num_warps": 4}, {**row, "LIMITED": True}
@@ -127,7 +138,8 @@ def variants(dtype: torch.dtype, dim: int, block: int):
     shape = flash_scores.tile_options(dim, two_parts)
     options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
     padding = {"D": dim, "BLOCK_D": padded}
-    yield flash_scores._split_kernel, {"num_warps": 4}, {**padding, "ROWS": flash_scores.SPLIT_ROWS}
+    if two_parts:
+        yield flash_scores._split_kernel, {"num_warps": 4}, {**padding, "ROWS": flash_scores.SPLIT_ROWS}
     yield flash_scores._scores_kernel, options, {**padding, "BLOCK": block, "TWO_PARTS": two_parts, **shape}
     row = {"BLOCK": block, "WIDTH": 1024, "CHUNK": flash_rows.CHUNK, "ALL_PARTIAL": False, "ZERO_TAILS": True}
     yield flash_rows._rows_kernel, {"num_warps": 4}, row

@@ -9,7 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from flexprefill_fa import get_selector, selector_names
+import torch
+
+from flexprefill_fa import BlockSelection, Selector, get_selector, selector_names
+from flexprefill_fa.grid import unmasked_blocks, visible_blocks
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "adding_a_selector.md"
 
@@ -49,3 +52,29 @@ def example(name: str, block_size: int = 64, **fields: Any) -> Any:
 
 def names() -> list[str]:
     return [*(name for name in selector_names() if name != "pooled_top"), "pooled_top"]
+
+
+def check_laws(selection: BlockSelection, config: Any) -> None:
+    """Causal, in order, each block once and in the right list, and what its class always keeps."""
+    grid, ranges = selection.grid, selection.ranges
+    visible, unmasked = visible_blocks(grid, ranges)[:, None], unmasked_blocks(grid, ranges)[:, None]
+    kept = selection.to_dense()
+    assert not (kept & ~visible).any()
+    partial, full = (
+        selection.kv_num_blocks.sum() + selection.full_kv_num_blocks.sum() == kept.sum(),
+        selection.full_kv_num_blocks.sum() == (kept & unmasked).sum(),
+    )
+    assert partial and full
+    for count, indices in (selection.lists[:2], selection.lists[2:]):
+        assert count.dtype == indices.dtype == torch.int32 and count.is_contiguous() and indices.is_contiguous()
+        inside = torch.arange(1, indices.shape[-1]) < count[..., None]
+        assert (indices.diff(dim=-1)[inside] > 0).all()
+    kind = type(config)
+    if kind.always is Selector.always and kind.pattern is Selector.pattern:
+        block = torch.arange(grid.kv_blocks)
+        row = grid.offset + torch.arange(grid.q_blocks)[:, None] * grid.block_size
+        last = (row + grid.block_size).clamp(max=grid.kv_len) - 1
+        first = ranges[:, 0, None, None].long() // grid.block_size
+        diagonal = (block == row // grid.block_size) | (block == last // grid.block_size)
+        always = ((block == first) | diagonal)[:, None] & visible
+        assert not (always & ~kept).any()

@@ -63,7 +63,7 @@ def oracle_select(
     starts: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
 ) -> FlashOracle:
-    """FlashPrefill's selection of section 5, by brute force in float64.
+    """FlashPrefill's selection of section 5, by brute force in float64; mean keys are rounded to key's dtype.
 
     Args:
         query: `[B, Hq, Lq, D]`, the last Lq positions of the keys; any float dtype. key: `[B, Hkv, Lkv, D]`.
@@ -94,7 +94,8 @@ def oracle_select(
             blocks = []
             for j in real_blocks:
                 positions = range(max(j * size, start), min((j + 1) * size, end))
-                blocks.append((j, positions[-1], head_keys[positions[0] : positions[-1] + 1].mean(0)))
+                mean = torch.from_numpy(head_keys[positions[0] : positions[-1] + 1].mean(0)).to(key.dtype)
+                blocks.append((j, positions[-1], mean.double().numpy()))
             for i, positions in rows.items():
                 decided = _row([(p, q[b, h, p - off]) for p in positions], blocks, scale, alpha)
                 diagonal = (off + i * size) // size

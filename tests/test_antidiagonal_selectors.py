@@ -11,9 +11,11 @@ import pytest
 import torch
 from oracle_groups import GroupOracle
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import blocky_qk, needle_qk, random_qk, structured_qk
 
 from flexprefill_fa import CoSAConfig, XAttentionConfig, get_selector, select_blocks
+from flexprefill_fa.masks.selector import select_plain
 
 # A decision that is relatively closer than this may fall either way in fp32, and more of them would be no test.
 NEAR_TIE, MOST_NEAR_TIES = 2e-6, 1e-3
@@ -100,3 +102,27 @@ def test_settings_out_of_range(name: str, fields: dict[str, Any], kind: type, me
     given = {knob if field == "share" else field: value for field, value in fields.items()}
     with pytest.raises(kind, match=message.replace("{knob}", knob)):
         get_selector(name)(**given)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that do something: what a GPU's host would launch."""
+
+    VIEWS = ("view", "_unsafe_view", "expand", "slice", "select", "transpose", "unsqueeze", "alias", "detach")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("config", "most"), [(XAttentionConfig(), 60), (CoSAConfig(), 70)], ids=["xattention", "cosa"])
+def test_few_operators(config: Any, most: int) -> None:
+    """At short lengths they are what the selection costs."""
+    query, key = blocky_qk(1, 8, 2, 2048, 2048, 64)
+    with Launches() as launches:
+        lists = select_plain(query, key, None, None, config)
+    assert 0 < lists[0].sum() + lists[2].sum() < 8 * 16 * 17 // 2
+    assert launches.count <= most

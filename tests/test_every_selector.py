@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import compiled_attention, graphs
-from every_selector import define_documented, documented, example, names
+from every_selector import check_laws, define_documented, documented, example, names
 from hf_models import oracle_layers, prompt, tiny_model
 from oracle import causal_oracle, relative_error
 from torch import Tensor
@@ -16,9 +16,8 @@ from workloads import blocky_qk, needle_qk
 
 import flexprefill_fa
 from bench.spec import parse_selector
-from flexprefill_fa import BlockSelection, Selector, get_selector, select_blocks, sparse_prefill_attention
+from flexprefill_fa import get_selector, select_blocks, sparse_prefill_attention
 from flexprefill_fa.choice import parse_choice
-from flexprefill_fa.grid import unmasked_blocks, visible_blocks
 from flexprefill_fa.integrations.engine_settings import make_settings
 from flexprefill_fa.integrations.transformers import enable_sparse_prefill
 
@@ -41,32 +40,6 @@ SHAPES = [  # batch, heads, kv heads, queries, keys, head dim, block size, dtype
     (1, 2, 1, 513, 1000, 128, 128, torch.float16, None, None),
     (2, 2, 1, 200, 500, 16, 64, torch.float32, None, [400, 250]),  # the second's queries are all padding
 ]
-
-
-def check_laws(selection: BlockSelection, config: Any) -> None:
-    """Causal, in order, each block once and in the right list, and what its class always keeps."""
-    grid, ranges = selection.grid, selection.ranges
-    visible, unmasked = visible_blocks(grid, ranges)[:, None], unmasked_blocks(grid, ranges)[:, None]
-    kept = selection.to_dense()
-    assert not (kept & ~visible).any()
-    partial, full = (
-        selection.kv_num_blocks.sum() + selection.full_kv_num_blocks.sum() == kept.sum(),
-        selection.full_kv_num_blocks.sum() == (kept & unmasked).sum(),
-    )
-    assert partial and full
-    for count, indices in (selection.lists[:2], selection.lists[2:]):
-        assert count.dtype == indices.dtype == torch.int32 and count.is_contiguous() and indices.is_contiguous()
-        inside = torch.arange(1, indices.shape[-1]) < count[..., None]
-        assert (indices.diff(dim=-1)[inside] > 0).all()
-    kind = type(config)
-    if kind.always is Selector.always and kind.pattern is Selector.pattern:
-        block = torch.arange(grid.kv_blocks)
-        row = grid.offset + torch.arange(grid.q_blocks)[:, None] * grid.block_size
-        last = (row + grid.block_size).clamp(max=grid.kv_len) - 1
-        first = ranges[:, 0, None, None].long() // grid.block_size
-        diagonal = (block == row // grid.block_size) | (block == last // grid.block_size)
-        always = ((block == first) | diagonal)[:, None] & visible
-        assert not (always & ~kept).any()
 
 
 @every

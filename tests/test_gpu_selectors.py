@@ -27,13 +27,14 @@ from flexprefill_fa.masks.selector import select_plain
 pytestmark = pytest.mark.gpu
 
 LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-NEAR_TIE = 3e-5  # of P, relatively
+# Of P, relatively; with rounded means one between two numbers of the inputs' dtype may become either.
+NEAR_TIE = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLACES: list[dict[str, Any]] = [{}, {"starts": [0, 130]}, {"lengths": [1501, 1000]}, {"starts": [5, 700]}]
 
 
 def assert_equals_reference(query: Tensor, key: Tensor, config: FlashPrefillConfig, **place: Any) -> BlockSelection:
-    """The kernels' selection; equal to the reference's but for cells that fp32 summation order may turn."""
+    """The kernels' selection; equal to the reference's but for near ties."""
     got = select_blocks(query, key, config, **place)
     starts, lengths, grid = got.starts, got.lengths, got.grid
     lists = select_plain(query, key, starts, lengths, config)
@@ -47,7 +48,7 @@ def assert_equals_reference(query: Tensor, key: Tensor, config: FlashPrefillConf
         element, rows, columns = found
         scores = reference.block_scores(element)
         threshold = scores.amax(-1, keepdim=True) * config.alpha
-        near[b, :, rows, columns] = (scores - threshold).abs() < NEAR_TIE * threshold
+        near[b, :, rows, columns] = (scores - threshold).abs() < NEAR_TIE[key.dtype] * threshold
     print({"unequal": unequal.sum().item(), "near": near.sum().item(), "density": got.density().mean().item()})
     assert not (unequal & ~near).any(), (unequal & ~near).nonzero()[:5]
     assert unequal.sum() <= 2 + 1e-3 * unequal.numel()

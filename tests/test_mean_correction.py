@@ -124,12 +124,11 @@ def test_the_kernel_is_what_the_definition_says(case: tuple) -> None:
 
 @pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernel runs there, see below")
 def test_the_kernel_over_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles, index chunks and shares of the second launch so small that each of them has a second one."""
+    """Tiles and index chunks so small that each of them has a second one."""
     from flexprefill_fa.kernels import mean_correction as kernel
 
     monkeypatch.setattr(kernel, "launch_options", lambda *_: {"ROWS": 64, "COLUMNS": 16, "STAGES": 1, "num_warps": 4})
-    monkeypatch.setattr(kernel, "CHUNK", 4)
-    monkeypatch.setattr(kernel, "SHARE", 4)
+    monkeypatch.setattr("flexprefill_fa.kernels.kept_map.CHUNK", 4)
     query, key = structured_qk(1, 2, 1, 140, 3300, 32, seed=7)
     value = torch.randn_like(key)
     selection = select_blocks(query, key, SMALL)
@@ -141,6 +140,20 @@ def test_the_kernel_over_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     selection = select_blocks(query, key, WINDOW)
     got = corrected_by_kernel(query, key, value, selection)
     assert relative_error(got, by_masked_scores(query, key, value, selection)[0], torch.ones(1)) < 1e-5
+
+
+@pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernel runs there, see below")
+def test_the_kernel_reads_nothing_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value, selection = make(CASES[2])
+    expected = corrected_by_kernel(query, key, value, selection)
+    clean, clean_like = torch.empty, torch.empty_like
+
+    def poisoned(tensor: Tensor) -> Tensor:
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(clean(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(clean_like(*a, **k)))
+    assert torch.equal(corrected_by_kernel(query, key, value, selection), expected)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernel runs there, see below")
@@ -169,7 +182,7 @@ WINDOW = StreamingLLMConfig(sink=0, window=100, block_size=64)
 
 @pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernel runs there, see below")
 def test_dropped_blocks_that_outweigh_all_kept_ones() -> None:
-    """Beyond the range of weights relative to the kept blocks' norm: what the second launch is for."""
+    """Beyond the range of weights relative to the kept blocks' norm: what the second way through is for."""
     query, key = opposed(400, 32, last=200)
     value = torch.randn_like(key)
     selection = select_blocks(query, key, WINDOW)

@@ -12,36 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid, cdiv
+from flexprefill_fa.grid import cdiv
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range, unit_stride
+from flexprefill_fa.kernels.kept_map import kept_map
 from flexprefill_fa.kernels.outputs import prepare
 from flexprefill_fa.kernels.pooling import block_mean
-
-CHUNK = 512  # index entries at a time
-SHARE = 64  # pieces that a program of the second launch looks at
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _kept_map_kernel(
-    partial_counts,  # [rows, q_blocks] int32
-    partial_indices,  # [rows, q_blocks, width] int32
-    full_counts,
-    full_indices,
-    kept,  # [rows, q_blocks, kv_blocks] int8, zeros; out: 1 where a block is kept
-    width,
-    kv_blocks,
-    CHUNK: tl.constexpr,
-):
-    target = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    lane = tl.arange(0, CHUNK)
-    ones = tl.full([CHUNK], 1, tl.int8)
-    for kind in tl.static_range(2):
-        count = tl.load((partial_counts if kind == 0 else full_counts) + target)
-        indices = partial_indices if kind == 0 else full_indices
-        for first in range(0, count, CHUNK):
-            inside = first + lane < count
-            block = tl.load(indices + target * width + first + lane, mask=inside, other=0)
-            tl.store(kept + target * kv_blocks + block, ones, mask=inside)
 
 
 @triton.jit
@@ -107,6 +82,55 @@ def _add_means(
     return sums, total, highest
 
 
+@triton.jit
+def _correct_piece(
+    query,  # of these rows, as out and result
+    out,
+    result,
+    lse,
+    mean_key,
+    mean_value,
+    kept,
+    q_stride_l,
+    o_stride_l,
+    r_stride_l,
+    rows,  # that there are, at most ROWS
+    row_first,
+    start,
+    end,
+    kv_blocks,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ONLINE: tl.constexpr,
+):
+    """Correct ROWS queries; above 0 where their weights went too high and ONLINE must do them again."""
+    item = tl.arange(0, ROWS)
+    dim = tl.arange(0, BLOCK_D)
+    stored = (item < rows)[:, None] & (dim < D)[None, :]
+    q = tl.load(query + item[:, None] * q_stride_l + dim[None, :], mask=stored, other=0.0)
+    norm = tl.load(lse + item, mask=item < rows, other=float("-inf"))
+    normal = norm > float("-inf")  # a row that sees no kept key has no norm, minus infinity or NaN
+    base = tl.where(normal, norm * 1.4426950408889634, float("-inf") if ONLINE else 0.0)
+    main = out + item[:, None] * o_stride_l + dim[None, :]
+    sums = tl.load(main, mask=stored & normal[:, None], other=0.0).to(tl.float32)
+    position = row_first + item
+    sums, total, highest = _add_means(
+        sums, normal.to(tl.float32), base, q, mean_key, mean_value, kept, position, row_first,
+        tl.minimum(row_first + ROWS, end), start, end, kv_blocks, scale, D, BLOCK_D, BLOCK, COLUMNS, STAGES, ONLINE,
+    )  # fmt: skip
+    merged = (sums / tl.where(total > 0, total, 1.0)[:, None]).to(result.dtype.element_ty)
+    tl.store(result + item[:, None] * r_stride_l + dim[None, :], merged, mask=stored)
+    # Without a norm there is nothing for weights to be relative to; padded rows mean nothing anyway.
+    astray = (normal == 0) & (position >= start) & (position < end) & (highest > float("-inf"))
+    return tl.max((astray | (highest - base > LIMIT)).to(tl.int32), 0)
+
+
 @triton.jit(do_not_specialize=[*LENGTHS, "pieces"])
 def _correct_kernel(
     query,
@@ -116,7 +140,6 @@ def _correct_kernel(
     ranges,
     out,  # [B, Hq, q_len, D]: attention over the kept blocks
     lse,  # [B * Hq, q_len] fp32: its log-sum-exp, natural logarithm
-    again,  # [B * Hq * pieces] int8: pieces whose scores are too high; out, or in with ONLINE
     result,  # [B, Hq, q_len, D], out
     q_stride_b,
     q_stride_h,
@@ -127,7 +150,6 @@ def _correct_kernel(
     r_stride_b,
     r_stride_h,
     r_stride_l,
-    lines,  # B * Hq * pieces
     pieces,  # of ROWS queries
     heads,
     groups,
@@ -143,73 +165,39 @@ def _correct_kernel(
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
     LIMIT: tl.constexpr,
-    SHARE: tl.constexpr,
-    ONLINE: tl.constexpr,
 ):
     """One program per ROWS queries of a head; the heaviest, the last ones, first.
 
     The norm of the attention over the kept blocks is known, so weights are relative to it: the sums begin with `out`
     at weight 1, and no running maximum rescales them. Where a dropped block outweighs all kept ones by 2 ** LIMIT, or
-    nothing is kept, a second launch (ONLINE) makes them again with one; its programs look at SHARE pieces each, mostly
-    in vain.
+    nothing is kept, which is rare, the piece is made again with one (ONLINE).
     """
-    first_line = tl.program_id(0)
-    stop_line = first_line + 1
-    if ONLINE:
-        first_line *= SHARE
-        line = first_line + tl.arange(0, SHARE)
-        some = tl.max(tl.load(again + line, mask=line < lines, other=0), 0)
-        stop_line = tl.where(some > 0, tl.minimum(first_line + SHARE, lines), first_line)
-    for line in range(first_line, stop_line):
-        wanted = True
-        if ONLINE:
-            wanted = tl.load(again + line) > 0
-        if wanted:
-            row = (line // pieces).to(tl.int64)
-            piece = pieces - 1 - line % pieces
-            batch, head = row // heads, row % heads
-            start, end = real_range(ranges, batch)
-            item = tl.arange(0, ROWS)
-            dim = tl.arange(0, BLOCK_D)
-            first_row = (piece * ROWS).to(tl.int64)
-            stored = (piece * ROWS + item < q_len)[:, None] & (dim < D)[None, :]
-            q_place = batch * q_stride_b + head * q_stride_h + first_row * q_stride_l
-            q = tl.load(query + q_place + item[:, None] * q_stride_l + dim[None, :], mask=stored, other=0.0)
-            norm = tl.load(lse + row * q_len + first_row + item, mask=piece * ROWS + item < q_len, other=float("-inf"))
-            normal = norm > float("-inf")  # a row that sees no kept key has no norm, minus infinity or NaN
-            base = tl.where(normal, norm * 1.4426950408889634, float("-inf") if ONLINE else 0.0)
-            o_place = batch * o_stride_b + head * o_stride_h + first_row * o_stride_l
-            main = out + o_place + item[:, None] * o_stride_l + dim[None, :]
-            sums = tl.load(main, mask=stored & normal[:, None], other=0.0).to(tl.float32)
-            means = (batch * (heads // groups) + head // groups) * kv_blocks * D
-            row_first = offset + piece * ROWS
-            sums, total, highest = _add_means(
-                sums, normal.to(tl.float32), base, q, mean_key + means, mean_value + means,
-                kept + (row * q_blocks + piece * ROWS // BLOCK) * kv_blocks, row_first + item, row_first,
-                tl.minimum(row_first + ROWS, end), start, end, kv_blocks, scale, D, BLOCK_D, BLOCK, COLUMNS, STAGES,
-                ONLINE,
+    line = tl.program_id(0)
+    row = (line // pieces).to(tl.int64)
+    first_row = (pieces - 1 - line % pieces) * ROWS
+    batch, head = row // heads, row % heads
+    start, end = real_range(ranges, batch)
+    kv_row = (batch * (heads // groups) + head // groups) * kv_blocks
+    query += batch * q_stride_b + head * q_stride_h + first_row.to(tl.int64) * q_stride_l
+    out += batch * o_stride_b + head * o_stride_h + first_row.to(tl.int64) * o_stride_l
+    result += batch * r_stride_b + head * r_stride_h + first_row.to(tl.int64) * r_stride_l
+    lse += row * q_len + first_row
+    mean_key += kv_row * D
+    mean_value += kv_row * D
+    kept += (row * q_blocks + first_row // BLOCK) * kv_blocks
+    again = _correct_piece(
+        query, out, result, lse, mean_key, mean_value, kept, q_stride_l, o_stride_l, r_stride_l, q_len - first_row,
+        offset + first_row, start, end, kv_blocks, scale, D, BLOCK_D, BLOCK, ROWS, COLUMNS, STAGES, LIMIT, False,
+    )  # fmt: skip
+    if again > 0:
+        for half in range(2):  # what a running maximum takes in registers would not fit beside all of them
+            first = half * (ROWS // 2)
+            _correct_piece(
+                query + first * q_stride_l, out + first * o_stride_l, result + first * r_stride_l, lse + first,
+                mean_key, mean_value, kept, q_stride_l, o_stride_l, r_stride_l, q_len - first_row - first,
+                offset + first_row + first, start, end, kv_blocks, scale, D, BLOCK_D, BLOCK, ROWS // 2, COLUMNS, 1,
+                LIMIT, True,
             )  # fmt: skip
-            if not ONLINE:
-                # Without a norm there is nothing for weights to be relative to; padded rows mean nothing anyway.
-                position = row_first + item
-                astray = (normal == 0) & (position >= start) & (position < end) & (highest > float("-inf"))
-                tl.store(again + line, tl.max((astray | (highest - base > LIMIT)).to(tl.int32), 0))
-            merged = sums / tl.where(total > 0, total, 1.0)[:, None]
-            r_place = batch * r_stride_b + head * r_stride_h + first_row * r_stride_l
-            tl.store(
-                result + r_place + item[:, None] * r_stride_l + dim[None, :],
-                merged.to(result.dtype.element_ty),
-                mask=stored,
-            )
-
-
-def kept_map(lists: tuple[Tensor, Tensor, Tensor, Tensor], grid: Grid) -> Tensor:
-    """int8 `[B, Hq, nq, nk]`: 1 where a block is kept."""
-    batch, heads, q_blocks = lists[0].shape
-    kept = torch.zeros(batch, heads, q_blocks, grid.kv_blocks, dtype=torch.int8, device=lists[0].device)
-    with on_device(kept):
-        _kept_map_kernel[(q_blocks, batch * heads)](*lists, kept, lists[1].shape[-1], grid.kv_blocks, CHUNK=CHUNK)
-    return kept
 
 
 def launch_options(head_dim: int, block_size: int) -> dict[str, int]:
@@ -235,19 +223,16 @@ def correct(
     query, key, grid, ranges = prepare(query, key, starts, lengths, block_size)
     value, out, lse = unit_stride(value), unit_stride(out), lse.contiguous()
     batch, heads, q_len, dim = query.shape
-    means = [block_mean(x, ranges, 0, block_size).to(query.dtype) for x in (key, value)]
+    means = [block_mean(x, ranges, 0, block_size, dtype=query.dtype) for x in (key, value)]
     result = torch.empty_like(out)
     options = launch_options(dim, block_size)
     pieces = cdiv(q_len, options["ROWS"])
-    lines = batch * heads * pieces
-    again = torch.empty(lines, dtype=torch.int8, device=query.device)
     kept = kept_map(lists, grid)
-    for online in (False, True):
-        with on_device(query):
-            _correct_kernel[(cdiv(lines, SHARE) if online else lines,)](
-                query, *means, kept, ranges, out, lse, again, result, *query.stride()[:3], *out.stride()[:3],
-                *result.stride()[:3], lines, pieces, heads, heads // key.shape[1], q_len, grid.offset, grid.q_blocks,
-                grid.kv_blocks, scale * LOG2E, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK=block_size,
-                LIMIT=14 if query.dtype == torch.float16 else 100, SHARE=SHARE, ONLINE=online, **options,
-            )  # fmt: skip
+    with on_device(query):
+        _correct_kernel[(batch * heads * pieces,)](
+            query, *means, kept, ranges, out, lse, result, *query.stride()[:3], *out.stride()[:3],
+            *result.stride()[:3], pieces, heads, heads // key.shape[1], q_len, grid.offset, grid.q_blocks,
+            grid.kv_blocks, scale * LOG2E, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK=block_size,
+            LIMIT=14 if query.dtype == torch.float16 else 100, **options,
+        )  # fmt: skip
     return result

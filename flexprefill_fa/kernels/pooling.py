@@ -17,7 +17,7 @@ def _block_mean_kernel(
     values,  # [B, H, length, D]
     ranges,  # [B, 2]
     active,  # [B * H] int32, rows with 0 are skipped
-    means,  # [B, H, blocks, D] fp32
+    means,  # [B, H, blocks, D], out
     stride_b,
     stride_h,
     stride_l,
@@ -43,20 +43,29 @@ def _block_mean_kernel(
     source = values + batch * stride_b + head * stride_h + token.to(tl.int64)[:, None] * stride_l + dim[None, :]
     tile = tl.load(source, mask=real[:, None] & (dim < D)[None, :], other=0.0).to(tl.float32)  # [BLOCK, BLOCK_D]
     count = tl.maximum(tl.sum(real.to(tl.float32), 0), 1.0)
-    tl.store(means + (row * blocks + block) * D + dim, tl.sum(tile, 0) / count, mask=dim < D)
+    mean = (tl.sum(tile, 0) / count).to(means.dtype.element_ty)
+    tl.store(means + (row * blocks + block) * D + dim, mean, mask=dim < D)
 
 
-def block_mean(values: Tensor, ranges: Tensor, offset: int, block_size: int, active: Tensor | None = None) -> Tensor:
-    """fp32 `[B, H, blocks, D]`: the mean over each block's real tokens (0 for a block without any).
+def block_mean(
+    values: Tensor,
+    ranges: Tensor,
+    offset: int,
+    block_size: int,
+    active: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`[B, H, blocks, D]`: the mean over each block's real tokens (0 for a block without any), summed in fp32.
 
     Args:
         values: `[B, H, L, D]`, unit stride in D; token i stands at position offset + i.
         ranges: int32 `[B, 2]`, (start, end) of each element's real positions.
         active: int32 `[B * H]`, rows with 0 are left out (their means are undefined).
+        dtype: of the means.
     """
     batch, heads, length, dim = values.shape
     blocks = cdiv(length, block_size)
-    means = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=values.device)
+    means = torch.empty(batch, heads, blocks, dim, dtype=dtype, device=values.device)
     with on_device(values):
         _block_mean_kernel[(blocks, batch * heads)](
             values,

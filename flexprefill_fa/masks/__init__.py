@@ -13,6 +13,7 @@ from flexprefill_fa.masks.flashprefill import FlashPrefillConfig
 from flexprefill_fa.masks.flexprefill import FlexPrefillConfig
 from flexprefill_fa.masks.peakprefill import PeakPrefillConfig
 from flexprefill_fa.masks.selector import DEFAULT_SELECTOR, Selector, default_selector, get_selector, selector_names
+from flexprefill_fa.masks.shared_heads import share_heads
 from flexprefill_fa.masks.streaming_llm import StreamingLLMConfig
 from flexprefill_fa.masks.vertical_slash import VerticalSlashConfig
 
@@ -46,6 +47,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]  # by their files
     "get_selector",
     "select_blocks",
     "selector_names",
+    "share_heads",
 ]
 
 

@@ -29,19 +29,27 @@ def antidiagonal_scores(element: Element, stride: int) -> Iterator[tuple[slice, 
         the last position of the query group, or holds no real key; and bool `[rows, groups of a block]`, the query
         groups with a real query.
     """
-    size, per_block = element.grid.block_size, element.grid.block_size // stride
+    grid, size, device = element.grid, element.grid.block_size, element.device
+    per_block, start = size // stride, grid.offset - grid.query_pad
     queries = rearrange(element.query_slots(), "h (r s) d -> h r s d", s=stride).flip(2)
     queries = rearrange(queries, "h (i r) s d -> h i r (s d)", r=per_block)
     keys = rearrange(element.key_slots(), "h (c s) d -> h c (s d)", s=stride)
-    real_queries = rearrange(element.real_queries, "(i r s) -> i r s", s=stride, r=per_block).any(-1)
-    real_keys = rearrange(element.real_keys, "(c s) -> c s", s=stride).any(-1)
-    last = rearrange(element.query_position, "(i r s) -> i r s", s=stride, r=per_block)[..., -1]
-    first = element.key_position[::stride]
+    # First positions of the groups.
+    key_first = torch.arange(0, grid.kv_blocks * size, stride, device=device)
+    query_first = torch.arange(start, start + grid.q_blocks * size, stride, device=device).view(-1, per_block)
+    real_queries = query_first < grid.keys
+    if grid.query_pad:
+        real_queries &= query_first + stride > grid.offset
+    last = (query_first + (stride - 1)).clamp_(max=grid.keys - 1)  # groups behind it hold no real key
+    hidden_before = grid.key_pad // stride  # groups of padding alone
     for rows in element.row_pieces(4 * element.heads * per_block * keys.shape[1]):
-        scores = element.products(rearrange(queries[:, rows], "h i r e -> h (i r) e"), keys) / stride
+        # A stride divides a power of two: scores are divided by it exactly, wherever that is done.
+        scores = element.products(rearrange(queries[:, rows], "h i r e -> h (i r) e"), keys, 1 / stride)
         scores = rearrange(scores, "h (i r) c -> h i r c", r=per_block)
-        scores.masked_fill_(~(real_keys & (first <= last[rows][..., None])), -torch.inf)
-        yield rows, rearrange(scores, "h i r (j c) -> h i r j c", c=size // stride), real_queries[rows]
+        scores.masked_fill_(key_first > last[rows, :, None], -torch.inf)
+        if hidden_before:
+            scores[..., :hidden_before] = -torch.inf
+        yield rows, rearrange(scores, "h i r (j c) -> h i r j c", c=per_block), real_queries[rows]
 
 
 def share_prefix(weights: Tensor, share: float, before: Tensor | None = None) -> Tensor:
@@ -56,14 +64,13 @@ def share_prefix(weights: Tensor, share: float, before: Tensor | None = None) ->
     """
     if share >= 1:
         return torch.ones_like(weights, dtype=torch.bool)
-    order = weights.argsort(dim=-1, descending=True, stable=True)
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     if before is not None:
         rank = before.gather(-1, order).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        order = order.gather(-1, rank)
-    ordered = weights.gather(-1, order)
-    reached = ordered.cumsum(-1) - ordered  # before each block
-    kept = reached < share * weights.sum(-1, keepdim=True)
-    return torch.zeros_like(kept).scatter(-1, order, kept)
+        order, ordered = order.gather(-1, rank), ordered.gather(-1, rank)
+    reached = ordered.cumsum(-1).sub_(ordered)  # before each block
+    kept = reached < weights.sum(-1, keepdim=True) * share
+    return torch.empty_like(kept).scatter_(-1, order, kept)  # all of it: an order names every block
 
 
 def check_stride(stride: object, block_size: int) -> None:

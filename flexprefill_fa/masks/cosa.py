@@ -52,4 +52,4 @@ class CoSAConfig(Selector, name="cosa"):
             relative = (highest - highest.amax(-1, keepdim=True)).exp() * real[..., None]
             before = (relative >= _MAXIMUM).any(2)
             parts.append(share_prefix(relative.sum(2), self.share, before))
-        return torch.cat(parts, 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -100,12 +100,11 @@ class Element:
     def query_slots(self) -> Tensor:
         """The queries `[H, nq B, D]` with each block filled up; `real_queries` says which are there."""
         grid = self.grid
-        short = grid.q_blocks * grid.block_size - grid.query_pad - grid.queries
-        return F.pad(self.query, (0, 0, grid.query_pad, short))
+        return _padded(self.query, grid.query_pad, grid.q_blocks * grid.block_size - grid.query_pad - grid.queries)
 
     def key_slots(self) -> Tensor:
         """The keys `[Hkv, nk B, D]` with each block filled up; `real_keys` says which are there."""
-        return F.pad(self.key, (0, 0, 0, self.grid.kv_blocks * self.grid.block_size - self.grid.keys))
+        return _padded(self.key, 0, self.grid.kv_blocks * self.grid.block_size - self.grid.keys)
 
     @functools.cached_property
     def query_position(self) -> Tensor:
@@ -147,8 +146,8 @@ class Element:
     def first_and_diagonal(self) -> Tensor:
         """bool `[nq, nk]`: the first block, and those of the positions of a query block."""
         block = torch.arange(self.grid.kv_blocks, device=self.device)
-        first, last = self.diagonal()
-        return ((block == 0) | (block == first[:, None]) | (block == last[:, None])) & self.visible()
+        first = torch.div(self.row_first, self.grid.block_size, rounding_mode="floor")
+        return ((block == 0) | (block >= first[:, None])) & self.visible()
 
     def diagonal(self) -> tuple[Tensor, Tensor]:
         """J0 and J1, int64 `[nq]`: the key blocks of each query block's first and last position."""
@@ -189,20 +188,25 @@ class Element:
         """Softmax of scores `[..., nq, nk]` over the key blocks that each query block sees."""
         return scores.masked_fill(~self.visible(), -torch.inf).softmax(-1)
 
-    def products(self, query: Tensor, key: Tensor) -> Tensor:
-        """fp32 `[H, m, k]`: scale x the products of vectors `[H, m, E]` and `[Hkv, k, E]`, summed in fp32."""
+    def products(self, query: Tensor, key: Tensor, share: float = 1.0) -> Tensor:
+        """fp32 `[H, m, k]`: share x scale x the products of vectors `[H, m, E]` and `[Hkv, k, E]`, summed in fp32."""
         rows = rearrange(query, "(h g) m e -> h (g m) e", g=self.groups)
         if query.is_cuda and query.dtype == key.dtype != torch.float32:
             found = torch.bmm(rows, key.mT, out_dtype=torch.float32)
         else:
             found = rows.float() @ key.float().mT
-        return rearrange(found, "h (g m) k -> (h g) m k", g=self.groups) * self.scale
+        return rearrange(found, "h (g m) k -> (h g) m k", g=self.groups).mul_(self.scale * share)
 
     def row_pieces(self, bytes_per_block: int) -> Iterator[slice]:
         """Slices of the query blocks, each as large as `SCORE_BYTES` allows where one block takes so many."""
         step = max(1, SCORE_BYTES // max(bytes_per_block, 1))
         for first in range(0, self.grid.q_blocks, step):
             yield slice(first, min(first + step, self.grid.q_blocks))
+
+
+def _padded(tokens: Tensor, before: int, behind: int) -> Tensor:
+    """`[H, L, D]` with zeros around the tokens; itself where there are none to add, which F.pad would copy."""
+    return F.pad(tokens, (0, 0, before, behind)) if before or behind else tokens
 
 
 def element_of(

@@ -24,6 +24,9 @@ from flexprefill_fa.validation import check_block_size
 Lists = tuple[Tensor, ...]
 SelectOperator = Callable[..., Lists]
 
+SHARED_HEADS = "_shared_heads"
+"""What the name of a selector ends in that chooses once for the query heads of a key head."""
+
 DEFAULT_SELECTOR = "peakprefill"
 """The name of the selector that is meant where none is named."""
 
@@ -33,11 +36,16 @@ _LIBRARIES: dict[str, torch.library.Library] = {}  # what defines each operator,
 
 
 def get_selector(name: str) -> type[Selector]:
-    """The class of a selector.
+    """The class of a selector; `<name>_shared_heads` is made when it is first asked for, see `share_heads`.
 
     Raises:
         ValueError: if no selector has that name; the message lists those that exist.
     """
+    own = name.removesuffix(SHARED_HEADS)
+    if name not in _REGISTRY and own in _REGISTRY:
+        from flexprefill_fa.masks.shared_heads import make_shared  # which needs this module
+
+        return make_shared(_REGISTRY[own])
     if name not in _REGISTRY:
         raise ValueError(f"unknown selector {name!r}, expected one of {', '.join(selector_names())}")
     return _REGISTRY[name]
@@ -57,8 +65,8 @@ def default_selector(settings: Iterable[str] = ()) -> str:
 
 
 def selector_names() -> list[str]:
-    """Of all selectors that are defined, in alphabetical order."""
-    return sorted(_REGISTRY)
+    """Of all selectors that are defined, in alphabetical order; without those that share heads."""
+    return sorted(name for name in _REGISTRY if not name.endswith(SHARED_HEADS))
 
 
 def check_selector(config: object) -> None:
@@ -260,32 +268,61 @@ def select_plain(
     """
     batch, heads, q_len, dim = query.shape
     grid = Grid(q_len, key.shape[2], config.block_size)
-    whole = starts is None and lengths is None
-    ranges = real_ranges(starts, lengths, batch, grid.kv_len, query.device)
-    if whole:
+    ranges = None
+    if starts is None and lengths is None:
         visible, unmasked = whole_blocks(grid, query.device)
     else:
-        visible, unmasked = visible_blocks(grid, ranges), unmasked_blocks(grid, ranges)
+        ranges = real_ranges(starts, lengths, batch, grid.kv_len, query.device)
+        visible = visible_blocks(grid, ranges)
+        unmasked = visible & unmasked_blocks(grid, ranges)
     reports = {name: torch.zeros(batch, heads, device=query.device) for name in config.diagnostics}
-    keep = config.pattern(grid, ranges)
+    keep, repeats = None, 1
+    if type(config).pattern is not Selector.pattern:
+        keep = config.pattern(
+            grid, real_ranges(None, None, batch, grid.kv_len, query.device) if ranges is None else ranges
+        )
     if keep is not None:
         keep, repeats = keep[:, None], heads
     else:
-        keep, repeats = torch.zeros(batch, heads, *visible.shape[-2:], dtype=torch.bool, device=query.device), 1
-        scale = 1 / math.sqrt(dim) if scale is None else scale
-        for b, (start, end) in enumerate([(0, grid.kv_len)] * batch if whole else ranges.tolist()):
-            found = element_of(query[b], key[b], start, end, grid, scale)
-            if found is not None:
-                element, rows, columns = found
-                keep[b, :, rows, columns] = _kept(config, element) | config.always(element)
-                for name, values in element.reports.items():
-                    reports[name][b] = values
-    keep = keep & visible[:, None]
-    full = torch.zeros_like(keep) if all_partial else keep & unmasked[:, None]
-    lists = (*index_lists(keep & ~full), *index_lists(full))
+        keep = _kept_blocks(query, key, config, grid, ranges, 1 / math.sqrt(dim) if scale is None else scale, reports)
+    if all_partial:
+        partial = keep & visible[:, None]
+        full = torch.zeros_like(partial)
+    else:
+        partial, full = keep & (visible ^ unmasked)[:, None], keep & unmasked[:, None]
+    lists = (*index_lists(partial), *index_lists(full))
     if repeats > 1:
         lists = tuple(x.repeat(1, repeats, *[1] * (x.dim() - 2)) for x in lists)
     return *lists, *reports.values()
+
+
+def _kept_blocks(
+    query: Tensor,
+    key: Tensor,
+    config: Selector,
+    grid: Grid,
+    ranges: Tensor | None,
+    scale: float,
+    reports: dict[str, Tensor],
+) -> Tensor:
+    """bool `[B, H, nq, nk]`: what the rule and `always` keep of each sequence; fills the reports `[B, H]`."""
+    batch, heads = query.shape[:2]
+    shape = (batch, heads, grid.q_blocks, grid.kv_blocks)
+    alone = batch == 1 and ranges is None  # its sequence fills the grid
+    keep = None if alone else torch.zeros(shape, dtype=torch.bool, device=query.device)
+    for b, (start, end) in enumerate([(0, grid.kv_len)] * batch if ranges is None else ranges.tolist()):
+        found = element_of(query[b], key[b], start, end, grid, scale)
+        if found is None:
+            continue
+        element, rows, columns = found
+        blocks = _kept(config, element) | config.always(element)
+        for name, values in element.reports.items():
+            reports[name][b] = values
+        if keep is None:
+            return blocks[None]
+        keep[b, :, rows, columns] = blocks
+    assert keep is not None  # a sequence without padding has a query
+    return keep
 
 
 def _kept(config: Selector, element: Element) -> Tensor:

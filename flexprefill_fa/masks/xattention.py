@@ -50,4 +50,4 @@ class XAttentionConfig(Selector, name="xattention"):
             flat = rearrange(scores, "h i r j c -> h i r (j c)").softmax(-1)
             shares = rearrange(flat, "h i r (j c) -> h i r j c", j=scores.shape[3]).sum(-1)
             parts.append(share_prefix((shares * real[..., None]).sum(2), self.threshold))
-        return torch.cat(parts, 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

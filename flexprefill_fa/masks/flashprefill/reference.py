@@ -2,11 +2,11 @@
 
     m[I, J] = max_q s q . k_J      S[I, J] = sum_q exp(s q . k_J - m[I, J])      P[I, J] = S exp(m[I, J] - max_J m)
 
-over the real queries q of row block I that see the last real key of block J; k_J is the mean of J's real keys. A row
-keeps J when P[I, J] >= alpha max_J P[I, J], and some blocks in any case (arXiv 2603.06199, section 3).
+over the real queries q of row block I that see the last real key of block J; k_J is the mean of J's real keys, rounded
+to the inputs' dtype, as the released kernel rounds it. A row keeps J when P[I, J] >= alpha max_J P[I, J], and some
+blocks in any case (arXiv 2603.06199, section 3).
 
-Shapes in comments: H query heads, nq row blocks, nk key blocks, B block size, D head dim. Scores, means and sums are
-fp32.
+Shapes in comments: H query heads, nq row blocks, nk key blocks, B block size, D head dim. Scores and sums are fp32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def block_scores(element: Element) -> Tensor:
     A few row blocks at a time: the scores of all queries would be B times the result.
     """
     size, blocks = element.grid.block_size, element.grid.kv_blocks
-    pooled = element.per_head(element.pooled_keys())  # [H, nk, D]
+    pooled = element.per_head(element.pooled_keys().to(element.key.dtype)).float()  # [H, nk, D]
     queries = rearrange(element.query_slots(), "h (i b) d -> h i b d", b=size)
     position = rearrange(element.query_position, "(i b) -> i b 1", b=size)
     real = rearrange(element.real_queries, "(i b) -> i b 1", b=size)

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from flexprefill_fa.kernels.outputs import empty_lists, prepare
-from flexprefill_fa.kernels.pooling import block_mean
 from flexprefill_fa.masks.flashprefill.config import FlashPrefillConfig
 from flexprefill_fa.masks.flashprefill.kernels.rows import write_rows
-from flexprefill_fa.masks.flashprefill.kernels.scores import block_scores, split_keys
+from flexprefill_fa.masks.flashprefill.kernels.scores import block_scores, pooled_keys
 
 SCORE_BYTES = 2**27  # scores in memory at a time: all of 32 heads at 128K tokens, a part beyond
 
@@ -33,7 +32,7 @@ def select(
     batch, heads, _, dim = query.shape
     scale = 1 / math.sqrt(dim) if scale is None else scale
     lists = empty_lists(batch, heads, grid, query.device)
-    keys = split_keys(block_mean(key, ranges, 0, grid.block_size), scale)
+    keys = pooled_keys(key, ranges, grid.block_size, scale)
     lines = batch * heads * grid.q_blocks
     at_once = min(lines, max(1, SCORE_BYTES // (4 * grid.kv_blocks)))
     scores = torch.empty(at_once, grid.kv_blocks, dtype=torch.float32, device=query.device)

@@ -3,16 +3,16 @@
 With m = max_q s q . k_J and S = sum_q exp(s q . k_J - m) it is log2(S) + m log2(e), minus infinity where no row
 counts. So P[I, J] / P[I, J'] = 2 ** (score - score'), and a row's largest score stands for its largest P.
 
-The pooled keys are fp32, and the scores shall be, but only 16-bit matrix products are fast. So keys are stored as two
-fp16 numbers, k = 2 ** e (high + low), with e per block such that the largest part lies in [2^14, 2^15): together they
-hold 22 bits of every component that matters, whatever the range of the inputs. Queries are scaled alike, once per
-program; bf16 and fp16 then fit in one fp16 number, fp32 takes two. Products of fp16 numbers are exact in fp32. Against
-three tf32 products of half the speed this takes two (fp32 queries: three) at full speed; two bf16 parts, without the
-scaling, would hold 16 bits, which a channel with large keys shows in the scores.
+Pooled keys of bf16 or fp16 inputs are of that dtype, by the rule, so their scores take one matrix product, whose terms
+are exact in fp32. Those of fp32 inputs are fp32, as the scores shall be, but only 16-bit products are fast: keys and
+queries go as two fp16 numbers each, x = 2 ** e (high + low), with e per block such that the largest part lies in
+[2^14, 2^15): together they hold 22 bits of every component that matters, whatever the range of the inputs. That takes
+three products at full speed, where tf32 would take three of half the speed.
 """
 
 # Triton's kernels and launches are not what a type checker sees in them.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from typing import NamedTuple
 
@@ -23,17 +23,20 @@ from torch import Tensor
 
 from flexprefill_fa.grid import Grid
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range
+from flexprefill_fa.kernels.pooling import block_mean
 from flexprefill_fa.kernels.row_lists import row_geometry
 
 SPLIT_ROWS = 16  # pooled keys that one program of the split takes
+SMALLEST_FACTOR = 1e-37  # of scores: minus infinity times 0 would be NaN
 
 
 class PooledKeys(NamedTuple):
-    """Mean keys in two fp16 parts; block J of kv head g of element b is row (b Hkv + g) nk + J."""
+    """Mean keys as the products take them; block J of kv head g of element b is row (b Hkv + g) nk + J."""
 
-    parts: Tensor  # [2, B * Hkv * nk, BLOCK_D] fp16, high and low, 0 in the padding of D
-    factors: Tensor  # [B * Hkv * nk] fp32: s log2(e) 2 ** e
+    parts: Tensor  # [1, B * Hkv * nk, D], or of fp32 [2, B * Hkv * nk, BLOCK_D] fp16: high and low, 0 beyond D
+    factors: Tensor  # [B * Hkv * nk] fp32: s log2(e) 2 ** e; read with two parts alone
     kv_heads: int
+    scale: float  # s log2(e)
 
 
 @triton.jit
@@ -111,6 +114,7 @@ def _scores_kernel(
     q_blocks,
     kv_blocks,
     all_rows,
+    scale,  # times log2(e)
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -128,17 +132,20 @@ def _scores_kernel(
     real = (position >= start) & (position <= row_last)
     # Wide offsets in scalars, 32 bits within a tile: half of the instructions of a short row would be addresses.
     query += batch * q_stride_b + head * q_stride_h + (row_first - offset).to(tl.int64) * q_stride_l
-    values = tl.load(
+    query_high = tl.load(
         query + item[:, None] * q_stride_l + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0
-    ).to(tl.float32)
-    exponent = unit_exponent(tl.max(tl.reshape(tl.abs(values), [BLOCK * BLOCK_D]), 0))
-    query_high, query_low = split(values, exponent)  # [BLOCK, BLOCK_D]
-    query_factor = power_of_two(exponent)
+    )  # [BLOCK, BLOCK_D]
+    key_width = D
+    if TWO_PARTS:
+        key_width = BLOCK_D
+        exponent = unit_exponent(tl.max(tl.reshape(tl.abs(query_high), [BLOCK * BLOCK_D]), 0))
+        query_high, query_low = split(query_high, exponent)
+        query_factor = power_of_two(exponent)
     position = tl.where(real, position, -1)
 
     kv_row = (batch * (heads // groups) + head // groups) * kv_blocks
-    parts += kv_row * BLOCK_D
-    low_parts = parts + all_rows.to(tl.int64) * BLOCK_D
+    parts += kv_row * key_width
+    low_parts = parts + all_rows.to(tl.int64) * key_width
     factors += kv_row
     scores += tl.program_id(0).to(tl.int64) * kv_blocks
     last = counted_blocks(row_last, end, BLOCK)
@@ -146,20 +153,24 @@ def _scores_kernel(
     whole = tl.where(every_row, (row_first + 1) // BLOCK, 0)  # all rows count for the blocks before
     best = tl.full([COLUMNS], float("-inf"), tl.float32)
     lane = tl.arange(0, COLUMNS)
-    # Loaded one tile ahead: a value that a tile waits for costs as much as its products.
-    factor = tl.load(factors + start // BLOCK + lane, mask=start // BLOCK + lane < last, other=0.0)
+    current = tl.full([COLUMNS], 0.0, tl.float32) + scale
+    if TWO_PARTS:
+        # Loaded one tile ahead: a value that a tile waits for costs as much as its products.
+        factor = tl.load(factors + start // BLOCK + lane, mask=start // BLOCK + lane < last, other=0.0)
     for first in range(start // BLOCK, last, COLUMNS):
         block = first + lane
         inside = block < last
-        current = tl.maximum(factor * query_factor, 1e-37)  # minus infinity times 0 would be NaN
-        factor = tl.load(factors + block + COLUMNS, mask=block + COLUMNS < last, other=0.0)
-        source = block[:, None] * BLOCK_D + dim[None, :]
-        high = tl.load(parts + source, mask=inside[:, None], other=0.0)  # [COLUMNS, BLOCK_D]
-        low = tl.load(low_parts + source, mask=inside[:, None], other=0.0)
+        source = block[:, None] * key_width + dim[None, :]
+        loaded = inside[:, None] & (dim < key_width)[None, :]
+        high = tl.load(parts + source, mask=loaded, other=0.0)  # [COLUMNS, BLOCK_D]
         # Keys are the rows of the product: sums and maxima over queries then stay inside a warp.
-        products = tl.dot(low, tl.trans(query_high))  # [COLUMNS, BLOCK]
+        products = tl.zeros([COLUMNS, BLOCK], tl.float32)
         if TWO_PARTS:
+            low = tl.load(low_parts + source, mask=loaded, other=0.0)
+            products = tl.dot(low, tl.trans(query_high), products)
             products = tl.dot(high, tl.trans(query_low), products)
+            current = tl.maximum(factor * query_factor, 1e-37)  # minus infinity times 0 would be NaN
+            factor = tl.load(factors + block + COLUMNS, mask=block + COLUMNS < last, other=0.0)
         products = tl.dot(high, tl.trans(query_high), products)
         if first + COLUMNS > whole:  # some row does not count for some block
             last_key = tl.minimum(block * BLOCK + BLOCK, end) - 1
@@ -174,25 +185,29 @@ def _scores_kernel(
     tl.store(best_scores + tl.program_id(0), tl.max(best, 0))
 
 
-def split_keys(mean_key: Tensor, scale: float) -> PooledKeys:
-    """The parts of mean keys fp32 `[B, Hkv, nk, D]`, with the score scale in their factors."""
-    dim = mean_key.shape[-1]
+def pooled_keys(key: Tensor, ranges: Tensor, block_size: int, scale: float) -> PooledKeys:
+    """The mean keys of `[B, Hkv, Lkv, D]`, unit stride in D, with the score scale s."""
+    mean_key = block_mean(key, ranges, 0, block_size, dtype=key.dtype)
+    kv_heads, dim = key.shape[1], key.shape[3]
     rows = mean_key.numel() // dim
+    scale = max(scale * LOG2E, SMALLEST_FACTOR)
+    if key.dtype != torch.float32:
+        return PooledKeys(mean_key.view(1, rows, dim), ranges, kv_heads, scale)
     padded = max(16, triton.next_power_of_2(dim))
-    parts = torch.empty(2, rows, padded, dtype=torch.float16, device=mean_key.device)
-    factors = torch.empty(rows, dtype=torch.float32, device=mean_key.device)
-    with on_device(mean_key):
+    parts = torch.empty(2, rows, padded, dtype=torch.float16, device=key.device)
+    factors = torch.empty(rows, dtype=torch.float32, device=key.device)
+    with on_device(key):
         _split_kernel[(triton.cdiv(rows, SPLIT_ROWS),)](
-            mean_key, parts, factors, rows, scale * LOG2E, D=dim, BLOCK_D=padded, ROWS=SPLIT_ROWS, num_warps=4
+            mean_key, parts, factors, rows, scale, D=dim, BLOCK_D=padded, ROWS=SPLIT_ROWS, num_warps=4
         )
-    return PooledKeys(parts, factors, mean_key.shape[1])
+    return PooledKeys(parts, factors, kv_heads, scale)
 
 
 def tile_options(head_dim: int, two_parts: bool) -> dict[str, int]:
-    """Pooled keys of a tile, warps and stages: two programs per multiprocessor up to D = 128, within 163 KB beyond."""
-    if head_dim <= 128:
-        return {"COLUMNS": 64, "num_warps": 4 if not two_parts else 8, "num_stages": 2 if two_parts else 1}
-    return {"COLUMNS": 32, "num_warps": 8, "num_stages": 1 if two_parts else 2}
+    """Pooled keys of a tile, warps and stages: three programs per Hopper multiprocessor up to D = 128."""
+    if not two_parts:
+        return {"COLUMNS": 64, "num_warps": 4, "num_stages": 2 if head_dim <= 128 else 1}
+    return {"COLUMNS": 64 if head_dim <= 128 else 32, "num_warps": 8, "num_stages": 2 if head_dim <= 128 else 1}
 
 
 def block_scores(
@@ -203,11 +218,11 @@ def block_scores(
     query `[B, Hq, Lq, D]` with unit stride in D. Blocks that no row counts for stay unwritten or become minus infinity.
     """
     heads, dim = query.shape[1], query.shape[3]
-    two_parts = query.dtype == torch.float32
+    parts, rows, _ = keys.parts.shape
     with on_device(query):
         _scores_kernel[(scores.shape[0],)](
             query, keys.parts, keys.factors, ranges, scores, best_scores, *query.stride()[:3], first_line, heads,
-            heads // keys.kv_heads, grid.offset, grid.kv_len, grid.q_blocks, grid.kv_blocks, keys.factors.shape[0],
-            D=dim, BLOCK_D=keys.parts.shape[2], BLOCK=grid.block_size, TWO_PARTS=two_parts,
-            **tile_options(dim, two_parts),
+            heads // keys.kv_heads, grid.offset, grid.kv_len, grid.q_blocks, grid.kv_blocks, rows, keys.scale, D=dim,
+            BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK=grid.block_size, TWO_PARTS=parts == 2,
+            **tile_options(dim, parts == 2),
         )  # fmt: skip
