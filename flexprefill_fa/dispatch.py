@@ -18,10 +18,9 @@ from flexprefill_fa.backends import kernel_options, resolve_backend
 from flexprefill_fa.block_mask import needs_position
 from flexprefill_fa.cost_model import prefers_dense
 from flexprefill_fa.dense import dense_attention, dense_mask_fits
-from flexprefill_fa.list_width import select_narrow, too_wide
 from flexprefill_fa.masks.selector import Selector
 from flexprefill_fa.masks.streaming_llm import StreamingLLMConfig
-from flexprefill_fa.region import Call, run_attend, run_select_and_attend
+from flexprefill_fa.region import Call, run_select_and_attend
 from flexprefill_fa.selection import BlockSelection, every_block
 from flexprefill_fa.validation import MAX_INTEGER
 
@@ -173,12 +172,8 @@ def attend(
     )
     chosen = plan.selector
     settings = request.settings if plan.sparse and request.settings is not None else chosen.settings()
+    out, found = run_select_and_attend(query, key, value, starts, lengths, chosen.operator(), settings, call)
     names, partial = chosen.diagnostics, request.mask_mod is not None
-    if too_wide(query, key, size):  # a width that the GPU tells is an input of the compiled region
-        found = select_narrow(query, key, starts, lengths, chosen, settings, request.scale, partial)
-        out = run_attend(query, key, value, found[:4], starts, lengths, call)
-    else:
-        out, found = run_select_and_attend(query, key, value, starts, lengths, chosen.operator(), settings, call)
     return out, lambda: BlockSelection.of(found, names, query, key, size, starts, lengths, partial), plan.sparse
 
 

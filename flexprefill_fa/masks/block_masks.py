@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexprefill_fa.block_mask import base_mask_mod, looked_up, to_block_mask
-from flexprefill_fa.list_width import select_narrow, too_wide
 from flexprefill_fa.masks.selector import Selector, check_selector
 from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import check_padding, check_query_key, check_scale
@@ -36,35 +35,17 @@ def select_blocks(
         all_partial: put every kept block in the partial list, for a mask_mod that may mask anywhere.
 
     Returns:
-        The selection; nothing in it has been read back from the GPU, but for the width of lists that would take more
-        than 2 GiB (`list_width.py`).
+        The selection; nothing in it has been read back from the GPU.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
     """
-    return _select(query, key, config, lengths, starts, scale, all_partial, True)
-
-
-def _select(
-    query: Tensor,
-    key: Tensor,
-    config: Selector,
-    lengths: Tensor | Sequence[int] | None,
-    starts: Tensor | Sequence[int] | None,
-    scale: float | None,
-    all_partial: bool,
-    cut: bool,
-) -> BlockSelection:
-    """`select_blocks`; cut: whether lists may be narrower than there are blocks."""
     check_selector(config)
     check_query_key(query, key)
     check_scale(scale)
     starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
-    size, settings = config.block_size, config.settings()
-    if cut and too_wide(query, key, size):
-        found = select_narrow(query, key, starts, lengths, config, settings, scale, all_partial)
-    else:
-        found = config.operator()(query, key, starts, lengths, settings, scale, size, all_partial, False)
+    size = config.block_size
+    found = config.operator()(query, key, starts, lengths, config.settings(), scale, size, all_partial, False)
     return BlockSelection.of(found, config.diagnostics, query, key, size, starts, lengths, all_partial)
 
 
@@ -99,8 +80,7 @@ def create_block_mask(
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
     """
-    # Of full width: the methods of a BlockMask take its lists' width for the number of blocks.
-    selection = _select(query, key, config, lengths, starts, scale, False, False)
+    selection = select_blocks(query, key, config, lengths=lengths, starts=starts, scale=scale)
     mask_mod = base_mask_mod(query, key, selection.starts, selection.lengths)
     if eager_safe:
         mask_mod = looked_up(mask_mod, selection.to_dense(), selection.block_size)
