@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bench.timing import Laps
+from bench.timing import Timer
 from flexprefill_fa.dense import DENSE_KERNELS, causal_attention
 from flexprefill_fa.region import compile_limits
 
@@ -88,12 +88,12 @@ class DensePrefill:
 
 
 @contextmanager
-def timed_attention(name: str, laps: Laps) -> Iterator[None]:
+def timed_attention(name: str, timer: Timer) -> Iterator[None]:
     """Time every call of an attention implementation inside a context; in uncompiled models alone."""
     attend = ALL_ATTENTION_FUNCTIONS[name]
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        with laps.lap():
+        with timer.once():
             return attend(*args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[name] = timed  # for this instance alone, in front of what is registered

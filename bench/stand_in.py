@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.synthetic import chunk_selection
-from bench.timing import Laps
+from bench.timing import Timer
 from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
 from flexprefill_fa.masks.selector import Lists, Selector, traced_lists
 
@@ -47,7 +47,7 @@ class StandIn(Selector, name="stand_in", register=False):
         self.block_size = inner.block_size
         self.density = density
         self.seed = seed
-        self.selecting = Laps(device)
+        self.selecting = Timer(device)
         self.calls = 0
         self._kept: list[Tensor] = []
         self._causal = 0
@@ -92,7 +92,7 @@ class StandIn(Selector, name="stand_in", register=False):
     ) -> Lists:
         """What the operator does."""
         self.calls += 1
-        with self.selecting.lap():
+        with self.selecting.once():
             lists = self.inner.operator()(query, key, starts, lengths, settings, *rest)[:4]
         if self.density is not None:
             lists = self._replaced(lists, query.shape[2], key.shape[2])

@@ -136,7 +136,7 @@ class Stopwatch:
         return summarise([start.elapsed_time(end) for start, end in pairs], timed_by)
 
 
-class Laps:
+class Timer:
     """The time that a part of a run takes, without waiting: CUDA events on a GPU, the wall clock on a CPU.
 
     Args:
@@ -145,29 +145,29 @@ class Laps:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._laps: list[Callable[[], float]] = []
+        self._times: list[Callable[[], float]] = []
 
     @contextmanager
-    def lap(self) -> Iterator[None]:
+    def once(self) -> Iterator[None]:
         """Time the body once more. On a GPU it is the time between the work around it, gaps included."""
         if self._device.type != "cuda":
             start = time.perf_counter()
             yield
             taken = 1e3 * (time.perf_counter() - start)
-            self._laps.append(lambda: taken)
+            self._times.append(lambda: taken)
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         yield
         end.record()
-        self._laps.append(lambda: begin.elapsed_time(end))
+        self._times.append(lambda: begin.elapsed_time(end))
 
     def take_ms(self) -> float:
-        """Milliseconds of all laps since the last call; waits for the GPU."""
+        """Milliseconds of all bodies since the last call; waits for the GPU."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        laps, self._laps = self._laps, []
-        return sum(lap() for lap in laps)
+        times, self._times = self._times, []
+        return sum(taken() for taken in times)
 
     def __len__(self) -> int:
-        return len(self._laps)
+        return len(self._times)

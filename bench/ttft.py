@@ -28,7 +28,7 @@ from bench.prefill_kernels import DensePrefill, implementation, timed_attention
 from bench.shapes import FIRST_TOKEN, head_dim, model_config
 from bench.spec import backends_of, parse_lengths, parse_list, parse_place, parse_selectors, parse_share
 from bench.stand_in import StandIn
-from bench.timing import Laps, described, summarise
+from bench.timing import Timer, described, summarise
 from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.integrations.hf_mask import MIN_QUERY_TOKENS
@@ -266,18 +266,18 @@ class _ModelBenchmark:
         generator = torch.Generator().manual_seed(plan.seed)
         tokens = torch.randint(FIRST_TOKEN, plan.config.vocab_size, (1, length), generator=generator)
         tokens = tokens.to(self.ranks.device)
-        laps, stand_in = Laps(self.ranks.device), self._stand_in(attention)
+        timer, stand_in = Timer(self.ranks.device), self._stand_in(attention)
         with ExitStack() as stack:
             stack.enter_context(self._installed(attention, stand_in, compiled))
             if not compiled:
                 name = NAME if attention.kernel is None else implementation(attention.kernel)
-                stack.enter_context(timed_attention(name, laps))
+                stack.enter_context(timed_attention(name, timer))
             first = warm = self._pass(tokens)
             if self.ranks.least(int(first < plan.seconds)):
                 warm = self._pass(tokens)  # the first one may have compiled, or drawn blocks
             count = self.ranks.least(max(1, min(plan.repeats, int(plan.seconds / warm))))
             row |= {"first_s": round(first, 3), "repeats": count}
-            laps.take_ms()
+            timer.take_ms()
             if stand_in is not None:
                 stand_in.forget()
             if self.cuda:
@@ -285,7 +285,7 @@ class _ModelBenchmark:
             passes, attending, selecting = [], [], []
             for _ in range(count):
                 passes.append(1e3 * self._pass(tokens))
-                attending.append(laps.take_ms())
+                attending.append(timer.take_ms())
                 selecting.append(stand_in.selecting.take_ms() if stand_in is not None else 0.0)
             row |= summarise(passes, "wall clock").fields("ttft_ms")
             if self.cuda:

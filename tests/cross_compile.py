@@ -49,7 +49,7 @@ INT_POINTERS = {
 FLOAT_POINTERS = {
     "thresholds", "scores", "means", "maxima", "sums", "totals", "lse", "vertical", "slash", "carry", "mean_key",
     "mean_query", "columns", "column_sums", "diagonals", "diagonal_sums", "logits", "distance", "pooled_scores",
-    "mass", "diagonal_mass", "goals", "factors", "tokens", "best_scores", "squares", "biases",
+    "mass", "diagonal_mass", "factors", "tokens", "best_scores", "squares", "biases",
 }  # fmt: skip
 BYTE_POINTERS = {"kept", "chosen", "hit", "diagonal_hit"}
 OF_THE_INPUTS = {

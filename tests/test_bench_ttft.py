@@ -150,7 +150,7 @@ def test_a_selector_that_keeps_every_block_is_left_out(tmp_path: Path) -> None:
 
 def test_a_prompt_that_runs_dense_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("bench.ttft.enable_sparse_prefill", lambda model, config: contextlib.nullcontext())
-    monkeypatch.setattr("bench.ttft.timed_attention", lambda name, laps: contextlib.nullcontext())
+    monkeypatch.setattr("bench.ttft.timed_attention", lambda name, timer: contextlib.nullcontext())
     out = tmp_path / "ttft.jsonl"
     result = run(*TINY, *ONE, "--dense", "", "--lengths", "1536", "--modes", "eager", "--out", str(out))
     assert result.exit_code == 1

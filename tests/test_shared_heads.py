@@ -61,20 +61,25 @@ def test_it_keeps_what_one_of_the_heads_keeps(name: str, place: dict[str, Any]) 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels run there, see below")
-@pytest.mark.parametrize("name", ["flashprefill", "flexprefill", "peakprefill", "vertical_slash"])
-@pytest.mark.parametrize("chunk", [512, 4])
-def test_kernels_unite(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "chunk", "heads"),
+    [("flashprefill", 512, 8), ("flashprefill", 4, 8), ("flexprefill", 512, 8), ("peakprefill", 512, 4),
+     ("vertical_slash", 512, 4)],
+)  # fmt: skip
+def test_kernels_unite(name: str, chunk: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexprefill_fa.kernels.shared_heads.CHUNK", chunk)
-    query, key = blocky_qk(2, 8, 2, 330, 400, 16)
+    query, key = blocky_qk(2, heads, 2, 330, 400, 16)
     place = torch.tensor([0, 70]), torch.tensor([400, 313])
     config = example(name)
-    for all_partial in (False, True):
+    for all_partial in (False, True) if name == "flashprefill" else (False,):
         own = kernels_of(name)(query, key, *place, config, None, all_partial, True)
         got = kernels_of(f"{name}_shared_heads")(query, key, *place, share_heads(config), None, all_partial, True)
         alone, shared = (
             BlockSelection.of(lists, config.diagnostics, query, key, 64, *place, all_partial) for lists in (own, got)
         )
-        assert torch.equal(shared.to_dense(), united(alone, 4)) and not torch.equal(shared.to_dense(), alone.to_dense())
+        assert torch.equal(shared.to_dense(), united(alone, heads // 2)) and not torch.equal(
+            shared.to_dense(), alone.to_dense()
+        )
         if all_partial:
             assert not shared.full_kv_num_blocks.any()
         else:

@@ -72,15 +72,15 @@ def _short_kernel(
     """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     if is_active(active, row, ALL):
-        goal = tl.load(thresholds + row)
+        threshold = tl.load(thresholds + row)
         scores += row * length
         value = 0
         for digit in range(DIGITS):
             shift = DIGIT_BITS * (DIGITS - 1 - digit)
             sums = sums_from(scores, length, line, 0, lines, first_width, value, shift, LINE_TILE, TILE)
-            value |= next_digit(sums, goal, KEEP_CROSSING) << shift
+            value |= next_digit(sums, threshold, KEEP_CROSSING) << shift
         above, total, ties = above_and_ties(scores, length, line, 0, lines, first_width, value, LINE_TILE, TILE)
-        room = tl.minimum(room_for_ties(value, total, goal, KEEP_CROSSING), ties)
+        room = tl.minimum(room_for_ties(value, total, threshold, KEEP_CROSSING), ties)
         tl.store(counts + row, above + room)
         tl.store(values + row, value)
         tl.store(cuts + row, place_of_tie(scores, length, line, 0, lines, first_width, value, room, LINE_TILE, TILE))

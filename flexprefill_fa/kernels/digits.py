@@ -57,12 +57,12 @@ def sums_from(
 
 
 @triton.jit
-def next_digit(sums, goal, KEEP_CROSSING: tl.constexpr):
-    """The largest digit whose sum crosses the goal; sums fall with the digit, and digit 0 is always taken."""
+def next_digit(sums, threshold, KEEP_CROSSING: tl.constexpr):
+    """The largest digit whose sum crosses the threshold; sums fall with the digit, and digit 0 is always taken."""
     if KEEP_CROSSING:
-        crosses = sums >= goal
+        crosses = sums >= threshold
     else:
-        crosses = sums > goal
+        crosses = sums > threshold
     return tl.sum((crosses & (tl.arange(0, WAYS) > 0)).to(tl.int32), 0)
 
 
@@ -86,10 +86,10 @@ def above_and_ties(
 
 
 @triton.jit
-def room_for_ties(value, sum_above, goal, KEEP_CROSSING: tl.constexpr):
+def room_for_ties(value, sum_above, threshold, KEEP_CROSSING: tl.constexpr):
     """How many items equal to the crossing value enter. 0: no sum crosses, every item is in the prefix."""
     size = value.to(tl.float32, bitcast=True)
-    steps = tl.minimum(tl.maximum((goal - sum_above) / tl.maximum(size, 1e-45), 0.0), 2147483000.0)
+    steps = tl.minimum(tl.maximum((threshold - sum_above) / tl.maximum(size, 1e-45), 0.0), 2147483000.0)
     room = (tl.math.ceil(steps) if KEEP_CROSSING else tl.math.floor(steps)).to(tl.int32)
     if KEEP_CROSSING:
         room = tl.maximum(room, 1)

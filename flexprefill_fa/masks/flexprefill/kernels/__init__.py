@@ -47,7 +47,7 @@ def select(
     mean_key = block_mean(key, ranges, 0, size)
     parts = last_query_scores(query, key, ranges, size, scale)
     scores = merge_parts(parts, mean_key, ranges, heads=heads, block_size=size, scale=scale)
-    distance, aware, goals = head_pattern(
+    distance, aware, thresholds = head_pattern(
         scores.logits,
         scores.columns,
         ranges,
@@ -79,7 +79,7 @@ def select(
         )
         pooled = coverage(
             pooled_scores.flatten(1),
-            goals[2],
+            thresholds[2],
             keep_crossing=not is_published,
             active=aware,
             line=grid.kv_blocks,
@@ -87,7 +87,7 @@ def select(
         )
 
     least = cdiv(config.min_budget, size)
-    tokens = coverage(scores.tokens.flatten(0, 1), goals[:2].flatten(), keep_crossing=not is_published)
+    tokens = coverage(scores.tokens.flatten(0, 1), thresholds[:2].flatten(), keep_crossing=not is_published)
     if is_published:
         most = _NO_LIMIT if config.max_budget is None else cdiv(config.max_budget, size)
         chosen = choose(

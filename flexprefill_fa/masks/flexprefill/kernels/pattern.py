@@ -24,7 +24,7 @@ def _pattern_kernel(
     ranges,
     distance,  # [rows] fp32, out
     aware,  # [rows] int32, out
-    goals,  # [3, rows] fp32, out: mass that vertical, slash and Algorithm 4's scores have to reach
+    thresholds,  # [3, rows] fp32, out: mass that vertical, slash and Algorithm 4's scores have to reach
     heads,
     offset,
     blocks,
@@ -60,9 +60,9 @@ def _pattern_kernel(
     row_blocks = (end - offset + BLOCK - 1) // BLOCK - tl.maximum(start - offset, 0) // BLOCK  # nq
     exact = tl.full([], 0.0, tl.float64) + gamma + gamma_rest
     rows = tl.num_programs(0)
-    tl.store(goals + row, exact.to(tl.float32))
-    tl.store(goals + rows + row, exact.to(tl.float32))
-    tl.store(goals + 2 * rows + row, (exact * tl.maximum(row_blocks, 0)).to(tl.float32))
+    tl.store(thresholds + row, exact.to(tl.float32))
+    tl.store(thresholds + rows + row, exact.to(tl.float32))
+    tl.store(thresholds + 2 * rows + row, (exact * tl.maximum(row_blocks, 0)).to(tl.float32))
 
 
 def head_pattern(
@@ -87,11 +87,11 @@ def head_pattern(
     rows, blocks = logits.shape
     distance = torch.empty(rows, dtype=torch.float32, device=logits.device)
     aware = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    goals = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
+    thresholds = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
     rounded = struct.unpack("f", struct.pack("f", gamma))[0]
     with on_device(logits):
         _pattern_kernel[(rows,)](
-            logits, columns, ranges, distance, aware, goals, heads, offset, blocks, dense_tokens, tau, rounded,
+            logits, columns, ranges, distance, aware, thresholds, heads, offset, blocks, dense_tokens, tau, rounded,
             gamma - rounded, BLOCK=block_size, WIDTH=triton.next_power_of_2(blocks), PUBLISHED=published, num_warps=8,
         )  # fmt: skip
-    return distance, aware, goals
+    return distance, aware, thresholds
