@@ -22,7 +22,7 @@ def index_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
     width = keep.shape[-1]
     columns = torch.arange(width, dtype=torch.int32, device=keep.device)
     indices = torch.where(keep, columns, width).sort(-1).values  # kept columns first, the rest behind them
-    return count, indices.remainder_(width)
+    return count, indices.remainder_(width).contiguous()  # a rule may return any strides
 
 
 def check_selection(selection: object) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -81,7 +81,13 @@ class Settings:
 
 
 def read_settings(
-    options: Any, place: str, variable: str, environment: Mapping[str, str], chunk: int | None = None
+    options: Any,
+    place: str,
+    variable: str,
+    environment: Mapping[str, str],
+    chunk: int | None = None,
+    *,
+    of_the_model: bool = False,
 ) -> Settings:
     """The settings of an engine.
 
@@ -94,13 +100,14 @@ def read_settings(
         variable: of the environment; where the mapping has no such key, it holds the same object as JSON.
         environment: its variables.
         chunk: queries of the engine's longest chunk, which the default of `min_prefill_tokens` respects.
+        of_the_model: the mapping holds fields of the model's configuration too, which may be called as a setting is.
 
     Raises:
         ValueError: for an unknown key, a value out of its range, text that is not a JSON object, a setting beside
             "sparse_prefill" instead of under it, or a key that looks like it.
     """
     if isinstance(options, Mapping):
-        _check_top_level(options, place)
+        _check_top_level(options, place, () if of_the_model else _names())
         if SECTION in options:
             return make_settings(options[SECTION], f"{place}[{SECTION!r}]", chunk)
     text = environment.get(variable, "").strip()
@@ -113,9 +120,13 @@ def read_settings(
     return make_settings(given, f"the environment variable {variable}", chunk)
 
 
-def _check_top_level(options: Mapping[Any, Any], place: str) -> None:
-    """Refuse what would be ignored: our settings in the wrong place, or under a misspelt key."""
-    ours = {field for fields in _fields_of_selectors().values() for field in fields} | set(_OWN)
+def _names() -> set[str]:
+    """Of all settings."""
+    return {field for fields in _fields_of_selectors().values() for field in fields} | set(_OWN)
+
+
+def _check_top_level(options: Mapping[Any, Any], place: str, ours: Collection[str]) -> None:
+    """Refuse what would be ignored: settings in the wrong place, or under a misspelt key."""
     for name in options:
         misspelt = name != SECTION and difflib.get_close_matches(str(name).lower(), [SECTION], cutoff=0.8)
         if misspelt or name in ours:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexprefill_fa.masks import FlexPrefillConfig
+from flexprefill_fa.masks.selector import SHARED_HEADS
 from flexprefill_fa.validation import check_integer, check_number
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class PrefillStatistics:
             check_integer(name, value, 0)
             if value >= count:
                 raise ValueError(f"{name} must be below {count} in layer {layer}, got {value}")
-        if self.selectors[row] != FlexPrefillConfig.name:
+        if not is_flexprefill(self.selectors[row]):
             return self.selectors[row]
         return "query_aware" if self.query_aware[row, batch, head] else "vertical_slash"
 
@@ -168,7 +169,7 @@ class PrefillStatistics:
             aware = f"{int(self.query_aware[row].sum())} of {kept.numel()}"
             cells = [str(layer), *([selector] if mixed else [])]
             cells += [f"{value:.3f}" for value in (_mean(kept), kept.min().item(), kept.max().item())]
-            cells += [aware if selector == FlexPrefillConfig.name else "-", _number(_mean(distances[row]))]
+            cells += [aware if is_flexprefill(selector) else "-", _number(_mean(distances[row]))]
             if self.recall is not None:
                 cells.append(_number(_mean(self.recall[row])))
             lines.append(cells)
@@ -219,9 +220,14 @@ class PrefillStatistics:
         """A field's values, NaN where a JS distance stands for no test."""
         if field != "js_distance":
             return values
-        flex = torch.tensor([selector == FlexPrefillConfig.name for selector in self.selectors], device="cpu")
+        flex = torch.tensor([is_flexprefill(selector) for selector in self.selectors], device="cpu")
         tested = _tested(self.density, values) & flex[:, None, None]
         return values.masked_fill(~tested, math.nan)
+
+
+def is_flexprefill(selector: str) -> bool:
+    """Whether a selector of this name tests heads as FlexPrefill does, each alone or those of a key head together."""
+    return selector.removesuffix(SHARED_HEADS) == FlexPrefillConfig.name
 
 
 def _check_selector(layer: int, tau: Mapping[int, float | None], selectors: Mapping[int, str]) -> None:
@@ -229,7 +235,7 @@ def _check_selector(layer: int, tau: Mapping[int, float | None], selectors: Mapp
         if layer not in given:
             raise ValueError(f"{name} must have every layer of latest: expected layer {layer}, got {sorted(given)}")
     value, selector = tau[layer], selectors[layer]
-    if (value is not None) != (selector == FlexPrefillConfig.name):
+    if (value is not None) != is_flexprefill(selector):
         raise ValueError(
             f"layer {layer}: tau must be a number for {FlexPrefillConfig.name!r} and None for other selectors, "
             f"got {value!r} for {selector!r}"

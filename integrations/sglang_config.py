@@ -38,6 +38,12 @@ def read_settings(
         overrides: the JSON text of `--json-model-override-args`, which SGLang adds to the model's configuration: what
             the model does not know it passes through, to every process and node of the engine.
         environment, chunk: as for `engine_settings.read_settings`; the variable is FLEXPREFILL_FA_SGLANG.
+
+    Raises:
+        ValueError: as there, and for text that is not JSON.
     """
-    options = json.loads(overrides) if overrides else {}
-    return engine_settings.read_settings(options, _PLACE, VARIABLE, environment, chunk)
+    try:
+        options = json.loads(overrides) if overrides else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--json-model-override-args is not JSON: {error}") from error
+    return engine_settings.read_settings(options, _PLACE, VARIABLE, environment, chunk, of_the_model=True)

@@ -39,7 +39,7 @@ from .hf_plan import (
     layer_softcap,
     layer_window,
 )
-from .hf_statistics import PrefillStatistics
+from .hf_statistics import PrefillStatistics, is_flexprefill
 from .hf_switch import NAME, SparsePrefill
 
 # hf_version says which extra is missing where transformers is not installed, so it comes first.
@@ -150,7 +150,10 @@ class StatisticsCollection:
         sparse = {index: (plan, plan.config) for index, plan in self._plans.items() if plan.config is not None}
         return PrefillStatistics.gather(
             {index: plan.latest for index, (plan, _) in sparse.items() if plan.latest is not None},
-            {index: getattr(config, "tau", None) for index, (_, config) in sparse.items()},
+            {
+                index: getattr(config, "tau", None) if is_flexprefill(config.name) else None
+                for index, (_, config) in sparse.items()
+            },
             {index: config.name for index, (_, config) in sparse.items()},
         )
 

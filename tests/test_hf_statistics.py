@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from flexprefill_fa import FlexPrefillConfig, select_blocks
+from flexprefill_fa import FlexPrefillConfig, select_blocks, share_heads
 from flexprefill_fa.integrations.hf_statistics import PrefillStatistics
 from flexprefill_fa.integrations.transformers import LayerStatistics
 
@@ -365,5 +365,7 @@ def test_against_the_selector() -> None:
     query, key = torch.randn(2, 4, 600, 32, generator=generator), torch.randn(2, 2, 600, 32, generator=generator)
     selection = select_blocks(query, key, config, lengths=[600, 200])
     kept = LayerStatistics(selection.density(), selection.js_distance, None, selection.kept_blocks())
-    got = PrefillStatistics.gather({0: kept}, {0: config.tau}, {0: config.name})
-    assert got.query_aware.tolist() == [[[True] * 4, [False] * 4]]
+    for name in (config.name, share_heads(config).name):
+        got = PrefillStatistics.gather({0: kept}, {0: config.tau}, {0: name})
+        assert got.query_aware.tolist() == [[[True] * 4, [False] * 4]]
+        assert got.pattern(0, 0) == "query_aware"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from oracle import causal_oracle, relative_error
 from torch import Tensor
 from workloads import random_qk
 
@@ -17,6 +18,7 @@ from flexprefill_fa import (
     get_selector,
     select_blocks,
     selector_names,
+    sparse_prefill_attention,
 )
 from flexprefill_fa.masks import selector as selector_module
 from flexprefill_fa.masks.element import Element
@@ -280,3 +282,20 @@ def test_kernels_are_not_those_of_another_rule() -> None:
         pass
 
     assert Other.triton is None and Same.triton == VerticalSlashConfig.triton is not None
+
+
+def test_a_rule_may_return_any_strides() -> None:
+    """The lists are what the operator promised torch.compile, and the blocks are computed."""
+
+    @dataclass(frozen=True)
+    class Mine(Selector, name="strided"):
+        def keep(self, element: Element) -> Tensor:
+            grid = element.grid
+            return torch.zeros(grid.q_blocks, grid.kv_blocks, element.heads, dtype=torch.bool).permute(2, 0, 1)
+
+    query, key = random_qk(1, 2, 2, 700, 700, 32)
+    selection = select_blocks(query, key, Mine())
+    assert selection.kv_indices.is_contiguous() and selection.full_kv_indices.is_contiguous()
+    out = sparse_prefill_attention(query, key, key, Mine(), dense="never")
+    expected, _, real = causal_oracle(query, key, key, selection)
+    assert relative_error(out, expected, real) < 1e-5

@@ -244,6 +244,11 @@ def test_where_the_settings_are() -> None:
     assert read('{"num_hidden_layers": 2}', environment).selector == FlashPrefillConfig(alpha=0.2)
     assert read('{"sparse_prefill": {"peak": 0.2}}', environment).selector == PeakPrefillConfig(0.2)
     assert read("{}", {}, 1024).min_prefill_tokens == 512
+    assert read('{"window": 64, "backend": "x"}', {}).selector == PeakPrefillConfig(), "fields of the model's own"
+    with pytest.raises(ValueError, match="expected under 'sparse_prefill'"):
+        read('{"sparse_prefil": {}}', {})
+    with pytest.raises(ValueError, match="--json-model-override-args is not JSON"):
+        read("{'a': 1}", {})
     with pytest.raises(ValueError, match=f"the environment variable {variable} is not JSON"):
         read("{}", {variable: "peak=0.2"})
 

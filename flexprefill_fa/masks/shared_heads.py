@@ -24,6 +24,7 @@ def share_heads(config: Selector) -> Any:
 
     Raises:
         TypeError: for what is not a selector's config.
+        ValueError: for a selector that keeps the same in every head, such as `streaming_llm`.
     """
     check_selector(config)
     if isinstance(config, _SharedHeads):
