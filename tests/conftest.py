@@ -116,7 +116,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
     from bench.needle.corpus import build_corpus
 
-    return build_corpus(tmp_path_factory.mktemp("work") / "corpus", 131072, files=FILES)
+    return build_corpus(tmp_path_factory.mktemp("work") / "corpus", files=FILES)
 
 
 @pytest.fixture

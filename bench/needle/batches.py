@@ -7,19 +7,15 @@ numbers of statements and questions, in another order, at other places, with oth
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Generator, Tensor
 
 from flexprefill_fa.tools.needle import formats
 from flexprefill_fa.tools.needle.formats import ANSWER_DIGITS, CHAIN, VALUE_DIGITS, Form, Layout, Mix, lay_out
 from flexprefill_fa.tools.needle.prompts import key_words
-
-if TYPE_CHECKING:
-    import numpy as np
-    from tokenizers import Tokenizer
 
 TASKS = ("multikey", "multivalue", "multiquery", "vt")
 """What questions are told apart in training, where a single needle is one of many keys."""
@@ -39,7 +35,6 @@ class Batch:
         columns: for each task in the batch, its index in `TASKS` and which of the A places are its.
         scored: `[A]`, what an answer must say: not its end.
         source: `[B, n]`, positions that hold source text.
-        questions_last: whether the questions stand behind all statements.
     """
 
     tokens: Tensor
@@ -48,7 +43,6 @@ class Batch:
     columns: list[tuple[int, Tensor]]
     scored: Tensor
     source: Tensor
-    questions_last: bool
 
     @property
     def targets(self) -> Tensor:
@@ -97,17 +91,11 @@ class Builder:
         self._text = torch.from_numpy(text.astype("int32")).to(device)
         # Moving a list to the GPU waits for all that it has to do, so what is always the same is moved once.
         self._fixed: dict[Mix, _Fixed] = {}
-        self._layouts: dict[Form, Layout] = {}
-        self._tensors: dict[Form, tuple[Tensor, Tensor]] = {}
-
-    @cached_property
-    def _names(self) -> Tensor:
-        ids = [self._tokenizer.token_to_id(name) for name in key_words(self._tokenizer)]
-        return torch.tensor(ids, device=self._text.device)
-
-    @cached_property
-    def _digits(self) -> Tensor:
-        return torch.tensor([self._tokenizer.token_to_id(str(digit)) for digit in range(10)], device=self._text.device)
+        self._forms: dict[Form, tuple[Layout, Tensor, Tensor]] = {}
+        self._names, self._digits = (
+            torch.tensor([tokenizer.token_to_id(word) for word in words], device=device)
+            for words in (key_words(tokenizer), "0123456789")
+        )
 
     def build(
         self,
@@ -202,18 +190,13 @@ class Builder:
 
     def _fill(self, form: Form, names: Tensor, digits: Tensor, times: Tensor, task: str = TASKS[0]) -> _Units:
         """A form with names `[B, count, K]` and digits `[B, count, D]` in its holes."""
-        if form not in self._tensors:
+        if form not in self._forms:
             layout = lay_out(form, self._tokenizer)
-            device = self._text.device
-            self._layouts[form] = layout
-            self._tensors[form] = (
-                torch.tensor(layout.literals, device=device),
-                torch.tensor(layout.holes, device=device),
-            )
-        literals, holes = self._tensors[form]
+            holes = torch.tensor(layout.holes, device=self._text.device)
+            self._forms[form] = (layout, torch.tensor(layout.literals, device=self._text.device), holes)
+        layout, literals, holes = self._forms[form]
         filled = torch.cat((names, digits), -1)[..., holes.clamp(min=0)]
-        tokens = torch.where(holes >= 0, filled, literals)
-        return _Units(self._layouts[form], tokens, times, TASKS.index(task))
+        return _Units(layout, torch.where(holes >= 0, filled, literals), times, TASKS.index(task))
 
     def _place(
         self,
@@ -258,9 +241,7 @@ class Builder:
         # Source text runs on behind each unit where it stopped before it.
         reading = (is_source.cumsum(1) - 1).clamp(min=0)
         tokens = torch.where(is_source, text.long().gather(1, reading), tokens)
-        return Batch(
-            tokens, torch.cat(places, 1), fixed.weights, fixed.columns, fixed.scored, is_source, questions_last
-        )
+        return Batch(tokens, torch.cat(places, 1), fixed.weights, fixed.columns, fixed.scored, is_source)
 
 
 def _fix(units: list[_Units], device: torch.device) -> _Fixed:

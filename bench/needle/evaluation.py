@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import platform
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,38 +17,7 @@ from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.needle.formats import EVALUATED
 from flexprefill_fa.tools.rows import Row, environment
 
-if TYPE_CHECKING:
-    import numpy as np
-
-KIND = "needle"
-"""Of rows about the accuracies of a needle model."""
-
 _TOKENS_AT_ONCE = 131072
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """How a model answered the questions of one task at one length.
-
-    Attributes:
-        exact: share of the questions whose whole answer is right.
-        parts: share of the names and digits that are right, each behind the right ones before it.
-        samples: questions.
-    """
-
-    exact: float
-    parts: float
-    samples: int
-
-    def row(self, task: str, length: int) -> Row:
-        """For a file of rows."""
-        return {
-            "task": task,
-            "length": length,
-            "samples": self.samples,
-            "exact": round(self.exact, 4),
-            "parts": round(self.parts, 4),
-        }
 
 
 def accuracy_facts(model: Path, text: np.ndarray, seed: int, device: torch.device) -> Row:
@@ -62,12 +30,12 @@ def accuracy_facts(model: Path, text: np.ndarray, seed: int, device: torch.devic
         device: where they were answered.
     """
     asked = hashlib.sha256(repr(sorted(EVALUATED.items())).encode() + text.tobytes()).hexdigest()
-    facts = {"kind": KIND, "model_sha256": model_sha256(model), "asked_sha256": asked, "seed": seed}
+    facts = {"kind": "needle", "model_sha256": model_sha256(model), "asked_sha256": asked, "seed": seed}
     return {**facts, "python": platform.python_version(), **environment(device)}
 
 
 @torch.no_grad()
-def measure(network: Network, builder: Builder, task: str, length: int, samples: int, seed: int = 0) -> Accuracy:
+def measure(network: Network, builder: Builder, task: str, length: int, samples: int, seed: int) -> Row:
     """Ask `samples` questions, each at the end of a text of its own.
 
     The model reads the right answer and must find each token of it the most likely one, which is so exactly where
@@ -80,6 +48,10 @@ def measure(network: Network, builder: Builder, task: str, length: int, samples:
         length: tokens of text, question and answer.
         samples: how many questions.
         seed: of the questions.
+
+    Returns:
+        "exact", the share of the questions whose whole answer is right; "parts", that of the names and digits that are
+        right, each behind the right ones before it; the three arguments that it depends on.
 
     Raises:
         ValueError: where the text is too short.
@@ -95,7 +67,8 @@ def measure(network: Network, builder: Builder, task: str, length: int, samples:
         correct = found == batch.targets[:, batch.scored]
         right.append(correct.all(1))
         share.append(correct[:, batch.weights[batch.scored] == 1].float().mean(1))
-    return Accuracy(torch.cat(right).float().mean().item(), torch.cat(share).mean().item(), samples)
+    exact, parts = (round(torch.cat(found).float().mean().item(), 4) for found in (right, share))
+    return {"task": task, "length": length, "samples": samples, "exact": exact, "parts": parts}
 
 
 def predictions(network: Network, batch: Batch) -> Tensor:

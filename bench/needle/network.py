@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ class Shape:
     """The sizes of the model; heads of 64, 4 query heads to a key and value head.
 
     Attributes:
-        vocabulary: tokens, those of the tokenizer rounded up.
+        vocabulary: tokens of the tokenizer.
         hidden, intermediate: widths.
         layers, heads, kv_heads: how many.
         theta: base of the rotary positions. At 1e8, a third of each head turns less than half a radian in 128K
@@ -35,13 +34,6 @@ class Shape:
     kv_heads: int = 2
     theta: float = 1e8
     positions: int = 131072
-
-    @property
-    def parameters(self) -> int:
-        """How many parameters the model has."""
-        attention = self.hidden * HEAD_DIM * 2 * (self.heads + self.kv_heads)
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        return self.vocabulary * self.hidden + self.layers * layer + self.hidden
 
     def config(self) -> dict[str, Any]:
         """`config.json` as Hugging Face's Llama reads it."""
@@ -140,10 +132,6 @@ class Network(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)
-
-    def layers(self) -> Iterator[nn.Module]:
-        """The layers, for `torch.compile` one by one: alike, they compile once."""
-        yield from self.model.layers
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The last hidden states `[B, n, hidden]` of tokens `[B, n]`; `logits` reads them."""

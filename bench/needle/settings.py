@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, replace
 
-from bench.needle.network import HEAD_DIM, Shape
+from bench.needle.network import Shape
 from flexprefill_fa.tools.needle.formats import MOST, Mix
 
-_ANSWERED = 0.2  # of the tokens of a sequence, those that are part of an answer: at most about so many
+NAMES = 512
+"""Tokens `#word`, under which numbers are hidden and by which variables are called."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +95,6 @@ class Settings:
         """Of all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    def scaled(self, factor: float, seed: int) -> Settings:
-        """The same run with `factor` times as many steps in each stage, at least one, and another seed."""
-        stages = tuple(replace(stage, steps=max(1, round(stage.steps * factor))) for stage in self.stages)
-        return replace(self, stages=stages, warm_up=max(1, round(self.warm_up * min(1.0, factor))), seed=seed)
-
-    def memory(self) -> int:
-        """About how many bytes of GPU memory the largest step takes: what the layers keep for their gradients."""
-        shape = self.shape
-        layer = 16 * shape.hidden + 8 * shape.intermediate + 8 * shape.heads * HEAD_DIM
-        heads = 10 * shape.vocabulary * (self.text_share + _ANSWERED)
-        tokens = max(stage.rows * stage.length for stage in self.stages)
-        return 2**30 + int(tokens * (shape.layers * layer + heads)) + 16 * shape.parameters
-
     def locate(self, step: int) -> tuple[int, int]:
         """The stage of a step of the run, and its number there."""
         for number, stage in enumerate(self.stages):
@@ -126,10 +111,6 @@ class Settings:
         progress = (done + self.stages[number].share * inside / self.stages[number].steps) / total
         falling = max(0.0, (progress - self.hold) / (1 - self.hold))
         return self.peak * min(1.0, (step + 1) / self.warm_up) * (1 - falling * (1 - self.last))
-
-    def digest(self) -> str:
-        """Tells runs apart that a checkpoint must not mix."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _all(needles: int, asked: int, queries: int, lists: int, chains: int) -> Mix:
@@ -200,18 +181,3 @@ FULL = Settings(
         Goal(65536, 128, 0.9),
     ),
 )
-
-TINY = Settings(
-    shape=Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=1),
-    stages=(
-        Stage(256, 2, 2, 0.5, (Mix(needles=4, asked=1), Mix(chains=1, chains_asked=1))),
-        Stage(640, 2, 2, 0.5, (Mix(4, 1, 1, 1, 1, 1, 1),), (Mix(needles=4, asked=2, chains=1, chains_asked=1),)),
-    ),
-    warm_up=1,
-    goals=(Goal(700, 2, 0.0),),
-    steps_per_row=1,
-    samples=2,
-)
-
-SIZES = {"full": FULL, "tiny": TINY}
-"""`full` is the needle model's; `tiny` learns nothing in a second, to see every step of the way."""

@@ -9,36 +9,31 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from bench.needle.network import Shape
+from bench.needle.settings import NAMES
 from flexprefill_fa.tools.loading import UsageError
 from flexprefill_fa.tools.needle.formats import all_forms
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-VOCABULARY = 2048
-NAMES = 512
-"""Tokens `#word`, under which numbers are hidden and by which variables are called."""
 
 _SPECIAL = ("<pad>", "<bos>")
 _COMMON_WORDS = 3000  # names are drawn from the most common words of the text
 _TIMES = 2_000  # each form among the texts: enough for its words to become single tokens
 
 
-def train_tokenizer(texts: Sequence[str], seed: int) -> Tokenizer:
-    """A tokenizer for `texts`; names are common words of theirs, drawn by `seed`.
+def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
+    """A tokenizer for `texts`; names are common words of theirs.
 
     Raises:
         UsageError: where the texts hold too few words.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
     counted = collections.Counter(word for text in texts for word in re.findall(r"\b[a-z]{5,9}\b", text))
     words = sorted(counted, key=lambda word: (-counted[word], word))[:_COMMON_WORDS]
     if len(words) < NAMES:
         raise UsageError(f"the text must hold {NAMES} different words of 5 to 9 letters, got {len(words)}")
-    names = sorted(random.Random(seed).sample(words, NAMES))
+    names = sorted(random.Random(0).sample(words, NAMES))
     tokenizer: Any = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -50,7 +45,7 @@ def train_tokenizer(texts: Sequence[str], seed: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - NAMES,
+        vocab_size=Shape().vocabulary - NAMES,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=list(_SPECIAL),
         show_progress=False,
@@ -61,15 +56,8 @@ def train_tokenizer(texts: Sequence[str], seed: int) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
-    """Write `tokenizer.json` and what `AutoTokenizer` reads beside it.
-
-    Args:
-        tokenizer: from `train_tokenizer`.
-        folder: is made where it is missing.
-        longest: positions of the model.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer.json` and what `AutoTokenizer` reads beside it."""
     tokenizer.save(str(folder / "tokenizer.json"))
     pad, start = _SPECIAL
     config = {
@@ -77,7 +65,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
         "bos_token": start,
         "pad_token": pad,
         "eos_token": pad,
-        "model_max_length": longest,
+        "model_max_length": Shape().positions,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
