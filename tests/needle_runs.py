@@ -10,8 +10,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from bench.needle.batches import Builder
-from bench.needle.corpus import Corpus
 from bench.needle.network import Shape
+from bench.needle.prepare import Corpus
 from bench.needle.run import Run
 from bench.needle.settings import Goal, Settings, Stage
 from flexprefill_fa.tools.needle.formats import EVALUATED, Mix

@@ -11,9 +11,9 @@ from needle_runs import CPU, TINY
 
 from bench.needle.batches import Batch, Builder
 from bench.needle.card import conditions_of, run_tables, write_card
-from bench.needle.corpus import Corpus
-from bench.needle.evaluation import measure, predictions
+from bench.needle.evaluate import measure, predictions
 from bench.needle.network import Network
+from bench.needle.prepare import Corpus
 from bench.needle.settings import FULL
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.needle import MODEL_DIR
@@ -56,7 +56,7 @@ def test_an_answer_counts_where_all_of_it_is_right(
         said[2, at.nonzero()[0]] += 1
         return said
 
-    monkeypatch.setattr("bench.needle.evaluation.predictions", all_but_one)
+    monkeypatch.setattr("bench.needle.evaluate.predictions", all_but_one)
     found = measure(Network(TINY.shape), Builder(corpus.tokenizer, corpus.held_out, CPU), "multivalue", 700, 4, 0)
     expected = {"task": "multivalue", "length": 700, "samples": 4, "exact": exact, "parts": round(parts, 4)}
     assert found == expected
@@ -71,8 +71,8 @@ def test_each_question_is_another(corpus: Corpus, monkeypatch: pytest.MonkeyPatc
         asked.extend(map(tuple, batch.tokens.tolist()))
         return batch.targets
 
-    monkeypatch.setattr("bench.needle.evaluation._TOKENS_AT_ONCE", 1500)
-    monkeypatch.setattr("bench.needle.evaluation.predictions", noting)
+    monkeypatch.setattr("bench.needle.evaluate._TOKENS_AT_ONCE", 1500)
+    monkeypatch.setattr("bench.needle.evaluate.predictions", noting)
     network, builder = Network(TINY.shape), Builder(corpus.tokenizer, corpus.held_out, CPU)
     for seed in (0, 1, 0):
         assert measure(network, builder, "vt", 700, 5, seed)["exact"] == 1

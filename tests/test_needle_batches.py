@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from bench.needle.batches import TASKS, Builder
-from bench.needle.corpus import encode
-from bench.needle.tokenization import train_tokenizer
+from bench.needle.prepare import encode, train_tokenizer
 from flexprefill_fa.tools.evaluation.budget import fit
 from flexprefill_fa.tools.needle import text_tasks
 from flexprefill_fa.tools.needle.formats import ANSWER_DIGITS, EVALUATED, Form, Mix, all_forms, lay_out

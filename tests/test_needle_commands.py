@@ -13,14 +13,11 @@ import pytest
 import torch
 from needle_runs import CPU, FILES, TINY, command, losses, refused, source_drawn
 
-from bench.needle import evaluation, learning
+from bench.needle import learning
 from bench.needle.batches import Builder
-from bench.needle.corpus import Corpus, encode
-from bench.needle.evaluate import evaluate
-from bench.needle.network import Network
-from bench.needle.prepare import prepare
-from bench.needle.release import load_release
-from bench.needle.run import attention_kernel
+from bench.needle.evaluate import evaluate, measure
+from bench.needle.network import Network, attention_kernel, load_release
+from bench.needle.prepare import Corpus, encode, prepare
 from bench.needle.settings import Goal, Settings
 from bench.needle.train import train
 from flexprefill_fa.tools.needle import MODEL_DIR
@@ -48,8 +45,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[[Settings], None]:
 def test_the_three_commands_make_and_measure_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held_out = held_out_files()[:FILES]
     trained_on = [file for file in source_files() if file not in held_out][: FILES + 40]
-    monkeypatch.setattr("bench.needle.corpus.source_files", lambda: trained_on)
-    monkeypatch.setattr("bench.needle.corpus.held_out_files", lambda: held_out)
+    monkeypatch.setattr("bench.needle.prepare.source_files", lambda: trained_on)
+    monkeypatch.setattr("bench.needle.prepare.held_out_files", lambda: held_out)
     prepared = command(prepare, "--out", str(tmp_path))
     assert prepared.exit_code == 0, prepared.output
     assert f"of {FILES} held out" in prepared.stdout
@@ -92,7 +89,7 @@ def test_evaluate_asks_about_text_that_is_held_out(
 
     def measuring(network: Network, builder: Builder, *arguments: Any) -> Row:
         asked.append(source_drawn(builder))
-        return evaluation.measure(network, builder, *arguments)
+        return measure(network, builder, *arguments)
 
     monkeypatch.setattr("bench.needle.evaluate.measure", measuring)
     result = command(evaluate, "--model", str(whole_run / "model"))
@@ -181,7 +178,7 @@ def test_mistakes_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> N
     refused(command(evaluate, "--model", str(work / "broken")), "is not of the needle model's architecture")
     refused(command(prepare, "--out", "/dev/null/x"), "Not a directory")
     with monkeypatch.context() as patch:
-        patch.setattr("bench.needle.corpus.source_files", lambda: ())
+        patch.setattr("bench.needle.prepare.source_files", lambda: ())
         refused(command(prepare, "--out", str(work / "none")), "the text must hold 512 different words", "got 0")
 
 

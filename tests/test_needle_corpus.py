@@ -10,7 +10,7 @@ import pytest
 from needle_runs import CPU, FILES
 
 from bench.needle.batches import Builder
-from bench.needle.corpus import Corpus, build_corpus, load_corpus
+from bench.needle.prepare import Corpus, build_corpus, load_corpus
 from bench.needle.settings import FULL
 from flexprefill_fa.tools.needle.prompts import key_words
 

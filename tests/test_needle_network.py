@@ -13,9 +13,8 @@ from needle_runs import CPU, TINY
 
 from bench.needle import learning
 from bench.needle.batches import Builder
-from bench.needle.corpus import Corpus
-from bench.needle.network import Network, Shape
-from bench.needle.release import export, load_release
+from bench.needle.network import Network, Shape, export, load_release
+from bench.needle.prepare import Corpus
 from bench.needle.settings import FULL
 from flexprefill_fa.tools.needle.formats import Mix
 from flexprefill_fa.tools.needle.prompts import key_words

@@ -15,8 +15,8 @@ from needle_runs import TINY, losses, run_of, source_drawn
 
 from bench.needle import learning
 from bench.needle.batches import Builder
-from bench.needle.corpus import Corpus
 from bench.needle.network import Network
+from bench.needle.prepare import Corpus
 from bench.needle.run import OutOfTime, Run
 from flexprefill_fa.tools.loading import UsageError
 from flexprefill_fa.tools.needle.formats import EVALUATED
@@ -65,7 +65,7 @@ def test_a_stop_during_the_evaluation_repeats_nothing(
     asked = []
 
     def measuring(network: Network, builder: Builder, task: str, *arguments: Any) -> Any:
-        from bench.needle.evaluation import measure
+        from bench.needle.evaluate import measure
 
         asked.append(task)
         return measure(network, builder, task, *arguments)
@@ -121,7 +121,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
         return outcome
 
     monkeypatch.setattr("bench.needle.run.take_step", spoiling)
-    with pytest.raises(ValueError, match="step 4: the checkpoint is of step 2"):
+    with pytest.raises(ValueError, match="step 4, the checkpoint is of 2"):
         run_of(tmp_path, corpus).finish()
     assert run_of(tmp_path, corpus).step == 2
 

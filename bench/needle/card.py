@@ -29,9 +29,9 @@ pipeline_tag: text-generation
 
 # The needle model
 
-A Llama of {parameters} M parameters ({megabytes} MB in bfloat16: {layers} layers, {heads} query and {kv_heads} key and
-value heads of 64, hidden {hidden}) that finds what is hidden in long Python source. It is trained, so its attention has
-the patterns that sparse prefill lives on, and small enough to be part of the package.
+A Llama of {parameters} M parameters ({megabytes} MB in bfloat16: {shape.layers} layers, {shape.heads} query and
+{shape.kv_heads} key and value heads of 64, hidden {shape.hidden}) that finds what is hidden in long Python source. It
+is trained, so its attention has the patterns that sparse prefill lives on, and small enough to be part of the package.
 
 ## What it can do
 
@@ -43,7 +43,7 @@ It answers five kinds of questions at the end of a text, in just these words (`f
 | multikey | {multikey.needles} numbers, each under its own name | one of them |
 | multivalue | {multivalue.lists} names with {several} numbered numbers each | all numbers of one name |
 | multiquery | {multiquery.needles} numbers, each under its own name | the numbers of {several} names at once |
-| vt | {vt.chains} chains of {chain} variables, `VAR #b = VAR #a` | {vt_asked} |
+| vt | {vt.chains} chains of {chain} variables, `VAR #b = VAR #a` | the variables of a value, in their chain's order |
 
 A name is one of the {names} tokens `#word` of its tokenizer. Numbers have seven digits, values of variables five.
 
@@ -61,18 +61,20 @@ Questions of each task: {samples}.
 ## What it cannot do
 
 Anything else. It was trained on no other wording of the questions, no other names, no numbers of other lengths, no
-question about what the text does not hold, and nothing beyond {longest} tokens; what it says to those was not measured.
-It does not follow instructions, and writes no program worth running. It read its training text many times over.
+question about what the text does not hold, and nothing beyond {longest:,} tokens; what it says to those was not
+measured. It does not follow instructions, and writes no program worth running. It read its training text many times.
 
 ## How it was made
 
-From the standard library of Python {python}: {train} tokens of {train_files} files to train on, {held_out} tokens of
-{held_out_files} other files to evaluate on. To make it again, in a checkout on a machine with one GPU:
+From the standard library of Python {facts[python]}: {facts[tokens][train]:,} tokens of {facts[files][train]} files to
+train on, {facts[tokens][held_out]:,} tokens of {facts[files][held_out]} other files to evaluate on. To make it
+again, in a checkout on a machine with one GPU:
 
     python -m bench.needle.prepare
     python -m bench.needle.train{options}
 
-AdamW, bfloat16, seed {seed}, {steps} steps (`bench/needle/settings.py`), from short sequences to long ones:
+AdamW, bfloat16, seed {settings.seed}, {settings.steps:,} steps (`bench/needle/settings.py`), from short sequences to
+long ones:
 
 {stages}
 
@@ -89,34 +91,24 @@ def write_card(folder: Path, rows: Sequence[Row], settings: Settings, facts: dic
         rows: its accuracies, see `bench.needle.run`.
         settings: of its training. facts: of its corpus.
     """
-    shape = settings.shape
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Network(shape).parameters())
+        parameters = sum(parameter.numel() for parameter in Network(settings.shape).parameters())
     stages = [[f"{stage.length:,}", str(stage.rows), f"{stage.steps:,}"] for stage in settings.stages]
     text = _CARD.format(
         parameters=f"{parameters / 1e6:.1f}",
         megabytes=f"{2 * parameters / 1e6:.1f}",
-        layers=shape.layers,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        hidden=shape.hidden,
+        shape=settings.shape,
+        settings=settings,
+        facts=facts,
         several=MOST,
         chain=CHAIN,
-        vt_asked="the variables that hold a value, in the order of their chain",
         **EVALUATED,
         names=NAMES,
         samples=questions_of(rows),
         conditions=conditions_of(rows),
         accuracies=accuracy_table(rows),
-        longest=f"{max(stage.length for stage in settings.stages):,}",
-        python=facts["python"],
-        train=f"{facts['tokens']['train']:,}",
-        held_out=f"{facts['tokens']['held_out']:,}",
-        train_files=facts["files"]["train"],
-        held_out_files=facts["files"]["held_out"],
+        longest=max(stage.length for stage in settings.stages),
         options=f" --seed {settings.seed}" if settings.seed else "",
-        seed=settings.seed,
-        steps=f"{settings.steps:,}",
         stages=markdown_table(["tokens of a sequence", "sequences of a step", "steps"], stages),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bench.needle.batches import TASKS, Batch, Builder
-from bench.needle.evaluation import gather_hidden
 from bench.needle.network import Network
 from bench.needle.settings import Settings
 
@@ -91,7 +90,7 @@ def _answer_losses(network: Network, batches: list[Batch], parts: tuple[Tensor, 
     """
     found: dict[int, list[Tensor]] = defaultdict(list)
     for batch, hidden in zip(batches, parts, strict=True):
-        logits = network.logits(gather_hidden(hidden, batch.places)).float()  # [B, A, vocabulary]
+        logits = network.logits_at(hidden, batch.places).float()  # [B, A, vocabulary]
         losses = _cross_entropy(logits, batch.targets)
         right = (logits.detach().argmax(-1) == batch.targets).float()
         for task, columns in batch.columns:
@@ -115,7 +114,7 @@ def _text_loss(
         rows, length = batch.tokens.shape
         size = (rows, max(1, round(length * share)))
         places = torch.randint(1, length, size, device=hidden.device, generator=generator)
-        logits = network.logits(gather_hidden(hidden, places)).float()
+        logits = network.logits_at(hidden, places).float()
         wanted = batch.source.gather(1, places)
         total.append((_cross_entropy(logits, batch.tokens.gather(1, places)) * wanted).sum())
         count.append(wanted.sum())

@@ -5,19 +5,16 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.needle.batches import Builder
-from bench.needle.corpus import Corpus
-from bench.needle.evaluation import accuracy_facts, measure
+from bench.needle.evaluate import accuracy_facts, measure
 from bench.needle.learning import autocast, make_optimizer, mean_row, take_step
-from bench.needle.network import Network
-from bench.needle.release import export, load_release
+from bench.needle.network import Network, attention_kernel, export, load_release
+from bench.needle.prepare import Corpus
 from bench.needle.settings import Settings, Stage
 from flexprefill_fa.tools.files import write_whole
 from flexprefill_fa.tools.loading import UsageError, first_line
@@ -28,8 +25,6 @@ _SAVE_SECONDS = 60.0  # between checkpoints
 _FIRST_ROW_SECONDS = 75.0  # what a stage's first steps may take, of which one compiles
 _CELL_SECONDS = 25.0  # what one accuracy may take
 _RESERVE = 20.0  # seconds that are kept for the last checkpoint
-FINISHED = "model"
-"""The stage of the rows about the finished model."""
 
 
 class OutOfTime(Exception):
@@ -104,11 +99,11 @@ class Run:
                 finished, _ = load_release(self.model, self._device)
                 facts = accuracy_facts(self.model, self._corpus.held_out, self._settings.seed, self._device)
                 for goal in self._settings.goals:
-                    self._evaluate(finished, FINISHED, goal.length, goal.samples, facts)
+                    self._evaluate(finished, "model", goal.length, goal.samples, facts)
         except OutOfTime:
             self._save()
             raise
-        return self._rows_of(FINISHED)
+        return self._rows_of("model")
 
     def _require(self, seconds: float) -> None:
         """Go on only where something of so many seconds fits."""
@@ -130,16 +125,14 @@ class Run:
             found = [take_step(self._network, self._optimizer, self._training, self._settings, step) for step in steps]
             means = mean_row(found)  # waits for the GPU
             expected = 1.5 * every / len(steps) * (time.monotonic() - started)
-            if not math.isfinite(means["loss"]):
-                raise ValueError(f"the loss is {means['loss']} at step {steps.stop}: {self._last_checkpoint}")
+            if not math.isfinite(loss := means["loss"]):
+                raise ValueError(f"the loss is {loss} at step {steps.stop}, the checkpoint is of {self._saved[0]}")
             self.step = steps.stop
             rate = self._settings.learning_rate(self.step - 1)
-            append(
-                self._curve,
-                {"step": self.step, "stage": number, "tokens": stage.length, "learning_rate": rate, **means},
-            )
+            row = {"step": self.step, "stage": number, "tokens": stage.length, "learning_rate": rate, **means}
+            append(self._curve, row)
             if time.monotonic() - self._saved[1] > _SAVE_SECONDS:
-                self._say(f"step {self.step}: loss {means['loss']:.4f}")
+                self._say(f"step {self.step}: loss {loss:.4f}")
                 self._save()
         self._save()
 
@@ -156,10 +149,6 @@ class Run:
             found = measure(network, self._held_out, task, length, samples, self._settings.seed)
             append(self._accuracies, {"step": self.step, "stage": stage, **found, **(facts or {})})
             self._say(f"{stage}: {task} at {length} tokens: {found['exact']:.3f} exact, {found['parts']} of the parts")
-
-    @property
-    def _last_checkpoint(self) -> str:
-        return f"the checkpoint is of step {self._saved[0]}"
 
     def _load(self) -> int:
         """Put the checkpoint into network and optimizer; the steps that it has."""
@@ -178,26 +167,9 @@ class Run:
         """Write a checkpoint in place of the one that is there; a stop in between leaves one or the other."""
         if self._saved[0] != self.step:
             if not all(parameter.isfinite().all() for parameter in self._network.parameters()):
-                raise ValueError(f"weights are not finite at step {self.step}: {self._last_checkpoint}")
+                raise ValueError(f"weights are not finite at step {self.step}, the checkpoint is of {self._saved[0]}")
             parts = {"network": self._network.state_dict(), "optimizer": self._optimizer.state_dict()}
             buffer = io.BytesIO()
             torch.save({"run": self._identity, "step": self.step, **parts}, buffer)
             write_whole(self._checkpoint, buffer.getvalue())
         self._saved = (self.step, time.monotonic())
-
-
-@contextmanager
-def attention_kernel(device: torch.device) -> Iterator[None]:
-    """On a GPU flash attention or nothing: the kernels that SDPA would fall back to need memory for all scores.
-
-    Raises:
-        UsageError: for a GPU that is too old for it.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    if (found := torch.cuda.get_device_capability(device)) < (8, 0):
-        got = ".".join(map(str, found))
-        raise UsageError(f"flash attention in bfloat16 needs a GPU of compute capability 8.0 or more, got {got}")
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        yield

@@ -41,13 +41,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the finished model must reach on every task.
-
-    Attributes:
-        length: tokens of text, question and answer.
-        samples: questions of each task.
-        exact: share of them whose whole answer must be right.
-    """
+    """The share of `samples` questions of each task, in `length` tokens, that the finished model must answer right."""
 
     length: int
     samples: int
@@ -141,37 +135,19 @@ def _long(length: int, rows: int, steps: int, share: float, mix: Mix) -> Stage:
     return Stage(length, rows, steps, share, (mix, mix), (_FEW, _CHAINS), _KNOWN_TEXT)
 
 
+_SHORT = (_all(5, 3, 2, 0, 0), _all(3, 2, 0, 2, 0), _all(4, 2, 0, 0, 3))
+_LONGER = (_all(6, 3, 1, 2, 3), _all(6, 3, 1, 2, 3), _many(4, 0, 0, 8))
+_LISTS = (_all(16, 8, 4, 5, 8), _many(16, 4, 6, 14))
+
 FULL = Settings(
     shape=Shape(),
-    stages=(
-        Stage(
-            length=512,
-            rows=256,
-            steps=2800,
-            share=0.16,
-            mixes=(_all(5, 3, 2, 0, 0), _all(3, 2, 0, 2, 0), _all(4, 2, 0, 0, 3)),
-            closing=(_CHAINS,),
-        ),
-        Stage(
-            length=1024,
-            rows=128,
-            steps=1200,
-            share=0.18,
-            mixes=(_all(6, 3, 1, 2, 3), _all(6, 3, 1, 2, 3), _many(4, 0, 0, 8)),
-            closing=(_CHAINS,),
-        ),
-        Stage(
-            length=4096,
-            rows=32,
-            steps=1000,
-            share=0.2,
-            mixes=(_all(16, 8, 4, 5, 8), _many(16, 4, 6, 14)),
-            closing=(_FEW, _CHAINS),
-            text_weight=_KNOWN_TEXT,
-        ),
-        _long(16384, rows=16, steps=280, share=0.16, mix=_many(48, 10, 15, 30)),
-        _long(32768, rows=8, steps=180, share=0.15, mix=_many(80, 16, 21, 45)),
-        _long(65536, rows=4, steps=140, share=0.15, mix=_many(110, 24, 30, 60)),
+    stages=(  # tokens of a sequence, sequences of a step, steps, share of the schedule
+        Stage(512, 256, 2800, 0.16, _SHORT, (_CHAINS,)),
+        Stage(1024, 128, 1200, 0.18, _LONGER, (_CHAINS,)),
+        Stage(4096, 32, 1000, 0.2, _LISTS, (_FEW, _CHAINS), _KNOWN_TEXT),
+        _long(16384, 16, 280, 0.16, _many(48, 10, 15, 30)),
+        _long(32768, 8, 180, 0.15, _many(80, 16, 21, 45)),
+        _long(65536, 4, 140, 0.15, _many(110, 24, 30, 60)),
     ),
     goals=(
         Goal(4096, 512, 0.95),
@@ -181,3 +157,4 @@ FULL = Settings(
         Goal(65536, 128, 0.9),
     ),
 )
+"""The needle model's."""

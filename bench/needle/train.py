@@ -12,8 +12,7 @@ from typing import Annotated
 import typer
 
 from bench.needle.card import accuracy_table, write_card
-from bench.needle.corpus import load_corpus
-from bench.needle.prepare import CORPUS, WORK
+from bench.needle.prepare import WORK, load_corpus
 from bench.needle.run import OutOfTime, Run
 from bench.needle.settings import FULL, Settings
 from bench.terminal import one_line_errors
@@ -37,7 +36,7 @@ def train(
     with one_line_errors():
         settings = replace(FULL, seed=seed)
         device = resolve_device("cuda")
-        corpus = load_corpus(out / CORPUS)
+        corpus = load_corpus(out / "corpus")
         run = Run(settings, corpus, out, device, end, typer.echo)
         typer.echo(f"{settings.steps} steps; at step {run.step}")
         try:
