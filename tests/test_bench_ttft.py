@@ -148,6 +148,24 @@ def test_a_prompt_that_runs_dense_is_an_error(monkeypatch: pytest.MonkeyPatch, t
     assert row["error"] == "0 of 1 calls of attention ran sparse" and row["ran_sparse"] is False
 
 
+def test_what_runs_out_of_memory_is_told_in_its_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And the lengths after it are measured."""
+    measure = bench.ttft._ModelBenchmark.row
+
+    def row(self: Any, attention: Any, length: int, compiled: bool) -> dict[str, Any]:
+        if length == 1536:
+            raise torch.OutOfMemoryError("no room")
+        return measure(self, attention, length, compiled)
+
+    monkeypatch.setattr("bench.ttft._ModelBenchmark.row", row)
+    out = tmp_path / "ttft.jsonl"
+    result = run(*TINY, *ONE, "--dense", "", "--lengths", "1536,1664", "--modes", "eager", "--out", str(out))
+    assert result.exit_code == 2, result.output
+    short, whole = read(out)
+    assert short["length"] == 1536 and short["error"] == "out of memory" and "ttft_ms" not in short
+    assert whole["length"] == 1664 and "error" not in whole and whole["ttft_ms"] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
