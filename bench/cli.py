@@ -16,7 +16,8 @@ from bench.fit import fit_rates
 from bench.host import host_rows
 from bench.needle.capture import model_config as needle_config
 from bench.paths import RESULTS
-from bench.peer_rows import PeerBenchmark, look_for_peers
+from bench.peer_rows import PeerBenchmark
+from bench.peers import peers_in
 from bench.planning import make_plan
 from bench.quality import BACKEND, QualityPlan, quality_rows, sweep
 from bench.quality_tables import SETTINGS
@@ -41,7 +42,6 @@ from bench.spec import (
     Workload,
     check_backends,
     parse_lengths,
-    parse_list,
     parse_place,
     parse_selectors,
     parse_whole,
@@ -157,9 +157,7 @@ def quality(
 
 @app.command()
 def ttft(
-    config: Annotated[
-        str, typer.Option(help=f"Shape of the model: {', '.join(SHAPES)} or a folder with a config.json.")
-    ] = "llama-3.1-8b",
+    config: Annotated[str, typer.Option(help=f"Shape of the model: {', '.join(SHAPES)}.")] = "llama-3.1-8b",
     lengths: Lengths = _LENGTHS,
     selectors: Annotated[
         str, typer.Option(help="Run in full, then attention is over random blocks; comma-separated, '' for none.")
@@ -193,12 +191,11 @@ def ttft(
     with one_line_errors():
         require_transformers()
         # They need transformers at import, which the other commands do without.
-        from bench.ttft import check_memory, make_plan, ttft_rows
+        from bench.ttft import make_plan, ttft_rows
         from bench.ttft_ranks import Ranks
 
         plan = make_plan(**options)
         with Ranks.start(plan.device) as ranks:
-            check_memory(plan, ranks)
             run = Recorder(out, as_json, quiet=int(os.environ.get("RANK", "0")) > 0)
             run.take(config, len(list(plan.passes())), partial(ttft_rows, plan, ranks, run.note))
     run.incomplete |= any("error" in row for row in run.rows)
@@ -211,10 +208,7 @@ app.command()(serve)
 @app.command()
 def peers(
     package: Annotated[
-        Path | None, typer.Option(help="Folder with another implementation's Python package; its code is run.")
-    ] = None,
-    module: Annotated[
-        str | None, typer.Option(help="Comma-separated dotted names of the only modules in --package to look at.")
+        Path | None, typer.Option(help="Checkout of FlexPrefill's or FlashPrefill's released code, which is run.")
     ] = None,
     lengths: Lengths = "4096,16384,65536",
     selectors: Selectors = "flexprefill,flashprefill",
@@ -232,21 +226,18 @@ def peers(
     out: Out = RESULTS / "peers.jsonl",
     as_json: Json = False,
 ) -> None:
-    """Time the published functions of another implementation beside this package's selectors, on the same inputs.
+    """Time the released function of another implementation beside this package's selectors, on the same inputs.
 
-    Finds `flex_prefill_attention` and `flash_prefill` by name in the modules under --package; tests are left out, and
-    modules in a package come before loose files. Without a folder, only this package and dense attention are measured.
-    Peers get the same settings. Exits with 1 if an output of this package was wrong and with 2 if a peer's was, or
-    something could not run.
+    Peers get the same settings. Without --package only this package and dense attention are measured. Exits with 1 if
+    an output of this package was wrong and with 2 if a peer's was, or something could not run.
     """
     options = locals()
     with one_line_errors():
-        if module is not None and package is None:
-            raise UsageError("module needs package, the folder that holds it")
-        modules = parse_list("module", module) if module is not None else []
         plan = make_plan(**options)
+        found = [] if package is None else peers_in(package, [config.name for config in plan.configs])
         run = Recorder(out, as_json)
-    found = look_for_peers(package, modules, [config.name for config in plan.configs], run.note)
+    for name in sorted({config.name for config in plan.configs} - {peer.selector for peer in found}):
+        run.note(f"{name} is measured without a peer")
     benches: dict[int, PeerBenchmark] = {}  # their inputs stay in memory for the peers, who come after every length
 
     def ours(length: int) -> Iterator[Row]:
@@ -257,11 +248,10 @@ def peers(
     for length in plan.lengths:
         run.take(f"{length} tokens", plan.steps(), partial(ours, length))
     for length, bench in benches.items():
-        if package is None or not found:
-            break
-        run.take(f"{length} tokens", len(plan.configs), partial(bench.peer_rows, package, found))
+        if package is not None:
+            run.take(f"{length} tokens", len(plan.configs), partial(bench.peer_rows, package, found))
     broken = [row for row in run.rows if "error" in row]
-    run.incomplete |= bool(broken) or (package is not None and not found)
+    run.incomplete |= bool(broken)
     run.finish(PEERS.markdown(run.rows), wrong=any(row["path"] != "peer" for row in broken))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.memory import free_bytes, needed_bytes, shortage
-from bench.needle.capture import capture, model_config
+from bench.needle.capture import capture_layers, model_config
 from bench.spec import (
     WORKLOADS,
     backends_of,
@@ -84,11 +84,11 @@ class Plan:
         """
         if self.workload == "needle":
             try:
-                tensors = capture(length, self.layer, dtype=self.dtype, device=self.device, seed=self.seed)
+                found = capture_layers(length, [self.layer], dtype=self.dtype, device=self.device, seed=self.seed)
             except ValueError as error:
                 raise UsageError(str(error)) from error
-            found = Inputs(*(tensor.repeat(self.batch, 1, 1, 1) for tensor in tensors))
-            return found, {"layer": self.layer, "model_sha256": model_sha256(MODEL_DIR)}
+            tensors = [tensor.repeat(self.batch, 1, 1, 1) for tensor in found[self.layer]]
+            return Inputs(*tensors), {"layer": self.layer, "model_sha256": model_sha256(MODEL_DIR)}
         sharpness = sharpness_of(self.workload, length)
         same = {name: getattr(self, name) for name in ("batch", "dtype", "device", "seed")}
         shape = (self.heads, self.kv_heads, self.head_dim)

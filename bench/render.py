@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.accuracy_tables import ANSWERS, TASKS, accuracy_summaries, accuracy_tables
 from bench.fidelity_tables import fidelity_summary, leaderboards, single_settings, sweeps
-from bench.needle.run_tables import run_tables
+from bench.needle.card import run_tables
 from bench.paths import ROOT
 from bench.quality_tables import SELECTORS, correction_tables, selector_tables
 from bench.serve_tables import ENGINES, serve_tables

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,22 +19,6 @@ from flexprefill_fa.tools.rows import Row, append, drop_unfinished, require_appe
 
 one_line_errors = partial(loading.one_line_errors, (loading.UsageError, ValueError, OSError, torch.OutOfMemoryError))
 """As `loading.one_line_errors`, also for numbers that a workload refuses, broken rows and files that fail."""
-
-
-def require_packages(*names: str) -> None:
-    """Check that packages are here which the extra `bench` brings.
-
-    Raises:
-        UsageError: naming the extra to install.
-    """
-    for name in names:
-        try:
-            import_module(name)
-        except ImportError as error:
-            reason = loading.first_line(error)
-            raise loading.UsageError(
-                f"this command needs {name}: pip install 'flexprefill-fa[bench]' ({reason})"
-            ) from error
 
 
 def plain(console: Console) -> Callable[[str], None]:

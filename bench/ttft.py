@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bench.memory import free_bytes, prefill_bytes, shortage
 from bench.planning import DENSE_KERNELS
 from bench.prefill_kernels import DensePrefill, implementation, timed_attention
-from bench.shapes import FIRST_TOKEN, head_dim, model_config
+from bench.shapes import FIRST_TOKEN, model_config
 from bench.spec import backends_of, parse_lengths, parse_list, parse_place, parse_selectors, parse_share
 from bench.stand_in import StandIn
 from bench.timing import Timer, described, summarise
@@ -118,7 +117,7 @@ def make_plan(**options: Any) -> TtftPlan:
     for mode in modes:
         if mode not in ("eager", "compiled"):
             raise UsageError(f"modes must be of eager, compiled, got {mode!r}")
-    attentions = [Attention(kernel=name) for name in _kernels(given.dense, chunk, device, dtype, head_dim(config))]
+    attentions = [Attention(kernel=name) for name in _kernels(given.dense, chunk, device, dtype, config.head_dim)]
     attentions += [Attention(config=found, density=share) for found in parse_selectors("selectors", given.selectors)]
     attentions += [Attention(config=found) for found in parse_selectors("own", given.own)]
     if not attentions:
@@ -165,19 +164,6 @@ def _kernels(dense: str | None, chunk: int | None, device: torch.device, dtype: 
         if kernel not in there:
             raise UsageError(f"dense must be of {', '.join(there)}, got {kernel!r}")
     return wanted
-
-
-def check_memory(plan: TtftPlan, ranks: Ranks) -> None:
-    """Check that memory holds each prefill, before anything is built.
-
-    Raises:
-        UsageError: naming the first length for which memory is short, with the bytes needed and free.
-    """
-    free = ranks.least(free_bytes(ranks.device))
-    for length in plan.lengths:
-        needed = prefill_bytes(plan.config, length, plan.chunk, plan.dtype, ranks.device, ranks.world_size)
-        if problem := shortage(needed * ranks.sharing_memory, free):
-            raise UsageError(f"{length} tokens: {problem}")
 
 
 def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iterator[Row]:
@@ -240,7 +226,7 @@ class _ModelBenchmark:
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
-            head_dim=head_dim(config),
+            head_dim=config.head_dim,
             ranks=ranks.world_size,
             seed=plan.seed,
         )

@@ -81,15 +81,8 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    @property
-    def sharing_memory(self) -> int:
-        """How many ranks take their memory from where this one does: one on a GPU, on the CPU those of the machine."""
-        if self.world_size == 1 or self.device.type == "cuda":
-            return 1
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-
     def least(self, number: int) -> int:
-        """The smallest that any rank has: all must make as many passes, and decide alike whether memory is short."""
+        """The smallest that any rank has: all must make as many passes."""
         if self.world_size == 1:
             return number
         shared = torch.tensor([number], device=self.device)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from vllm_stubs import FakeVllm
 
-    from bench.needle.corpus import Corpus
+    from bench.needle.prepare import Corpus
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -114,9 +114,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Of a few files; tests leave its folder as they found it."""
     from needle_runs import FILES
 
-    from bench.needle.corpus import build_corpus
+    from bench.needle.prepare import build_corpus
 
-    return build_corpus(tmp_path_factory.mktemp("work") / "corpus", 131072, files=FILES)
+    return build_corpus(tmp_path_factory.mktemp("work") / "corpus", files=FILES)
 
 
 @pytest.fixture

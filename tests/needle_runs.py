@@ -10,20 +10,33 @@ import typer
 from typer.testing import CliRunner, Result
 
 from bench.needle.batches import Builder
-from bench.needle.corpus import Corpus
-from bench.needle.pace import Clock
+from bench.needle.network import Shape
+from bench.needle.prepare import Corpus
 from bench.needle.run import Run
-from bench.needle.settings import TINY, Settings
-from flexprefill_fa.tools.needle.formats import EVALUATED
+from bench.needle.settings import Goal, Settings, Stage
+from flexprefill_fa.tools.needle.formats import EVALUATED, Mix
 from flexprefill_fa.tools.rows import read
 
 CPU = torch.device("cpu")
 FILES = 12
 """Of each part of the corpus."""
 
+TINY = Settings(
+    shape=Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=1),
+    stages=(
+        Stage(256, 2, 2, 0.5, (Mix(needles=4, asked=1), Mix(chains=1, chains_asked=1))),
+        Stage(640, 2, 2, 0.5, (Mix(4, 1, 1, 1, 1, 1, 1),), (Mix(needles=4, asked=2, chains=1, chains_asked=1),)),
+    ),
+    warm_up=1,
+    goals=(Goal(700, 2, 0.0),),
+    steps_per_row=1,
+    samples=2,
+)
+"""Every step of the way in a second."""
 
-def run_of(folder: Path, corpus: Corpus, settings: Settings = TINY, minutes: float | None = None) -> Run:
-    return Run(settings, corpus, folder, CPU, Clock(minutes), False, lambda line: None)
+
+def run_of(folder: Path, corpus: Corpus, settings: Settings = TINY) -> Run:
+    return Run(settings, corpus, folder, CPU, say=lambda line: None)
 
 
 def source_drawn(builder: Builder) -> bytes:
@@ -33,7 +46,7 @@ def source_drawn(builder: Builder) -> bytes:
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:
-    return [{**row, "tokens_per_second": 0} for row in read(folder / "curve.jsonl")]
+    return read(folder / "curve.jsonl")
 
 
 def command(function: Any, *arguments: str) -> Result:

@@ -1,4 +1,4 @@
-"""`python -m bench peers` on the CPU: a small package with both published functions, broken ones, and none."""
+"""`python -m bench peers` on the CPU: stand-ins with both released signatures, broken ones, and none."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from peer_packages import write
 from typer.testing import CliRunner, Result
 
 import bench.attention
 from bench.check import no_better_than_zeros, reference, relative_error
 from bench.cli import app
-from bench.peer_rows import PeerBenchmark
-from bench.peers import density_of_ratio, find_peers
+from bench.peer_rows import PeerBenchmark, density_of_ratio
+from bench.peers import RELEASED, foreign_code
 from bench.planning import make_plan
 from bench.speed_tables import PEERS
 from bench.tables import line_of
@@ -31,6 +30,7 @@ SELECTORS = (
     "flexprefill:gamma=0.5+tau=0.05+min_budget=200+max_budget=400",
     "flashprefill:sink_blocks=1+window_blocks=2+last_full_blocks=3+alpha=0.4",
 )
+FLEX_FILE, FLASH_FILE = "flex_prefill/ops/flex_prefill_attention.py", "ops/flashprefill_native_forward.py"
 
 DENSE = """
 import torch
@@ -46,27 +46,40 @@ import torch
 
 from .common import dense
 
-print("dense_peer is imported")
+print("flex_prefill is imported")
 
 
 def flex_prefill_attention(q, k, v, gamma, tau=0, min_budget=None, max_budget=None, gqa_interleave=False,
                            softmax_scale=None, block_size=128, return_computational_ratio=False):
-    print("dense_peer is called")
+    print("flex_prefill is called")
     assert (gamma, tau, min_budget, max_budget, block_size) == (0.5, 0.05, 200, 400, 128)
     assert q.shape[2:] == (4, 32) and k.shape[2:] == v.shape[2:] == (2, 32) and q.is_contiguous()
     blocks = -(-q.shape[1] // 128)
-    ratio = (blocks + 1) / (2 * blocks)
+    ratio = 1 if blocks <= 2 else (blocks + 1) / (2 * blocks)
     out = dense(q, k, v)
     return (out, ratio) if return_computational_ratio else out
 """
 FLASH = """
-from dense_peer.common import dense
+from .common import dense
 
 
-def flash_prefill(q, k, v, out, block_size, attention_sink, window_size, alpha, last_n_block_full, min_budget=256):
+def flash_prefill(q, k, v, out, block_size, attention_sink, window_size, alpha, last_n_block_full, min_budget):
     assert (block_size, attention_sink, window_size, alpha, last_n_block_full) == (128, 1, 2, 0.4, 3)
+    assert min_budget == 0 and q.shape[2:] == (4, 32) and k.shape[2:] == v.shape[2:] == (2, 32)
     out.copy_(dense(q, k, v))
 """
+FLEX_PEER, FLASH_PEER = RELEASED
+
+
+def write(folder: Path, **files: str) -> None:
+    """The modules of stand-ins by the name of their function; each package's other files are always the same."""
+    for name, file in (("flex", FLEX_FILE), ("flash", FLASH_FILE)):
+        if name in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(files[name])
+            (folder / file).with_name("common.py").write_text(DENSE)
+            for package in list((folder / file).parents)[: file.count("/")]:
+                (package / "__init__.py").touch()
 
 
 @pytest.fixture(autouse=True)
@@ -74,16 +87,16 @@ def nothing_stays() -> Iterator[None]:
     """The peers' modules and what they change, gone after each test."""
     yield
     torch.set_default_dtype(torch.float32)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "dense_peer"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("flex_prefill", "ops")]:
         del sys.modules[name]
 
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A checkout that holds the package `dense_peer`."""
+    """A folder that is both checkouts."""
     root = tmp_path / "checkout"
-    write(root / "dense_peer", common=DENSE, flex=FLEX, ops__flash=FLASH)
-    (root / "dense_peer" / "__init__.py").write_text('__version__ = "1.2"\n')
+    write(root, flex=FLEX, flash=FLASH)
+    (root / "flex_prefill" / "__init__.py").write_text('__version__ = "1.2"\n')
     return root
 
 
@@ -148,21 +161,24 @@ def test_a_package_is_timed_and_checked_beside_ours(package: Path, tmp_path: Pat
         (length, *found)
         for length in (512, 600)
         for found in (
-            ("flex_prefill_attention", "dense_peer.flex", "flexprefill"),
-            ("flash_prefill", "dense_peer.ops.flash", "flashprefill"),
+            ("flex_prefill_attention", "flex_prefill.ops.flex_prefill_attention", "flexprefill"),
+            ("flash_prefill", "ops.flashprefill_native_forward", "flashprefill"),
         )
     ]
     for row in peers:
         dense = ours[4 * (row["length"] == 600)]
         assert "error" not in row and row["dense_error"] < 1e-5 and row["total_ms"] > 0
-        assert (row["implementation"], row["peer_version"], len(row["peer_digest"])) == ("dense_peer", "1.2", 12)
+        assert len(row["peer_digest"]) == 12
         assert row["speedup_sdpa"] == pytest.approx(dense["total_ms"] / row["total_ms"], rel=0.02)
         conditions = ("length", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "seed", "gpu", "commit")
         assert all(row[name] == dense[name] for name in conditions)
+    assert [(row["implementation"], row["peer_version"]) for row in peers[:2]] == [
+        ("FlexPrefill", "1.2"),
+        ("FlashPrefill", None),
+    ]
     assert peers[0]["settings"] == ours[2]["settings"] and peers[1]["settings"] == ours[3]["settings"]
     assert peers[0]["computational_ratio"] == 0.625 and peers[0]["density"] == 1
-    assert "density" not in peers[1] and peers[1]["peer_settings"]["min_budget"] == 256
-    assert "flash_prefill: dense_peer.ops.flash (" in result.stderr.replace("\n", "")
+    assert "density" not in peers[1] and peers[1]["peer_settings"]["min_budget"] == 0
 
     table = PEERS.markdown([*ours, *peers])
     assert table in result.stdout and "4/2 heads" in table
@@ -176,21 +192,23 @@ def test_a_package_is_timed_and_checked_beside_ours(package: Path, tmp_path: Pat
             ["dense", "SDPA"],
             ["dense", "FlexAttention CPU"],
             [flex, "flexprefill_fa CPU"],
-            [flex, "dense_peer"],
+            [flex, "FlexPrefill"],
             [flash, "flexprefill_fa CPU"],
-            [flash, "dense_peer"],
+            [flash, "FlashPrefill"],
         )
     ]
-    assert [line[3] for line in lines if line[2] == "dense_peer"] == ["1.000", "-"] * 2
-    assert "dense_peer 1.2, `dense_peer.ops.flash.flash_prefill`, digest" in table and "attention_sink 1" in table
+    assert [line[3] for line in lines if line[2] in ("FlexPrefill", "FlashPrefill")] == ["1.000", "-"] * 2
+    assert "FlexPrefill 1.2, `flex_prefill.ops.flex_prefill_attention.flex_prefill_attention`, digest" in table
+    assert "FlashPrefill, `ops.flashprefill_native_forward.flash_prefill`, digest" in table
+    assert "attention_sink 1" in table
 
 
 def test_dense_error_is_that_of_the_sampled_rows(
     measured: tuple[PeerBenchmark, list[dict[str, Any]]], package: Path
 ) -> None:
-    write(package / "dense_peer", flex=FLEX.replace("out = dense(q, k, v)", "out = dense(q, k, v); out[:, 1:] *= 1.25"))
+    write(package, flex=FLEX.replace("out = dense(q, k, v)", "out = dense(q, k, v); out[:, 1:] *= 1.25"))
     bench, ours = measured
-    (flex, _) = bench.peer_rows(package, find_peers(package))
+    (flex, _) = bench.peer_rows(package, list(RELEASED))
     assert 0.2 < flex["dense_error"] < 0.25  # the first row is right
     inputs, _ = bench.plan.inputs(512)
     exact = reference(inputs, None)
@@ -210,7 +228,9 @@ BROKEN = {
     "a call that fails": (FLEX.replace("out = dense", "raise RuntimeError('no | kernel')\n    out ="), "RuntimeError"),
     "another shape": (wrong("out = q.transpose(1, 2)"), "ValueError: its output must"),
     "NaN": (wrong("out = q * float('nan')"), "ValueError: its output is not finite"),
-    "another signature": (FLEX.replace("gamma, tau=0", "gamma, tau0=0"), "TypeError: its signature has no tau"),
+    "another signature": (FLEX.replace("gamma, tau=0", "gamma, tau0=0"), "unexpected keyword argument 'tau'"),
+    "another name": (FLEX.replace("def flex", "def flux"), "AttributeError: module"),
+    "no ratio returned": (FLEX.replace("(out, ratio) if return_computational_ratio else out", "out"), "ValueError: "),
     "zeros": (wrong("out = 0 * q"), "of the sampled rows of head (0, "),
     "zeros after the first row": (wrong("out[:, 1:] = 0"), "of the sampled rows of head (0, "),
     "zeros in one head": (wrong("out[:, :, 2] = 0"), "100% of the sampled rows of head (0, 2) are no nearer"),
@@ -230,15 +250,15 @@ def test_what_fails_is_a_row_with_the_error_and_the_rest_goes_on(
     what: str, measured: tuple[PeerBenchmark, list[dict[str, Any]]], package: Path
 ) -> None:
     text, message = BROKEN[what]
-    write(package / "dense_peer", flex=text)
+    write(package, flex=text)
     bench, ours = measured
-    broken, whole = bench.peer_rows(package, find_peers(package))
-    assert message in broken["error"] and broken["module"] == "dense_peer.flex"
+    broken, whole = bench.peer_rows(package, list(RELEASED))
+    assert message in broken["error"] and broken["module"] == FLEX_PEER.module
     assert broken["settings"] == dataclasses.asdict(bench.plan.configs[0])
     assert not [name for name in broken if name.endswith("_ms") or name.startswith("speedup")]
     assert "error" not in whole and whole["total_ms"] > 0
     shown = f"error: {broken['error']}".replace("|", "/")
-    assert f" | dense_peer | - | - | {shown} |" in PEERS.markdown([*ours, broken, whole])
+    assert f" | FlexPrefill | - | - | {shown} |" in PEERS.markdown([*ours, broken, whole])
     assert "WRONG: " in line_of(broken)
 
 
@@ -261,10 +281,7 @@ def test_a_head_that_keeps_what_ours_keeps_is_not_wrong_for_keeping_little(
 def test_the_exit_code_tells_whose_output_was_wrong(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(
-        package / "dense_peer",
-        ops__flash=FLASH.replace("out.copy_(dense(q, k, v))", "out[:, 1:].copy_(dense(q, k, v)[:, 1:])"),
-    )
+    write(package, flash=FLASH.replace("out.copy_(dense(q, k, v))", "out[:, 1:].copy_(dense(q, k, v)[:, 1:])"))
     out = tmp_path / "peers.jsonl"
     assert run(out, "--package", str(package)).exit_code == 2
     ours, (flex, flash) = rows_of(out)
@@ -280,7 +297,7 @@ def test_the_exit_code_tells_whose_output_was_wrong(
 
 def test_no_row_of_ours_comes_after_a_peer(package: Path, tmp_path: Path) -> None:
     """A peer may leave anything changed, such as the default dtype that the next length's inputs are drawn in."""
-    write(package / "dense_peer", flex="import torch\n\ntorch.set_default_dtype(torch.float64)\n" + FLEX)
+    write(package, flex="import torch\n\ntorch.set_default_dtype(torch.float64)\n" + FLEX)
     out = tmp_path / "peers.jsonl"
     assert run(out, "--package", str(package), "--lengths", "512,600").exit_code == 0
     assert torch.get_default_dtype() == torch.float64
@@ -294,15 +311,15 @@ def test_a_peers_folder_and_prints_reach_nothing_of_ours(
     """Its import path holds its root alone, and only while it runs; stdout stays for JSON lines."""
     text = "import sys\n" + FLEX.replace("blocks =", "print('path', sys.path[:2])\n    blocks =")
     checkout = package.parent / "other"
-    write(checkout / "src" / "dense_peer", common=DENSE, flex=text, other=FLASH)
+    write(checkout, flex=text, flash=FLASH)
     before = list(sys.path)
-    rows = measured[0].peer_rows(checkout, find_peers(checkout))
+    rows = measured[0].peer_rows(checkout, list(RELEASED))
     assert "error" not in next(rows)
     assert sys.path == before  # between two rows
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "dense_peer is imported" in captured.err and "dense_peer is called" in captured.err
-    assert f"path {[str(checkout / 'src'), before[0]]}" in captured.err
+    assert "flex_prefill is imported" in captured.err and "flex_prefill is called" in captured.err
+    assert f"path {[str(checkout), before[0]]}" in captured.err
 
 
 def test_no_peer_is_measured_under_a_variant_that_it_does_not_select(package: Path, tmp_path: Path) -> None:
@@ -316,65 +333,81 @@ def test_no_peer_is_measured_under_a_variant_that_it_does_not_select(package: Pa
     assert "total_ms" not in other and "peer_settings" not in other
 
 
-SIGNATURES = {
-    "flash, of the paper": ("flash", FLASH.replace(", min_budget=256", ""), {}),
-    "flash, a budget to give": ("flash", FLASH.replace("min_budget=256", "min_budget"), {"min_budget": 0}),
-    "flash, any": ("flash", FLASH.replace("min_budget=256", "**more").replace("assert", "assert not more and"), {}),
-    "flex, no ratio": (
-        "flex",
-        FLEX.replace(", return_computational_ratio=False", "").replace(
-            "(out, ratio) if return_computational_ratio else out", "out"
-        ),
-        {"max_budget": 400},
-    ),
-}
+def test_a_prompt_that_the_released_code_attends_densely_has_a_density_of_one(package: Path, tmp_path: Path) -> None:
+    out = tmp_path / "peers.jsonl"
+    assert run(out, "--package", str(package), "--lengths", "256").exit_code == 0
+    _, (flex, _) = rows_of(out)
+    assert (flex["computational_ratio"], flex["density"]) == (1, 1)
 
 
-@pytest.mark.parametrize("what", list(SIGNATURES))
-def test_what_a_signature_lacks_is_not_passed(
-    what: str, measured: tuple[PeerBenchmark, list[dict[str, Any]]], package: Path
-) -> None:
-    module, text, settings = SIGNATURES[what]
-    write(package / "dense_peer", **{"flex" if module == "flex" else "ops__flash": text})
-    row = next(row for row in measured[0].peer_rows(package, find_peers(package)) if module in row["function"])
-    assert "error" not in row and "density" not in row
-    assert ("min_budget" in row["peer_settings"]) == (module == "flex" or bool(settings))
-    assert row["peer_settings"] | settings == row["peer_settings"]
+LOOKED_FOR = f"{FLEX_FILE} of FlexPrefill or {FLASH_FILE} of FlashPrefill"
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "message"),
+    ("options", "message"),
     [
-        ((), 0, "no --package folder with another implementation: this package and dense attention are measured"),
-        (("--package", "nowhere"), 2, "error: there is no folder "),
-        (("--package", "empty"), 2, "defines flex_prefill_attention or flash_prefill: this package"),
+        (("--package", "nowhere"), f"error: package must be a folder that holds {LOOKED_FOR}, got nowhere"),
+        (("--package", "empty"), f"error: package must be a folder that holds {LOOKED_FOR}, got empty"),
+        (("--package", "flash/ops"), f"error: package must be a folder that holds {LOOKED_FOR}, got flash/ops"),
         (
             ("--package", "flash", "--selectors", SELECTORS[0]),
-            2,
-            "error: no module in flash defines flex_prefill_attention: this package and dense attention",
+            f"error: package must be a folder that holds {FLEX_FILE} of FlexPrefill, got flash",
         ),
-        (("--package", "flash"), 0, "no module in flash defines flex_prefill_attention: flexprefill is measured"),
-        (("--package", "flash", "--module", "dense_peer.ops"), 2, "error: no module in flash defines flex_prefill"),
-        (("--module", "dense_peer"), 2, "error: module needs package"),
+        (
+            ("--package", "flash", "--selectors", "xattention"),
+            "error: package needs selectors of flexprefill and flashprefill, got xattention",
+        ),
     ],
 )
-def test_what_is_missing_is_said(
-    options: tuple[str, ...], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_without_the_module_is_refused_before_anything(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty").mkdir()
-    write(tmp_path / "flash" / "dense_peer", common=DENSE, ops__flash=FLASH)
+    write(tmp_path / "flash", flash=FLASH)
     monkeypatch.chdir(tmp_path)
+    result = run(tmp_path / "peers.jsonl", *options)
+    assert result.exit_code == 2 and result.stderr.strip() == message
+    assert not (tmp_path / "peers.jsonl").exists()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_selectors_without_a_peer_are_measured_alone(given: bool, tmp_path: Path) -> None:
+    write(tmp_path / "flash", flash=FLASH)
     out = tmp_path / "peers.jsonl"
-    result = run(out, *options)
-    assert result.exit_code == code, result.output
-    assert message in result.stderr.replace("\n", "")
-    if options[:1] == ("--module",):
-        assert not out.exists()
-        return
+    result = run(out, *(("--package", str(tmp_path / "flash")) if given else ()))
+    assert result.exit_code == 0, result.output
+    assert "flexprefill is measured without a peer" in result.stderr
+    assert ("flashprefill is measured without a peer" in result.stderr) != given
     ours, peers = rows_of(out)
-    names = ["flexprefill"] if "--selectors" in options else ["flexprefill", "flashprefill"]
-    assert [row["selector"] for row in ours] == [None, None, *names]
-    assert len(peers) == (options == ("--package", "flash"))
+    assert [row["selector"] for row in ours] == [None, None, "flexprefill", "flashprefill"]
+    assert [row["implementation"] for row in peers] == ["FlashPrefill"] * given
+
+
+def test_the_digest_is_that_of_names_and_contents(package: Path) -> None:
+    def digest() -> str:
+        return FLASH_PEER.identity(package)["peer_digest"]
+
+    found = [digest()]
+    (package / ".venv").mkdir()
+    (package / ".venv" / "hidden.py").write_text("x = 1\n")
+    (package / "link.py").symlink_to(package / "nowhere.py")
+    (package / "folder.py").mkdir()
+    assert digest() == found[0]
+    (package / "b.py").write_text("x = 1\n")
+    found.append(digest())
+    (package / "b.py").rename(package / "c.py")
+    found.append(digest())
+    (package / "c.py").write_text("")
+    found.append(digest())
+    assert len(set(found)) == 4
+
+
+def test_a_name_that_is_taken_is_not_mistaken_for_the_peer(package: Path, tmp_path: Path) -> None:
+    write(tmp_path / "other", flash=FLASH)
+    with foreign_code(tmp_path / "other"):
+        FLASH_PEER.load(tmp_path / "other")
+    with foreign_code(package), pytest.raises(ImportError, match=r"is .*other/ops/.*, not the one in .*checkout"):
+        FLASH_PEER.load(package)
 
 
 def test_density_of_a_ratio() -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import bench.quality
 from bench.cli import app
 from bench.exact import exact_attention
-from bench.needle.capture import capture, capture_layers
+from bench.needle.capture import capture_layers
 from bench.quality import measure, sweep
 from bench.spec import parse_selectors
 from bench.workloads import Inputs
@@ -91,7 +91,7 @@ def test_exact_refuses_what_does_not_fit() -> None:
 def test_layers_are_captured_in_one_pass() -> None:
     both = capture_layers(300, [0, 2], dtype=torch.float32, device=CPU)
     assert sorted(both) == [0, 2] and both[0][0].shape == (1, 8, 300, 64) and both[2][1].shape == (1, 2, 300, 64)
-    for got, expected in zip(both[2], capture(300, 2, dtype=torch.float32, device=CPU), strict=True):
+    for got, expected in zip(both[2], capture_layers(300, [2], dtype=torch.float32, device=CPU)[2], strict=True):
         assert torch.equal(got, expected)
     assert not torch.allclose(both[0][0], both[2][0])
 
@@ -119,7 +119,7 @@ def test_small_run(out: Path) -> None:
     assert row | shape | what | said == row and row["model_sha256"] == model_sha256(MODEL_DIR)
     assert row["gpu"] and row["commit"] and row["date"] and row["torch"] == torch.__version__
 
-    query, key, value = capture(900, 1, dtype=torch.float32, device=CPU)
+    query, key, value = capture_layers(900, [1], dtype=torch.float32, device=CPU)[1]
     keep = select_blocks(query, key, config).to_dense()
     dense, _ = attention(query, key, value, every_block(query, key, 128).to_dense(), 128)
     sparse, recall = attention(query, key, value, keep, 128)

@@ -152,10 +152,10 @@ def test_synthetic_selection_is_exact(length: int, density: float) -> None:
 
 def test_needle_capture_is_what_the_layer_computes(needle_model, needle_tokenizer) -> None:
     """Attention of the captured tensors equals the layer's, for which the model is run whole."""
-    from bench.needle.capture import capture
+    from bench.needle.capture import capture_layers
     from flexprefill_fa.tools.needle.prompts import build_prompt
 
-    query, key, value = capture(600, 1, dtype=torch.float32, device=torch.device("cpu"), seed=3)
+    query, key, value = capture_layers(600, [1], dtype=torch.float32, device=torch.device("cpu"), seed=3)[1]
     assert query.shape == (1, 8, 600, 64) and key.shape == value.shape == (1, 2, 600, 64)
     seen = []
     hook = needle_model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))

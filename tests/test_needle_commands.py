@@ -3,105 +3,114 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from needle_runs import CPU, FILES, command, losses, refused, source_drawn
+from needle_runs import CPU, FILES, TINY, command, losses, refused, source_drawn
 
 from bench.needle import learning
 from bench.needle.batches import Builder
-from bench.needle.corpus import Corpus, encode
-from bench.needle.evaluate import evaluate
-from bench.needle.evaluation import Accuracy
-from bench.needle.network import Network
-from bench.needle.prepare import prepare
-from bench.needle.release import load_release
-from bench.needle.run import require_flash
-from bench.needle.settings import FULL, SIZES, TINY, Goal
-from bench.needle.train import check_memory, train
-from bench.paths import ROOT
-from flexprefill_fa.tools.loading import UsageError
+from bench.needle.evaluate import evaluate, measure
+from bench.needle.network import Network, attention_kernel, load_release
+from bench.needle.prepare import Corpus, encode, prepare
+from bench.needle.settings import Goal, Settings
+from bench.needle.train import train
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.formats import EVALUATED
-from flexprefill_fa.tools.needle.source import ascii_text, held_out_files
-from flexprefill_fa.tools.rows import read
+from flexprefill_fa.tools.needle.source import ascii_text, held_out_files, source_files
+from flexprefill_fa.tools.rows import Row, read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_train_says_what_it_does_and_writes_a_card(
-    work: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ("--out", str(work), "--size", "tiny", "--device", "cpu")
-    result = command(train, *arguments)
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[[Settings], None]:
+    """The commands at a size for the CPU; sets another."""
+
+    def use(settings: Settings) -> None:
+        for module in ("train", "evaluate"):
+            monkeypatch.setattr(f"bench.needle.{module}.FULL", settings)
+            monkeypatch.setattr(f"bench.needle.{module}.resolve_device", lambda name: CPU)
+
+    use(TINY)
+    return use
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_three_commands_make_and_measure_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = held_out_files()[:FILES]
+    trained_on = [file for file in source_files() if file not in held_out][: FILES + 40]
+    monkeypatch.setattr("bench.needle.prepare.source_files", lambda: trained_on)
+    monkeypatch.setattr("bench.needle.prepare.held_out_files", lambda: held_out)
+    prepared = command(prepare, "--out", str(tmp_path))
+    assert prepared.exit_code == 0, prepared.output
+    assert f"of {FILES} held out" in prepared.stdout
+    result = command(train, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert "4 steps, 0.26 M parameters; at step 0" in result.stdout
-    assert f"the model is in {work / 'model'}" in result.stdout
-    assert losses(work) == losses(whole_run)
-    card = (work / "model" / "README.md").read_text()
-    assert "| vt | 0.000 |" in card and "python -m bench.needle.train" in card and "{" not in card
+    assert "4 steps; at step 0" in result.stdout
+    assert f"the model is in {tmp_path / 'model'}" in result.stdout
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| vt | 0.000 |" in card and "python -m bench.needle.train\n" in card and "{" not in card
     assert "\nQuestions of each task: 2 at 700 tokens.\n" in card
     assert "seed 0, 4 steps (" in card and "| 256 | 2 | 2 |\n| 640 | 2 | 2 |\n\n" in card
-    assert command(train, *arguments).exit_code == 0  # nothing left to do
+    assert command(train, "--out", str(tmp_path)).exit_code == 0  # nothing left to do
 
-    rows = work / "rows.jsonl"
-    monkeypatch.setattr("bench.needle.evaluate.held_out_files", lambda: held_out_files()[:FILES])
-    shown = command(
-        evaluate, "--model", str(work / "model"), "--device", "cpu", "--samples", "2", "--lengths", "700",
-        "--tasks", "vt", "--out", str(rows),
-    )  # fmt: skip
+    monkeypatch.setattr("bench.needle.evaluate.held_out_files", lambda: held_out)
+    shown = command(evaluate, "--model", str(tmp_path / "model"))
     assert shown.exit_code == 0, shown.output
-    (row,) = read(rows)
-    assert row["task"] == "vt" and row["samples"] == 2 and row["exact"] == 0 and row["torch"] == torch.__version__
-    assert json.loads(shown.stdout) == row
+    rows = [json.loads(line) for line in shown.stdout.splitlines()]
+    dates = ("step", "stage", "date")
+    trained = [row for row in read(tmp_path / "accuracy.jsonl") if row["stage"] == "model"]
+    assert [{**row, "date": None} for row in rows] == [
+        {**{name: value for name, value in row.items() if name not in dates}, "date": None} for row in trained
+    ]
+    assert [row["task"] for row in rows] == list(EVALUATED) and rows[0]["torch"] == torch.__version__
 
 
-def test_the_card_of_a_run_with_options_names_them(work: Path) -> None:
-    tiny = ("--out", str(work), "--size", "tiny", "--device", "cpu")
-    result = command(train, *tiny, "--steps-scale", "0.5", "--seed", "3")
-    assert result.exit_code == 0 and "2 steps, " in result.stdout, result.output
+def test_another_seed_is_another_run_and_told_by_the_card(work: Path, whole_run: Path, tiny: Any) -> None:
+    assert command(train, "--out", str(work), "--seed", "3").exit_code == 0
     card = (work / "model" / "README.md").read_text()
-    assert "\n    python -m bench.needle.train --size tiny --steps-scale 0.5 --seed 3\n" in card
-    assert "seed 3, 2 steps (" in card and "| 256 | 2 | 1 |\n| 640 | 2 | 1 |\n\n" in card
+    assert "\n    python -m bench.needle.train --seed 3\n" in card and "seed 3, 4 steps (" in card
     assert {row["seed"] for row in read(work / "accuracy.jsonl") if row["stage"] == "model"} == {3}
+    refused(command(train, "--out", str(work)), f"a checkpoint of another run in {work / 'checkpoint.pt'}: remove it")
+    assert losses(work) != losses(whole_run)
 
 
+@pytest.mark.usefixtures("tiny")
 def test_evaluate_asks_about_text_that_is_held_out(
     corpus: Corpus, whole_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
-    def measuring(network: Network, builder: Builder, task: str, length: int, samples: int, seed: int) -> Accuracy:
+    def measuring(network: Network, builder: Builder, *arguments: Any) -> Row:
         asked.append(source_drawn(builder))
-        return Accuracy(1, 1, samples)
+        return measure(network, builder, *arguments)
 
     monkeypatch.setattr("bench.needle.evaluate.measure", measuring)
-    result = command(evaluate, "--model", str(whole_run / "model"), "--device", "cpu", "--lengths", "700")
+    result = command(evaluate, "--model", str(whole_run / "model"))
     assert result.exit_code == 0, result.output
     held_out = encode(corpus.tokenizer, [ascii_text(file) for file in held_out_files()]).tobytes()
     assert len(asked) == len(EVALUATED) and all(text in held_out for text in asked)
 
 
-def test_a_model_that_misses_its_goals_is_written_and_fails(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_misses_its_goals_is_written_and_fails(
+    work: Path, monkeypatch: pytest.MonkeyPatch, tiny: Callable[[Settings], None]
+) -> None:
     """Of the cells, one is below the goal of its length, one at it; the other length has no goal to miss."""
-    wanted = (Goal(700, 2, 0.5), Goal(900, 2, 0.0))
-    monkeypatch.setitem(SIZES, "tiny", replace(TINY, goals=wanted))
+    tiny(replace(TINY, goals=(Goal(700, 2, 0.5), Goal(900, 2, 0.0))))
 
-    def measuring(network: Network, builder: Builder, task: str, length: int, samples: int, seed: int) -> Accuracy:
-        return Accuracy(0.25 if task == "vt" else 0.5, 0.75, samples)
+    def measuring(network: Network, builder: Builder, task: str, length: int, samples: int, seed: int) -> Row:
+        exact = 0.25 if task == "vt" else 0.5
+        return {"task": task, "length": length, "samples": samples, "exact": exact, "parts": 0.75}
 
     monkeypatch.setattr("bench.needle.run.measure", measuring)
-    arguments = ("--out", str(work), "--size", "tiny", "--device", "cpu")
     for _ in range(2):  # the second time there is nothing left to do
-        result = command(train, *arguments)
+        result = command(train, "--out", str(work))
         assert result.exit_code == 1, result.output
         (line,) = result.stderr.strip().splitlines()
         assert line.startswith("error: vt at 700 tokens must reach 0.5, got 0.250; try another --seed")
@@ -111,13 +120,23 @@ def test_a_model_that_misses_its_goals_is_written_and_fails(work: Path, monkeypa
         load_release(work / "model", CPU)
 
 
-def test_too_little_time_is_a_stop(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.needle.run._FIRST_ROW_SECONDS", 200.0)
-    result = command(train, "--out", str(work), "--size", "tiny", "--device", "cpu", "--minutes", "3")
-    assert result.exit_code == 3
-    assert "stopped at step 0 of 4: the same command goes on from there" in result.stdout
+@pytest.mark.usefixtures("tiny")
+def test_too_little_time_is_a_stop_that_goes_on(work: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three minutes a run keeps some for the checkpoint, and does not begin what may take longer than is left."""
+    with monkeypatch.context() as patch:
+        patch.setattr("bench.needle.run._FIRST_ROW_SECONDS", 170.0)
+        result = command(train, "--out", str(work), "--minutes", "3")
+        assert result.exit_code == 3
+        assert "stopped at step 0 of 4: the same command goes on from there" in result.stdout
+        patch.setattr("bench.needle.run._FIRST_ROW_SECONDS", 75.0)
+        patch.setattr("bench.needle.run._CELL_SECONDS", 170.0)
+        result = command(train, "--out", str(work), "--minutes", "3")
+        assert result.exit_code == 3 and "stopped at step 2 of 4: " in result.stdout
+    assert command(train, "--out", str(work), "--minutes", "3").exit_code == 0
+    assert losses(work) == losses(whole_run)
 
 
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -127,126 +146,61 @@ def test_too_little_time_is_a_stop(work: Path, monkeypatch: pytest.MonkeyPatch) 
     ids=["memory", "disk"],
 )
 def test_what_runs_out_in_a_step_is_one_line(
-    error: Exception, said: str, work: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, said: str, work: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the second step of the second stage of two, with a checkpoint after the first stage."""
 
-    def failing(*arguments: Any) -> learning.Outcome:
+    def failing(*arguments: Any) -> dict[str, torch.Tensor]:
         if arguments[-1] == 3:
             raise error
         return learning.take_step(*arguments)
 
-    monkeypatch.setattr("bench.needle.run.take_step", failing)
-    result = command(train, "--out", str(work), "--size", "tiny", "--device", "cpu")
-    refused(result, said, "; the checkpoint is of step 2")
+    with monkeypatch.context() as patch:
+        patch.setattr("bench.needle.run.take_step", failing)
+        refused(command(train, "--out", str(work)), said)
+    result = command(train, "--out", str(work))
+    assert result.exit_code == 0 and "; at step 2" in result.stdout
+    assert losses(work) == losses(whole_run)
 
 
-def test_a_time_in_which_no_step_fits_is_refused(work: Path) -> None:
-    result = command(train, "--out", str(work), "--size", "tiny", "--device", "cpu", "--minutes", "1")
-    assert result.exit_code == 2 and "--minutes" in result.stderr, result.output
-    assert [file.name for file in work.iterdir()] == ["corpus"]
-
-
-def test_what_cannot_be_done_is_refused_before_it_takes_time(whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unwanted(*arguments: Any) -> Any:
-        raise AssertionError("this takes time")
-
-    monkeypatch.setattr("bench.needle.evaluate.held_out_files", lambda: held_out_files()[:FILES])
-    monkeypatch.setattr("bench.needle.evaluate.measure", unwanted)
-    monkeypatch.setattr("bench.needle.corpus.train_tokenizer", unwanted)
-    arguments = ("--model", str(whole_run / "model"), "--device", "cpu")
-    refused(command(evaluate, *arguments, "--lengths", "700", "--out", "/dev/null/x/r.jsonl"), "Not a directory")
-    refused(command(evaluate, *arguments, "--lengths", "700,300"), "lengths must be at least ", ", got 300")
-    message = "lengths must be at most ", ", the tokens of held-out text, got 400000"
-    refused(command(evaluate, *arguments, "--lengths", "700,400000"), *message)
-    refused(command(prepare, "--out", "/dev/null/x"), "Not a directory")
-
-
+@pytest.mark.usefixtures("tiny")
 def test_mistakes_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = ("--out", str(work), "--size", "tiny", "--device", "cpu")
-    if not torch.cuda.is_available():
-        refused(command(train, "--out", str(work)), "finds no CUDA GPU here")
-    refused(command(train, *tiny[:2], "--size", "huge"), "size must be one of full, tiny, got 'huge'")
-    for scale in ("0", "inf", "nan"):
-        refused(command(train, *tiny, "--steps-scale", scale), "steps-scale must be a number above 0")
-    refused(command(train, "--out", str(work / "none"), *tiny[2:]), "no corpus", "python -m bench.needle.prepare")
+    result = command(train, "--out", str(work), "--minutes", "1")
+    assert result.exit_code == 2 and "--minutes" in result.stderr, result.output
+    again = "python -m bench.needle.prepare"
+    refused(command(train, "--out", str(work / "none")), f"no corpus in {work / 'none' / 'corpus'} (", again)
     refused(command(evaluate, "--model", str(work)), f"no needle model in {work}")
-    refused(command(evaluate, "--tasks", "single,double"), "tasks must be of", "got 'double'")
     shutil.copytree(MODEL_DIR, work / "broken")
     (work / "broken" / "tokenizer.json").write_bytes(b"{")
-    refused(command(evaluate, "--model", str(work / "broken")), "tokenizer.json cannot be read")
+    refused(command(evaluate, "--model", str(work / "broken")), f"no needle model in {work / 'broken'}")
+    config = json.loads((MODEL_DIR / "config.json").read_text())
+    (work / "broken" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    refused(command(evaluate, "--model", str(work / "broken")), "is not of the needle model's architecture")
+    refused(command(prepare, "--out", "/dev/null/x"), "Not a directory")
     with monkeypatch.context() as patch:
-        patch.setattr("bench.needle.corpus.all_forms", lambda: [])
-        refused(command(train, *tiny), "made by another version", "python -m bench.needle.prepare")
-    with monkeypatch.context() as patch:
-        patch.setattr("bench.needle.corpus.source_files", lambda: ())
-        refused(command(prepare, "--out", str(work / "none")), "has no source text")
-    (work / "corpus" / "train.npy").write_bytes(b"nothing")
-    refused(command(train, *tiny), "cannot be read", "python -m bench.needle.prepare")
+        patch.setattr("bench.needle.prepare.source_files", lambda: ())
+        refused(command(prepare, "--out", str(work / "none")), "the text must hold 512 different words", "got 0")
 
 
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[1, 2]", b"null", b'"words"', b"{}"])
-@pytest.mark.parametrize("name", ["corpus/corpus.json", "corpus/train.npy", "checkpoint/state.json"])
-def test_a_broken_file_is_named(name: str, content: bytes, work: Path, whole_run: Path) -> None:
-    shutil.copytree(whole_run / "checkpoint", work / "checkpoint")
-    (work / name).write_bytes(content)
-    folder, help = (work / name).parent, {"corpus": "bench.needle.prepare", "checkpoint": "remove it, or name another"}
-    result = command(train, "--out", str(work), "--size", "tiny", "--device", "cpu")
-    refused(result, f"the {folder.name} in {folder} cannot be read (", help[folder.name])
+@pytest.mark.parametrize("name", ["corpus.json", "train.npy", "tokenizer.json"])
+def test_a_broken_corpus_is_named(name: str, content: bytes, work: Path) -> None:
+    (work / "corpus" / name).write_bytes(content)
+    refused(command(train, "--out", str(work)), f"no corpus in {work / 'corpus'} (", "bench.needle.prepare")
 
 
-def test_a_corpus_with_other_tokens_is_refused(work: Path) -> None:
-    path = work / "corpus" / "train.npy"
-    tokens = np.load(path)
-    tokens[5] += 1
-    np.save(path, tokens)
-    refused(command(train, "--out", str(work), "--size", "tiny", "--device", "cpu"), "made by another version")
-
-
-@pytest.mark.parametrize("package", ["numpy", "tokenizers", "safetensors"])
-def test_a_missing_package_is_named_with_its_extra(
-    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    message = f"this command needs {package}: pip install 'flexprefill-fa[bench]' ("
-    refused(command(train, "--out", str(tmp_path)), message)
-    refused(command(prepare, "--out", str(tmp_path)), message)
-    refused(command(evaluate, "--model", str(tmp_path)), message)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_commands_start_without_the_extra() -> None:
-    """In a Python of its own, since here the packages were imported long ago."""
-    code = "import sys; sys.modules.update(dict.fromkeys(('numpy', 'tokenizers', 'safetensors'))); " + "; ".join(
-        f"import bench.needle.{module}" for module in ("train", "prepare", "evaluate")
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize("function", [train, evaluate])
-def test_a_gpu_without_the_kernel_is_refused_before_anything(
-    function: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    gpu = torch.device("cuda")
-    found = {"get_device_capability": (7, 5), "get_device_name": "Tesla T4"}
-    for name, value in found.items():
-        monkeypatch.setattr(f"torch.cuda.{name}", lambda device, value=value: value)
-    monkeypatch.setattr(f"bench.needle.{function.__name__}.resolve_device", lambda name: gpu)
-    option = "--out" if function is train else "--model"
-    refused(command(function, option, str(tmp_path)), "compute capability 8.0 or more, and cuda (Tesla T4) has 7.5")
-    require_flash(CPU)
+def test_a_gpu_without_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr("bench.needle.evaluate.resolve_device", lambda name: torch.device("cuda"))
+    refused(command(evaluate), "needs a GPU of compute capability 8.0 or more, got 7.5")
+    with attention_kernel(CPU):
+        assert torch.backends.cuda.math_sdp_enabled()
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
-    require_flash(gpu)
+    with attention_kernel(torch.device("cuda")):
+        assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.math_sdp_enabled()
 
 
-def test_too_little_memory_is_said_before_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (8 * 2**30, 80 * 2**30))
-    message = r"training needs about \d\d GiB of GPU memory, and 8 GiB are free on cuda"
-    with pytest.raises(UsageError, match=message):
-        check_memory(FULL, torch.device("cuda"))
-    check_memory(TINY, torch.device("cuda"))
-    check_memory(FULL, CPU)
-    assert 24.3 <= FULL.memory() / 2**30 < 26, "on a GPU its peak was 24.3 GiB"
-    assert TINY.memory() < 1.1 * 2**30
+def test_training_wants_a_gpu(work: Path) -> None:
+    if not torch.cuda.is_available():
+        refused(command(train, "--out", str(work)), "finds no CUDA GPU here")

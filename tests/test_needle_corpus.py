@@ -10,7 +10,7 @@ import pytest
 from needle_runs import CPU, FILES
 
 from bench.needle.batches import Builder
-from bench.needle.corpus import Corpus, build_corpus, load_corpus
+from bench.needle.prepare import Corpus, build_corpus, load_corpus
 from bench.needle.settings import FULL
 from flexprefill_fa.tools.needle.prompts import key_words
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_corpus_is_the_same_each_time_and_apart_from_what_is_held_out(corpus: Corpus, tmp_path: Path) -> None:
-    again = build_corpus(tmp_path, 131072, files=FILES)
+    again = build_corpus(tmp_path, files=FILES)
     assert again.facts == corpus.facts
     assert np.array_equal(again.train, corpus.train) and np.array_equal(again.held_out, corpus.held_out)
     for name in ("tokenizer.json", "tokenizer_config.json", "corpus.json"):

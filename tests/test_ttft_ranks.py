@@ -66,13 +66,6 @@ def test_a_gpu_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
         Ranks.start("cuda:1")
 
 
-def test_ranks_that_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    assert [ranks.sharing_memory for ranks in (ALONE, Ranks(0, 4, cpu), Ranks(0, 4, torch.device("cuda")))] == [1, 4, 1]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert Ranks(0, 4, cpu).sharing_memory == 2
-
-
 def command_on_a_rank(*options: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["ttft", *options])
     return result.exit_code, result.output

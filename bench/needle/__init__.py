@@ -1,7 +1,6 @@
 """How the needle model of `flexprefill_fa.tools.needle` is made and measured.
 
-- Making it: `prepare` and `train` are the commands; `batches` (the questions as tensors), `tokenization`, `corpus`,
-  `settings`, `network`, `learning` (one step), `run` (all of them, from its checkpoint on), `checkpoint`, `pace`,
-  `release` and `card`.
-- Measuring it: `evaluate` is the command; `evaluation`, `run_tables`; `capture` takes queries, keys and values from it.
+`prepare`, `train` and `evaluate` are the commands. `batches` has the questions as tensors; `settings`, `network`,
+`learning` (one step) and `run` (all of them) make the model; `card` tells what came out. `capture` takes queries, keys
+and values from it.
 """

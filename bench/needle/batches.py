@@ -7,19 +7,15 @@ numbers of statements and questions, in another order, at other places, with oth
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Generator, Tensor
 
 from flexprefill_fa.tools.needle import formats
 from flexprefill_fa.tools.needle.formats import ANSWER_DIGITS, CHAIN, VALUE_DIGITS, Form, Layout, Mix, lay_out
 from flexprefill_fa.tools.needle.prompts import key_words
-
-if TYPE_CHECKING:
-    import numpy as np
-    from tokenizers import Tokenizer
 
 TASKS = ("multikey", "multivalue", "multiquery", "vt")
 """What questions are told apart in training, where a single needle is one of many keys."""
@@ -29,26 +25,37 @@ _LITERAL_WEIGHT = 0.5  # words of an answer that are the same each time, beside 
 
 
 @dataclass(frozen=True)
-class Batch:
+class _Mixed:
+    """What all batches of a mix have in common.
+
+    Attributes:
+        total: tokens of all statements and questions.
+        sizes: `[units]`, tokens of each.
+        weights: `[A]` of the tokens of all answers: 1 for names and digits, less for words that are always the same.
+        columns: for each task in the batch, its index in `TASKS` and which of the A places are its.
+        scored: `[A]`, what an answer must say: not its end.
+    """
+
+    total: int
+    sizes: Tensor
+    weights: Tensor
+    columns: list[tuple[int, Tensor]]
+    scored: Tensor
+
+
+@dataclass(frozen=True)
+class Batch(_Mixed):
     """Sequences and what is to be learnt from them.
 
     Attributes:
         tokens: `[B, n]`.
         places: `[B, A]`, positions of the tokens of all answers.
-        weights: `[A]`, 1 for names and digits, less for words that are always the same.
-        columns: for each task in the batch, its index in `TASKS` and which of the A places are its.
-        scored: `[A]`, what an answer must say: not its end.
         source: `[B, n]`, positions that hold source text.
-        questions_last: whether the questions stand behind all statements.
     """
 
     tokens: Tensor
     places: Tensor
-    weights: Tensor
-    columns: list[tuple[int, Tensor]]
-    scored: Tensor
     source: Tensor
-    questions_last: bool
 
     @property
     def targets(self) -> Tensor:
@@ -66,23 +73,6 @@ class _Units:
     task: int
 
 
-@dataclass(frozen=True)
-class _Fixed:
-    """What all batches of a mix have in common.
-
-    Attributes:
-        total: tokens of all statements and questions.
-        sizes: `[units]`, tokens of each.
-        weights, columns, scored: as in `Batch`.
-    """
-
-    total: int
-    sizes: Tensor
-    weights: Tensor
-    columns: list[tuple[int, Tensor]]
-    scored: Tensor
-
-
 class Builder:
     """Builds sequences from the tokens of a text.
 
@@ -96,18 +86,12 @@ class Builder:
         self._tokenizer = tokenizer
         self._text = torch.from_numpy(text.astype("int32")).to(device)
         # Moving a list to the GPU waits for all that it has to do, so what is always the same is moved once.
-        self._fixed: dict[Mix, _Fixed] = {}
-        self._layouts: dict[Form, Layout] = {}
-        self._tensors: dict[Form, tuple[Tensor, Tensor]] = {}
-
-    @cached_property
-    def _names(self) -> Tensor:
-        ids = [self._tokenizer.token_to_id(name) for name in key_words(self._tokenizer)]
-        return torch.tensor(ids, device=self._text.device)
-
-    @cached_property
-    def _digits(self) -> Tensor:
-        return torch.tensor([self._tokenizer.token_to_id(str(digit)) for digit in range(10)], device=self._text.device)
+        self._mixes: dict[Mix, _Mixed] = {}
+        self._forms: dict[Form, tuple[Layout, Tensor, Tensor]] = {}
+        self._names, self._digits = (
+            torch.tensor([tokenizer.token_to_id(word) for word in words], device=device)
+            for words in (key_words(tokenizer), "0123456789")
+        )
 
     def build(
         self,
@@ -122,10 +106,7 @@ class Builder:
         """Draw `rows` sequences of `length` tokens.
 
         Args:
-            rows: B.
-            length: n.
-            mix: what they hold.
-            generator: of the text's device.
+            rows, length: B and n. mix: what they hold. generator: of the text's device.
             questions_last: ask behind all statements, and end with a question, as evaluation does.
             heaped: share of the sequences whose statements and questions stand at a few places, one right behind the
                 other, instead of anywhere.
@@ -138,16 +119,69 @@ class Builder:
             for unit in units:
                 if unit.layout.answer < len(unit.layout.literals):
                     unit.times += 1
-        return self._place(units, self._fixed_of(mix, units), length, generator, questions_last, heaped)
+        device = self._text.device
+        common = self._mixed(mix, units)
+        source = length - common.total
+        if source < 1:
+            raise ValueError(f"length must be at least {common.total + 1} tokens for this mix, got {length}")
+        if source >= len(self._text):
+            raise ValueError(f"the text must have more than {source} tokens, got {len(self._text)}")
+        # The units in their order, each after its share of the source text.
+        order = torch.cat([unit.times for unit in units], 1).argsort(1)
+        cuts = torch.randint(source + 1, order.shape, device=device, generator=generator).sort(1)[0]
+        grain = max(1, source // _HEAPS)
+        in_heaps = torch.rand(rows, 1, device=device, generator=generator) < heaped
+        cuts = torch.where(in_heaps, cuts - cuts % grain, cuts)
+        if questions_last:
+            cuts[:, -1] = source
+        ordered = common.sizes[order]
+        starts = torch.empty_like(cuts).scatter_(1, order, cuts + ordered.cumsum(1) - ordered)
+
+        tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
+        is_source = torch.ones(rows, length, dtype=torch.bool, device=device)
+        places = []
+        first = 0
+        for unit in units:
+            count, size = unit.tokens.shape[1:]
+            at = starts[:, first : first + count, None] + torch.arange(size, device=device)
+            first += count
+            tokens.scatter_(1, at.flatten(1), unit.tokens.flatten(1))
+            is_source.scatter_(1, at.flatten(1), False)
+            places.append(at[..., unit.layout.answer :].flatten(1))
+        begin = torch.randint(len(self._text) - source, (rows, 1), device=device, generator=generator)
+        text = self._text[begin + torch.arange(source, device=device)]
+        # Source text runs on behind each unit where it stopped before it.
+        reading = (is_source.cumsum(1) - 1).clamp(min=0)
+        tokens = torch.where(is_source, text.long().gather(1, reading), tokens)
+        return Batch(**vars(common), tokens=tokens, places=torch.cat(places, 1), source=is_source)
 
     def least_length(self, mix: Mix) -> int:
         """The shortest sequence that holds a mix."""
-        return self._fixed_of(mix, self._draw(1, mix, Generator(self._text.device))).total + 1
+        return self._mixed(mix, self._draw(1, mix, Generator(self._text.device))).total + 1
 
-    def _fixed_of(self, mix: Mix, units: list[_Units]) -> _Fixed:
-        if mix not in self._fixed:
-            self._fixed[mix] = _fix(units, self._text.device)
-        return self._fixed[mix]
+    def _mixed(self, mix: Mix, units: list[_Units]) -> _Mixed:
+        if mix in self._mixes:
+            return self._mixes[mix]
+        weights, tasks, scored = [], [], []
+        for unit in units:
+            layout = unit.layout
+            due = range(layout.answer, len(layout.literals))
+            count = unit.tokens.shape[1]
+            weights += [1.0 if layout.holes[place] >= 0 else _LITERAL_WEIGHT for place in due] * count
+            scored += [place < layout.end for place in due] * count
+            tasks += [unit.task] * len(due) * count
+        sizes = [len(unit.layout.literals) for unit in units for _ in range(unit.tokens.shape[1])]
+        self._mixes[mix] = _Mixed(
+            total=sum(sizes),
+            sizes=torch.tensor(sizes, device=self._text.device),
+            weights=torch.tensor(weights, device=self._text.device),
+            scored=torch.tensor(scored, device=self._text.device),
+            columns=[
+                (task, torch.tensor([place for place, at in enumerate(tasks) if at == task], device=self._text.device))
+                for task in sorted(set(tasks))
+            ],
+        )
+        return self._mixes[mix]
 
     def _draw(self, rows: int, mix: Mix, generator: Generator) -> list[_Units]:
         device = self._text.device
@@ -202,87 +236,13 @@ class Builder:
 
     def _fill(self, form: Form, names: Tensor, digits: Tensor, times: Tensor, task: str = TASKS[0]) -> _Units:
         """A form with names `[B, count, K]` and digits `[B, count, D]` in its holes."""
-        if form not in self._tensors:
+        if form not in self._forms:
             layout = lay_out(form, self._tokenizer)
-            device = self._text.device
-            self._layouts[form] = layout
-            self._tensors[form] = (
-                torch.tensor(layout.literals, device=device),
-                torch.tensor(layout.holes, device=device),
-            )
-        literals, holes = self._tensors[form]
+            holes = torch.tensor(layout.holes, device=self._text.device)
+            self._forms[form] = (layout, torch.tensor(layout.literals, device=self._text.device), holes)
+        layout, literals, holes = self._forms[form]
         filled = torch.cat((names, digits), -1)[..., holes.clamp(min=0)]
-        tokens = torch.where(holes >= 0, filled, literals)
-        return _Units(self._layouts[form], tokens, times, TASKS.index(task))
-
-    def _place(
-        self,
-        units: list[_Units],
-        fixed: _Fixed,
-        length: int,
-        generator: Generator,
-        questions_last: bool,
-        heaped: float,
-    ) -> Batch:
-        device = self._text.device
-        rows = units[0].tokens.shape[0]
-        source = length - fixed.total
-        if source < 1:
-            raise ValueError(f"length must be at least {fixed.total + 1} tokens for this mix, got {length}")
-        if source >= len(self._text):
-            raise ValueError(f"the text must have more than {source} tokens, got {len(self._text)}")
-        # The units in their order, each after its share of the source text.
-        order = torch.cat([unit.times for unit in units], 1).argsort(1)
-        cuts = torch.randint(source + 1, order.shape, device=device, generator=generator).sort(1)[0]
-        grain = max(1, source // _HEAPS)
-        in_heaps = torch.rand(rows, 1, device=device, generator=generator) < heaped
-        cuts = torch.where(in_heaps, cuts - cuts % grain, cuts)
-        if questions_last:
-            cuts[:, -1] = source
-        ordered = fixed.sizes[order]
-        starts = torch.empty_like(cuts).scatter_(1, order, cuts + ordered.cumsum(1) - ordered)
-
-        tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
-        is_source = torch.ones(rows, length, dtype=torch.bool, device=device)
-        places = []
-        first = 0
-        for unit in units:
-            count, size = unit.tokens.shape[1:]
-            at = starts[:, first : first + count, None] + torch.arange(size, device=device)
-            first += count
-            tokens.scatter_(1, at.flatten(1), unit.tokens.flatten(1))
-            is_source.scatter_(1, at.flatten(1), False)
-            places.append(at[..., unit.layout.answer :].flatten(1))
-        begin = torch.randint(len(self._text) - source, (rows, 1), device=device, generator=generator)
-        text = self._text[begin + torch.arange(source, device=device)]
-        # Source text runs on behind each unit where it stopped before it.
-        reading = (is_source.cumsum(1) - 1).clamp(min=0)
-        tokens = torch.where(is_source, text.long().gather(1, reading), tokens)
-        return Batch(
-            tokens, torch.cat(places, 1), fixed.weights, fixed.columns, fixed.scored, is_source, questions_last
-        )
-
-
-def _fix(units: list[_Units], device: torch.device) -> _Fixed:
-    weights, tasks, scored = [], [], []
-    for unit in units:
-        layout = unit.layout
-        due = range(layout.answer, len(layout.literals))
-        count = unit.tokens.shape[1]
-        weights += [1.0 if layout.holes[place] >= 0 else _LITERAL_WEIGHT for place in due] * count
-        scored += [place < layout.end for place in due] * count
-        tasks += [unit.task] * len(due) * count
-    sizes = [len(unit.layout.literals) for unit in units for _ in range(unit.tokens.shape[1])]
-    return _Fixed(
-        total=sum(sizes),
-        sizes=torch.tensor(sizes, device=device),
-        weights=torch.tensor(weights, device=device),
-        scored=torch.tensor(scored, device=device),
-        columns=[
-            (task, torch.tensor([place for place, at in enumerate(tasks) if at == task], device=device))
-            for task in sorted(set(tasks))
-        ],
-    )
+        return _Units(layout, torch.where(holes >= 0, filled, literals), times, TASKS.index(task))
 
 
 def _later(after: Tensor, share: Tensor) -> Tensor:

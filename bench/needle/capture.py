@@ -13,19 +13,10 @@ from flexprefill_fa.tools.loading import load_model
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.prompts import build_prompt
 
-_NEEDLES = 8
-
 
 def model_config() -> dict[str, Any]:
     """The needle model's config.json: numbers of layers and heads, head_dim."""
     return json.loads((MODEL_DIR / "config.json").read_text())
-
-
-def capture(
-    length: int, layer: int, *, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """query `[1, 8, n, 64]`, key and value `[1, 2, n, 64]` of one layer, see `capture_layers`."""
-    return capture_layers(length, [layer], dtype=dtype, device=device, seed=seed)[layer]
 
 
 def capture_layers(
@@ -34,10 +25,8 @@ def capture_layers(
     """query `[1, 8, n, 64]`, key and value `[1, 2, n, 64]` as each layer's attention gets them, positions applied.
 
     Args:
-        length: tokens of the prompt.
+        length, seed: of the prompt. dtype, device: of the model and the result.
         layers: which layers, from 0; one pass of the model serves them all.
-        dtype, device: of the model and the result.
-        seed: of the prompt.
 
     Raises:
         ValueError: for a layer that the model does not have, or a prompt that cannot be built.
@@ -60,7 +49,7 @@ def capture_layers(
             captured[module.layer_idx] = (query.contiguous(), key.contiguous(), value.contiguous())
         return sdpa_attention_forward(module, query, key, value, *arguments, **options)
 
-    prompt = build_prompt(Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json")), length, needles=_NEEDLES, seed=seed)
+    prompt = build_prompt(Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json")), length, needles=8, seed=seed)
     AttentionInterface.register("capturing", capturing)
     model.set_attn_implementation("capturing")
     decoder.layers = decoder.layers[: max(layers) + 1]  # the layers above it are not needed

@@ -1,17 +1,24 @@
-"""The model card: what the needle model can do, in numbers from its evaluation, and how to make it again."""
+"""What the needle model can do, in numbers from its evaluation: its card, and the tables of the documents."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from bench.needle.corpus import Corpus
-from bench.needle.settings import Settings
-from bench.needle.tokenization import NAMES
+import torch
+
+from bench.needle.network import Network
+from bench.needle.settings import NAMES, Settings
 from bench.tables import distinct, markdown_table
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.formats import CHAIN, EVALUATED, MOST
-from flexprefill_fa.tools.rows import Row
+from flexprefill_fa.tools.rows import Row, latest
+
+_CONDITIONS = ("model_sha256", "asked_sha256", "seed", "gpu", "torch", "python")
+"""What the rows of a table have in common."""
 
 _CARD = """\
 ---
@@ -22,9 +29,9 @@ pipeline_tag: text-generation
 
 # The needle model
 
-A Llama of {parameters} M parameters ({megabytes} MB in bfloat16: {layers} layers, {heads} query and {kv_heads} key and
-value heads of 64, hidden {hidden}) that finds what is hidden in long Python source. It is trained, so its attention has
-the patterns that sparse prefill lives on, and small enough to be part of the package.
+A Llama of {parameters} M parameters ({megabytes} MB in bfloat16: {shape.layers} layers, {shape.heads} query and
+{shape.kv_heads} key and value heads of 64, hidden {shape.hidden}) that finds what is hidden in long Python source. It
+is trained, so its attention has the patterns that sparse prefill lives on, and small enough to be part of the package.
 
 ## What it can do
 
@@ -32,7 +39,11 @@ It answers five kinds of questions at the end of a text, in just these words (`f
 
 | task | hidden in the text | asked |
 | --- | --- | --- |
-{tasks}
+| single | one number under a name | the number |
+| multikey | {multikey.needles} numbers, each under its own name | one of them |
+| multivalue | {multivalue.lists} names with {several} numbered numbers each | all numbers of one name |
+| multiquery | {multiquery.needles} numbers, each under its own name | the numbers of {several} names at once |
+| vt | {vt.chains} chains of {chain} variables, `VAR #b = VAR #a` | the variables of a value, in their chain's order |
 
 A name is one of the {names} tokens `#word` of its tokenizer. Numbers have seven digits, values of variables five.
 
@@ -50,18 +61,20 @@ Questions of each task: {samples}.
 ## What it cannot do
 
 Anything else. It was trained on no other wording of the questions, no other names, no numbers of other lengths, no
-question about what the text does not hold, and nothing beyond {longest} tokens; what it says to those was not measured.
-It does not follow instructions, and writes no program worth running. It read its training text many times over.
+question about what the text does not hold, and nothing beyond {longest:,} tokens; what it says to those was not
+measured. It does not follow instructions, and writes no program worth running. It read its training text many times.
 
 ## How it was made
 
-From the standard library of Python {python}: {train} tokens of {train_files} files to train on, {held_out} tokens of
-{held_out_files} other files to evaluate on. To make it again, in a checkout on a machine with one GPU:
+From the standard library of Python {facts[python]}: {facts[tokens][train]:,} tokens of {facts[files][train]} files to
+train on, {facts[tokens][held_out]:,} tokens of {facts[files][held_out]} other files to evaluate on. To make it
+again, in a checkout on a machine with one GPU:
 
-    python -m bench.needle.prepare{prepare}
-    python -m bench.needle.train{train_options}
+    python -m bench.needle.prepare
+    python -m bench.needle.train{options}
 
-AdamW, bfloat16, seed {seed}, {steps} steps (`bench/needle/settings.py`), from short sequences to long ones:
+AdamW, bfloat16, seed {settings.seed}, {settings.steps:,} steps (`bench/needle/settings.py`), from short sequences to
+long ones:
 
 {stages}
 
@@ -70,39 +83,33 @@ modules move. Library text: Python Software Foundation License.
 """
 
 
-def write_card(folder: Path, rows: Sequence[Row], settings: Settings, corpus: Corpus, options: str = "") -> None:
+def write_card(folder: Path, rows: Sequence[Row], settings: Settings, facts: dict[str, Any]) -> None:
     """Write `README.md` beside the model.
 
     Args:
         folder: of the model.
         rows: its accuracies, see `bench.needle.run`.
-        settings, corpus: of its training.
-        options: of `bench.needle.train`, to make it again.
+        settings: of its training. facts: of its corpus.
     """
-    shape, facts = settings.shape, corpus.facts
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Network(settings.shape).parameters())
+    stages = [[f"{stage.length:,}", str(stage.rows), f"{stage.steps:,}"] for stage in settings.stages]
     text = _CARD.format(
-        parameters=f"{shape.parameters / 1e6:.1f}",
-        megabytes=f"{2 * shape.parameters / 1e6:.1f}",
-        layers=shape.layers,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        hidden=shape.hidden,
-        tasks="\n".join(f"| {task} | {hidden} | {asked} |" for task, (hidden, asked) in _descriptions().items()),
+        parameters=f"{parameters / 1e6:.1f}",
+        megabytes=f"{2 * parameters / 1e6:.1f}",
+        shape=settings.shape,
+        settings=settings,
+        facts=facts,
+        several=MOST,
+        chain=CHAIN,
+        **EVALUATED,
         names=NAMES,
         samples=questions_of(rows),
         conditions=conditions_of(rows),
         accuracies=accuracy_table(rows),
-        longest=f"{max(stage.length for stage in settings.stages):,}",
-        python=facts["python"],
-        train=f"{facts['tokens']['train']:,}",
-        held_out=f"{facts['tokens']['held_out']:,}",
-        train_files=facts["files"]["train"],
-        held_out_files=facts["files"]["held_out"],
-        steps=f"{settings.steps:,}",
-        seed=settings.seed,
-        stages=_stage_table(settings),
-        prepare=f" --seed {facts['seed']}" if facts["seed"] else "",
-        train_options=f" {options}" if options else "",
+        longest=max(stage.length for stage in settings.stages),
+        options=f" --seed {settings.seed}" if settings.seed else "",
+        stages=markdown_table(["tokens of a sequence", "sequences of a step", "steps"], stages),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -134,29 +141,18 @@ def questions_of(rows: Sequence[Row]) -> str:
     )
 
 
-def _stage_table(settings: Settings) -> str:
-    """A Markdown table of the stages, a line for each."""
-    header = ["tokens of a sequence", "sequences of a step", "steps"]
-    lines = [[f"{stage.length:,}", str(stage.rows), f"{stage.steps:,}"] for stage in settings.stages]
-    return markdown_table(header, lines)
-
-
-def _descriptions() -> dict[str, tuple[str, str]]:
-    """For each task what is hidden, and what is asked."""
-    mixes = EVALUATED
-    return {
-        "single": ("one number under a name", "the number"),
-        "multikey": (f"{mixes['multikey'].needles} numbers, each under its own name", "one of them"),
-        "multivalue": (
-            f"{mixes['multivalue'].lists} names with {MOST} numbered numbers each",
-            "all numbers of one name",
-        ),
-        "multiquery": (
-            f"{mixes['multiquery'].needles} numbers, each under its own name",
-            f"the numbers of {MOST} names at once",
-        ),
-        "vt": (
-            f"{mixes['vt'].chains} chains of {CHAIN} variables, `VAR #b = VAR #a`",
-            "the variables that hold a value, in the order of their chain",
-        ),
-    }
+def run_tables(rows: Iterable[Row]) -> str:
+    """The accuracies of each model that rows are of, the one of this checkout first and marked; the last rows count."""
+    tables: dict[tuple[object, ...], list[Row]] = {}
+    for row in latest(rows, lambda row: (*(row.get(name) for name in _CONDITIONS), row["task"], row["length"])):
+        tables.setdefault(tuple(row.get(name) for name in _CONDITIONS), []).append(row)
+    shipped = model_sha256(MODEL_DIR)
+    texts = []
+    for table in sorted(tables.values(), key=lambda table: table[0]["model_sha256"] != shipped):
+        model = table[0]["model_sha256"]
+        texts.append(
+            f"**SHA-256 {model[:10]}**{' (`flexprefill_fa/tools/needle/model`)' if model == shipped else ''}: share of "
+            "whole answers that are right after dense prefill, bfloat16. Questions of each task: "
+            f"{questions_of(table)}. {conditions_of(table)}.\n\n{accuracy_table(table)}"
+        )
+    return "\n\n".join(texts)

@@ -1,76 +1,98 @@
-"""`python -m bench.needle.evaluate`: the dense accuracy of a needle model, by task and length."""
+"""`python -m bench.needle.evaluate`: the dense accuracy of a needle model, by task and length, on held-out text."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import platform
+import zlib
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import torch
 import typer
+from torch import Tensor
 
-from bench.needle.batches import Builder
+from bench.needle.batches import Batch, Builder
 from bench.needle.card import accuracy_table
-from bench.needle.corpus import PACKAGES, encode
-from bench.needle.evaluation import accuracy_facts, measure
-from bench.needle.release import load_release, load_tokenizer
-from bench.needle.run import attention_kernel, require_flash
+from bench.needle.network import Network, attention_kernel, load_release
+from bench.needle.prepare import encode
 from bench.needle.settings import FULL
-from bench.spec import parse_lengths, parse_list
-from bench.terminal import one_line_errors, require_packages
-from flexprefill_fa.tools.loading import UsageError, resolve_device
+from bench.terminal import one_line_errors
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.loading import resolve_device
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.formats import EVALUATED
 from flexprefill_fa.tools.needle.source import ascii_text, held_out_files
-from flexprefill_fa.tools.rows import append, require_appendable
+from flexprefill_fa.tools.rows import Row, environment
 
-_OTHERS = 128  # questions at lengths that no goal names
-_LENGTHS = ",".join(str(goal.length) for goal in FULL.goals)
+_TOKENS_AT_ONCE = 131072
+
+
+def accuracy_facts(model: Path, text: np.ndarray, seed: int, device: torch.device) -> Row:
+    """What rows say beside accuracies: which model they are of, what it was asked (text, seed), the conditions."""
+    asked = hashlib.sha256(repr(sorted(EVALUATED.items())).encode() + text.tobytes()).hexdigest()
+    facts = {"kind": "needle", "model_sha256": model_sha256(model), "asked_sha256": asked, "seed": seed}
+    return {**facts, "python": platform.python_version(), **environment(device)}
+
+
+@torch.no_grad()
+def measure(network: Network, builder: Builder, task: str, length: int, samples: int, seed: int) -> Row:
+    """Ask `samples` questions, each at the end of a text of its own.
+
+    The model reads the right answer and must find each token of it the most likely one, which is so exactly where
+    greedy decoding gives that answer.
+
+    Args:
+        network: in eval mode or not: it has no dropout. builder: of held-out text.
+        task: one of `EVALUATED`. length: tokens of text, question and answer. seed: of the questions.
+
+    Returns:
+        "exact", the share of the questions whose whole answer is right; "parts", that of the names and digits that are
+        right, each behind the right ones before it; the three arguments that it depends on.
+
+    Raises:
+        ValueError: where the text is too short.
+    """
+    device = next(network.parameters()).device
+    rows = min(samples, max(1, _TOKENS_AT_ONCE // length))
+    right: list[Tensor] = []
+    share: list[Tensor] = []
+    for first in range(0, samples, rows):
+        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{task} {length} {seed} {first}".encode()))
+        batch = builder.build(min(rows, samples - first), length, EVALUATED[task], generator, questions_last=True)
+        found = predictions(network, batch)[:, batch.scored]
+        correct = found == batch.targets[:, batch.scored]
+        right.append(correct.all(1))
+        share.append(correct[:, batch.weights[batch.scored] == 1].float().mean(1))
+    exact, parts = (round(torch.cat(found).float().mean().item(), 4) for found in (right, share))
+    return {"task": task, "length": length, "samples": samples, "exact": exact, "parts": parts}
+
+
+def predictions(network: Network, batch: Batch) -> Tensor:
+    """The most likely token `[B, A]` at each place of the answers."""
+    return network.logits_at(network(batch.tokens), batch.places).argmax(-1)
 
 
 def evaluate(
     model: Annotated[Path, typer.Option(help="A folder that bench.needle.train made.")] = MODEL_DIR,
-    tasks: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(EVALUATED),
-    lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = _LENGTHS,
-    samples: Annotated[
-        int | None,
-        typer.Option(min=1, help=f"Questions per task and length. Default: as after training, else {_OTHERS}."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the questions.")] = 0,
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON lines; rows are added.")] = None,
 ) -> None:
-    """Measure how often each task's whole answer is right, on text that is held out from training."""
+    """Measure how often each task's whole answer is right, on text that is held out from training.
+
+    Prints JSON lines, as `bench/results/needle.jsonl` holds them, and a table on stderr.
+    """
     with one_line_errors():
-        require_packages(*PACKAGES)
-        where = resolve_device(device)
-        require_flash(where)
-        network, tokenizer = load_release(model, where), load_tokenizer(model)
-        chosen = parse_list("tasks", tasks)
-        unknown = [task for task in chosen if task not in EVALUATED]
-        if unknown:
-            raise UsageError(f"tasks must be of {', '.join(EVALUATED)}, got {unknown[0]!r}")
-        text = encode(tokenizer, [ascii_text(file) for file in held_out_files()])
-        asked = parse_lengths(lengths)
-        if max(asked) > len(text):
-            raise UsageError(f"lengths must be at most {len(text)}, the tokens of held-out text, got {max(asked)}")
-        counts = {goal.length: goal.samples for goal in FULL.goals}
-        builder, facts = Builder(tokenizer, text, where), accuracy_facts(model, text, seed, where)
-        for task in chosen:
-            if min(asked) < (least := builder.least_length(EVALUATED[task])):
-                raise UsageError(f"lengths must be at least {least} tokens for {task}, got {min(asked)}")
-        if out is not None:
-            require_appendable(out)
-        typer.echo(f"on {where}", err=True)
-        rows = []
-        with attention_kernel(where):
-            for length in asked:
-                for task in chosen:
-                    count = samples or counts.get(length, _OTHERS)
-                    found = measure(network, builder, task, length, count, seed)
-                    rows.append({**found.row(task, length), **facts})
+        device = resolve_device("auto")
+        with attention_kernel(device):
+            network, tokenizer = load_release(model, device)
+            text = encode(tokenizer, [ascii_text(file) for file in held_out_files()])
+            builder, facts = Builder(tokenizer, text, device), accuracy_facts(model, text, 0, device)
+            rows = []
+            for goal in FULL.goals:
+                for task in EVALUATED:
+                    rows.append({**measure(network, builder, task, goal.length, goal.samples, 0), **facts})
                     typer.echo(json.dumps(rows[-1]))
-                    if out is not None:
-                        append(out, rows[-1])
     typer.echo(accuracy_table(rows), err=True)
 
 

@@ -4,40 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bench.needle.batches import TASKS, Batch, Builder
-from bench.needle.evaluation import gather_hidden
 from bench.needle.network import Network
 from bench.needle.settings import Settings
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a step found, as tensors that nobody has waited for yet.
-
-    Attributes:
-        loss: what was minimised.
-        text: mean loss of the source text.
-        norm: of the gradient before it was clipped.
-        answers: for each task the mean loss of its names and digits, the share of them that was right ("_right"), and
-            that share in the sequences that end with their questions ("_last_right"), if there are such.
-    """
-
-    loss: Tensor
-    text: Tensor
-    norm: Tensor
-    answers: dict[str, Tensor]
-
-
-def mean_row(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def mean_row(outcomes: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     """The means of some steps' outcomes as numbers, rounded; the steps are of one stage."""
-    found = [{"loss": one.loss, "text": one.text, "norm": one.norm, **one.answers} for one in outcomes]
-    return {name: round(torch.stack([one[name] for one in found]).mean().item(), 5) for name in found[0]}
+    return {name: round(torch.stack([one[name] for one in outcomes]).mean().item(), 5) for name in outcomes[0]}
 
 
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
@@ -74,8 +53,14 @@ def draw(builder: Builder, settings: Settings, step: int, generator: Generator) 
 
 def take_step(
     network: Network, optimizer: torch.optim.Optimizer, builder: Builder, settings: Settings, step: int
-) -> Outcome:
-    """Make one step, a function of the weights, the optimizer's averages, the settings and `step` alone."""
+) -> dict[str, Tensor]:
+    """Make one step, a function of the weights, the optimizer's averages, the settings and `step` alone.
+
+    Returns:
+        What it found, as tensors that nobody has waited for yet: "loss", which was minimised; "text", the mean loss of
+        source text; "norm" of the gradient before it was clipped; for each task the mean loss of its names and digits,
+        and with "_right" the share of them that was right.
+    """
     device = next(network.parameters()).device
     generator = generator_of(device, settings.seed, step)
     batches = draw(builder, settings, step, generator)
@@ -87,48 +72,27 @@ def take_step(
         answers = _answer_losses(network, batches, parts)
         text = _text_loss(network, batches, parts, settings.text_share, generator)
         weight = settings.stages[settings.locate(step)[0]].text_weight
-        loss = torch.stack([found.weighted for found in answers.values()]).mean() + weight * text
+        loss = torch.stack([weighted for weighted, _, _ in answers.values()]).mean() + weight * text
     loss.backward()
     norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    shown: dict[str, Tensor] = {}
-    for task, found in answers.items():
-        shown |= {task: found.plain.detach(), f"{task}_right": found.right}
-        if found.last_right is not None:
-            shown[f"{task}_last_right"] = found.last_right
-    return Outcome(loss.detach(), text.detach(), norm.detach(), shown)
+    found = {"loss": loss, "text": text, "norm": norm}
+    for task, (_, plain, right) in answers.items():
+        found |= {task: plain, f"{task}_right": right}
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
-@dataclass(frozen=True)
-class _TaskLoss:
-    """One task in a step.
-
-    Attributes:
-        weighted: its part of the loss.
-        plain: mean loss of its names and digits.
-        right: share of them that is right.
-        last_right: that share where questions come last, None without such sequences.
-    """
-
-    weighted: Tensor
-    plain: Tensor
-    right: Tensor
-    last_right: Tensor | None
-
-
-def _answer_losses(network: Network, batches: list[Batch], parts: tuple[Tensor, ...]) -> dict[str, _TaskLoss]:
-    """The losses of each task.
+def _answer_losses(network: Network, batches: list[Batch], parts: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, ...]]:
+    """For each task its part of the loss, the mean loss of its names and digits, and the share of them that is right.
 
     Means of the batches' means: a text that hides little and asks little counts as much as one full of questions.
     """
     found: dict[int, list[Tensor]] = defaultdict(list)
-    last: dict[int, list[Tensor]] = defaultdict(list)
     for batch, hidden in zip(batches, parts, strict=True):
-        logits = network.logits(gather_hidden(hidden, batch.places)).float()  # [B, A, vocabulary]
-        targets = batch.targets
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        right = (logits.detach().argmax(-1) == targets).float()
+        logits = network.logits_at(hidden, batch.places).float()  # [B, A, vocabulary]
+        losses = _cross_entropy(logits, batch.targets)
+        right = (logits.detach().argmax(-1) == batch.targets).float()
         for task, columns in batch.columns:
             weights = batch.weights[columns]
             filled = (weights == 1).float()
@@ -138,14 +102,7 @@ def _answer_losses(network: Network, batches: list[Batch], parts: tuple[Tensor, 
                 (right[:, columns] * filled).mean(0).sum() / filled.sum(),
             )
             found[task].append(torch.stack(means))
-            if batch.questions_last:
-                last[task].append(means[2])
-    result = {}
-    for task, pieces in sorted(found.items()):
-        weighted, plain, right = torch.stack(pieces).mean(0).unbind()
-        last_right = torch.stack(last[task]).mean() if task in last else None
-        result[TASKS[task]] = _TaskLoss(weighted, plain, right, last_right)
-    return result
+    return {TASKS[task]: torch.stack(pieces).mean(0).unbind() for task, pieces in sorted(found.items())}
 
 
 def _text_loss(
@@ -157,10 +114,12 @@ def _text_loss(
         rows, length = batch.tokens.shape
         size = (rows, max(1, round(length * share)))
         places = torch.randint(1, length, size, device=hidden.device, generator=generator)
-        logits = network.logits(gather_hidden(hidden, places)).float()
-        targets = batch.tokens.gather(1, places)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        logits = network.logits_at(hidden, places).float()
         wanted = batch.source.gather(1, places)
-        total.append((losses * wanted).sum())
+        total.append((_cross_entropy(logits, batch.tokens.gather(1, places)) * wanted).sum())
         count.append(wanted.sum())
     return torch.stack(total).sum() / torch.stack(count).sum().clamp(min=1)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

@@ -1,14 +1,23 @@
-"""The needle model for training: a Llama whose parameters have the names and shapes of Hugging Face's."""
+"""The needle model: a Llama whose parameters have the names and shapes of Hugging Face's, and its folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flexprefill_fa.tools.loading import UsageError, first_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 HEAD_DIM = 64
 _EPSILON = 1e-6
@@ -19,7 +28,7 @@ class Shape:
     """The sizes of the model; heads of 64, 4 query heads to a key and value head.
 
     Attributes:
-        vocabulary: tokens, those of the tokenizer rounded up.
+        vocabulary: tokens of the tokenizer.
         hidden, intermediate: widths.
         layers, heads, kv_heads: how many.
         theta: base of the rotary positions. At 1e8, a third of each head turns less than half a radian in 128K
@@ -36,13 +45,6 @@ class Shape:
     theta: float = 1e8
     positions: int = 131072
 
-    @property
-    def parameters(self) -> int:
-        """How many parameters the model has."""
-        attention = self.hidden * HEAD_DIM * 2 * (self.heads + self.kv_heads)
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        return self.vocabulary * self.hidden + self.layers * layer + self.hidden
-
     def config(self) -> dict[str, Any]:
         """`config.json` as Hugging Face's Llama reads it."""
         return {
@@ -54,30 +56,27 @@ class Shape:
             "eos_token_id": 0,
             "head_dim": HEAD_DIM,
             "hidden_act": "silu",
-            "hidden_size": self.hidden,
             "initializer_range": 0.02,
-            "intermediate_size": self.intermediate,
             "max_position_embeddings": self.positions,
             "mlp_bias": False,
             "model_type": "llama",
-            "num_attention_heads": self.heads,
-            "num_hidden_layers": self.layers,
-            "num_key_value_heads": self.kv_heads,
             "rms_norm_eps": _EPSILON,
             "rope_parameters": {"rope_theta": self.theta, "rope_type": "default"},
             "tie_word_embeddings": True,
             "use_cache": True,
-            "vocab_size": self.vocabulary,
+            **{name: getattr(self, size) for size, name in _SIZES.items()},
         }
 
 
-class _Norm(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, _EPSILON)
+_SIZES = {
+    "vocabulary": "vocab_size",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+}
+"""Names of the sizes in `config.json`."""
 
 
 class _Attention(nn.Module):
@@ -112,9 +111,9 @@ class _FeedForward(nn.Module):
 class _Layer(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
-        self.input_layernorm = _Norm(shape.hidden)
+        self.input_layernorm = nn.RMSNorm(shape.hidden, _EPSILON)
         self.self_attn = _Attention(shape)
-        self.post_attention_layernorm = _Norm(shape.hidden)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden, _EPSILON)
         self.mlp = _FeedForward(shape)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ class _Backbone(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.hidden)
         self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.layers))
-        self.norm = _Norm(shape.hidden)
+        self.norm = nn.RMSNorm(shape.hidden, _EPSILON)
 
 
 class Network(nn.Module):
@@ -140,10 +139,6 @@ class Network(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)
-
-    def layers(self) -> Iterator[nn.Module]:
-        """The layers, for `torch.compile` one by one: alike, they compile once."""
-        yield from self.model.layers
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The last hidden states `[B, n, hidden]` of tokens `[B, n]`; `logits` reads them."""
@@ -161,8 +156,62 @@ class Network(nn.Module):
         """Scores of the next token `[..., vocabulary]`; the embedding serves as the head too."""
         return F.linear(hidden, self.model.embed_tokens.weight)
 
+    def logits_at(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """Scores `[B, A, vocabulary]` of the tokens at `places` `[B, A]`, from the states before them."""
+        return self.logits(hidden.gather(1, (places - 1)[..., None].expand(-1, -1, hidden.shape[-1])))
+
 
 def _turn(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary positions: dimension i and i + 32 of `[B, H, n, 64]` are a point that turns with the position."""
     first, second = heads.chunk(2, -1)
     return heads * cosine + torch.cat((-second, first), -1) * sine
+
+
+def export(network: Network, tokenizer: Path, folder: Path) -> None:
+    """Write config, bfloat16 weights and the files of the tokenizer in a folder."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / name, folder / name)
+    config = json.dumps(network.shape.config(), indent=2, sort_keys=True)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    weights = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in network.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_release(folder: Path, device: torch.device) -> tuple[Network, Tokenizer]:
+    """The model of such a folder, in bfloat16 as it is used, and its tokenizer.
+
+    Raises:
+        UsageError: where there is no such model.
+    """
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        shape = Shape(**{size: config[name] for size, name in _SIZES.items()})
+        if config | shape.config() != config:
+            raise ValueError("its config.json is not of the needle model's architecture")
+        with torch.device("meta"):
+            network = Network(shape)
+        network.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises no narrower one
+        raise UsageError(f"no needle model in {folder}: {first_line(error)}") from error
+    return network.to(device), tokenizer
+
+
+def attention_kernel(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU flash attention or nothing: the kernels that SDPA would fall back to need memory for all scores.
+
+    Raises:
+        UsageError: for a GPU that is too old for it.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    if (found := torch.cuda.get_device_capability(device)) < (8, 0):
+        got = ".".join(map(str, found))
+        raise UsageError(f"flash attention in bfloat16 needs a GPU of compute capability 8.0 or more, got {got}")
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION)

@@ -1,46 +1,179 @@
-"""`python -m bench.needle.prepare`: the tokenizer and the token corpus of the needle model."""
+"""`python -m bench.needle.prepare`: the token corpus, a folder with tokenizer, training text and held-out text.
+
+The tokenizer makes byte pairs within lines of Python source, single digits, and names of one token.
+"""
 
 from __future__ import annotations
 
-import time
+import collections
+import hashlib
+import itertools
+import json
+import platform
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import typer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bench.needle.corpus import PACKAGES, build_corpus
 from bench.needle.network import Shape
+from bench.needle.settings import NAMES
 from bench.paths import ROOT
-from bench.terminal import one_line_errors, require_packages
-from flexprefill_fa.tools.needle.source import source_files
-from flexprefill_fa.tools.progress import WorkProgress
+from bench.terminal import one_line_errors
+from flexprefill_fa.tools.loading import UsageError, first_line
+from flexprefill_fa.tools.needle.formats import all_forms
+from flexprefill_fa.tools.needle.source import ascii_text, held_out_files, is_held_out, source_files
 
 WORK = ROOT / "build" / "needle"
 """Where corpus, checkpoint and model are made; git ignores it."""
 
-CORPUS = "corpus"
-"""The corpus's folder in there."""
+_FACTS = "corpus.json"
+_SPECIAL = ("<pad>", "<bos>")
+_COMMON_WORDS = 3000  # names are drawn from the most common words of the text
+_TIMES = 2_000  # each form among the texts: enough for its words to become single tokens
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text as tokens.
+
+    Attributes:
+        folder: where it lies.
+        tokenizer: of its tokens.
+        train, held_out: uint16 `[tokens]`, of different files.
+        facts: the Python version, and for each part its files and tokens.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: np.ndarray
+    held_out: np.ndarray
+    facts: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Tells corpora apart."""
+        return hashlib.sha256(self.train.tobytes() + self.held_out.tobytes()).hexdigest()
+
+
+def build_corpus(folder: Path, files: int | None = None) -> Corpus:
+    """Train a tokenizer on the training files, and write all text as tokens.
+
+    Args:
+        folder: is made where it is missing.
+        files: use only the first so many of each part; for tests.
+
+    Raises:
+        UsageError: where this Python has too little source text.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {
+        "train": [file for file in source_files() if not is_held_out(file)][:files],
+        "held_out": list(held_out_files())[:files],
+    }
+    texts = {name: [ascii_text(file) for file in chosen] for name, chosen in parts.items()}
+    tokenizer = train_tokenizer(texts["train"])
+    save_tokenizer(tokenizer, folder)
+    tokens = {name: encode(tokenizer, found) for name, found in texts.items()}
+    for name, found in tokens.items():
+        np.save(folder / f"{name}.npy", found)
+    files_of, tokens_of = ({name: len(found) for name, found in each.items()} for each in (parts, tokens))
+    facts = {"python": platform.python_version(), "files": files_of, "tokens": tokens_of}
+    # Last, so that a corpus without it is one that was not finished.
+    (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return load_corpus(folder)
+
+
+def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
+    """A tokenizer for `texts`; names are common words of theirs.
+
+    Raises:
+        UsageError: where the texts hold too few words.
+    """
+    counted = collections.Counter(word for text in texts for word in re.findall(r"\b[a-z]{5,9}\b", text))
+    words = sorted(counted, key=lambda word: (-counted[word], word))[:_COMMON_WORDS]
+    if len(words) < NAMES:
+        raise UsageError(f"the text must hold {NAMES} different words of 5 to 9 letters, got {len(words)}")
+    names = sorted(random.Random(0).sample(words, NAMES))
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # So that a statement's tokens are the same before whatever line.
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=Shape().vocabulary - NAMES,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=list(_SPECIAL),
+        show_progress=False,
+    )
+    forms = [f"{form.prompt}{form.answer}{form.end}" for form in all_forms()]
+    tokenizer.train_from_iterator(itertools.chain(texts, forms * _TIMES), trainer)
+    tokenizer.add_tokens([AddedToken(f"#{name}", normalized=False) for name in names])
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer.json` and what `AutoTokenizer` reads beside it."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    pad, start = _SPECIAL
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": start,
+        "pad_token": pad,
+        "eos_token": pad,
+        "model_max_length": Shape().positions,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """The tokens of texts one after the other, uint16."""
+    encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return np.concatenate([np.array(encoding.ids, dtype=np.uint16) for encoding in encoded])
+
+
+def load_corpus(folder: Path) -> Corpus:
+    """Read a corpus back.
+
+    Raises:
+        UsageError: where there is none, or a broken one.
+    """
+    try:
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        parts = {name: np.load(folder / f"{name}.npy") for name in ("train", "held_out")}
+        if any(len(tokens) != facts["tokens"][name] for name, tokens in parts.items()):
+            raise ValueError("its parts are of different runs")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises no narrower one
+        again = "run 'python -m bench.needle.prepare' first"
+        raise UsageError(f"no corpus in {folder} ({first_line(error)}): {again}") from error
+    return Corpus(folder, tokenizer, **parts, facts=facts)
 
 
 def prepare(
     out: Annotated[Path, typer.Option(help="The work folder; the corpus goes to its folder 'corpus'.")] = WORK,
-    seed: Annotated[int, typer.Option(min=0, help="Of the 512 words that become names.")] = 0,
 ) -> None:
     """Make tokenizer and token corpus from the standard library of this Python, a tenth of its files held out.
 
-    The same Python version gives the same corpus.
+    The same Python version gives the same corpus. It takes a minute.
     """
-    started = time.monotonic()
     with one_line_errors():
-        require_packages(*PACKAGES)
-        files = len(source_files())
-        with WorkProgress().task(f"{files} files") as advance:
-            corpus = build_corpus(out / CORPUS, Shape().positions, seed, advance)
-    tokens, counts = corpus.facts["tokens"], corpus.facts["files"]
+        corpus = build_corpus(out / "corpus")
+    tokens, files = corpus.facts["tokens"], corpus.facts["files"]
     typer.echo(
-        f"{tokens['train']:,} tokens of {counts['train']} files to train on, {tokens['held_out']:,} of "
-        f"{counts['held_out']} held out, Python {corpus.facts['python']}, in {time.monotonic() - started:.0f} s: "
-        f"{corpus.folder}"
+        f"{tokens['train']:,} tokens of {files['train']} files to train on, {tokens['held_out']:,} of "
+        f"{files['held_out']} held out, Python {corpus.facts['python']}: {corpus.folder}"
     )
 
 

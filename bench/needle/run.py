@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.needle import checkpoint
 from bench.needle.batches import Builder
-from bench.needle.corpus import Corpus
-from bench.needle.evaluation import accuracy_facts, measure
-from bench.needle.learning import Outcome, autocast, make_optimizer, mean_row, take_step
-from bench.needle.network import Network
-from bench.needle.pace import Clock, OutOfTime, Pace
-from bench.needle.release import export, load_release
+from bench.needle.evaluate import accuracy_facts, measure
+from bench.needle.learning import autocast, make_optimizer, mean_row, take_step
+from bench.needle.network import Network, attention_kernel, export, load_release
+from bench.needle.prepare import Corpus
 from bench.needle.settings import Settings, Stage
-from flexprefill_fa.tools.loading import UsageError
-from flexprefill_fa.tools.needle.formats import EVALUATED, MOST
+from flexprefill_fa.tools.files import write_whole
+from flexprefill_fa.tools.loading import UsageError, first_line
+from flexprefill_fa.tools.needle.formats import EVALUATED
 from flexprefill_fa.tools.rows import Row, append, keep, read
 
 _SAVE_SECONDS = 60.0  # between checkpoints
-_SAY_SECONDS = 10.0  # between lines about losses
 _FIRST_ROW_SECONDS = 75.0  # what a stage's first steps may take, of which one compiles
 _CELL_SECONDS = 25.0  # what one accuracy may take
-_LEARNT = 0.9  # of a stage's answers: below, a task is not learnt
-FINISHED = "model"
-"""The stage of the rows about the finished model."""
+_RESERVE = 20.0  # seconds that are kept for the last checkpoint
+
+
+class OutOfTime(Exception):
+    """The time that a run was given is nearly over."""
 
 
 class Run:
@@ -40,14 +38,15 @@ class Run:
         settings: what it does.
         corpus: what it reads.
         folder: for checkpoint, curve, accuracies and model.
-        device: where it computes.
-        clock: how long it may take.
-        compiled: whether the layers are compiled.
+        device: where it computes; on a GPU the layers are compiled.
+        end: of its time, by `time.monotonic`.
         say: shows a line.
 
+    Attributes:
+        step: steps made. model: folder of the finished model.
+
     Raises:
-        UsageError: for a checkpoint of another run, a tokenizer with which a stage's sequences are too short, or too
-            little text.
+        UsageError: for a checkpoint of another run, or a broken one.
     """
 
     def __init__(
@@ -56,27 +55,23 @@ class Run:
         corpus: Corpus,
         folder: Path,
         device: torch.device,
-        clock: Clock,
-        compiled: bool,
-        say: Callable[[str], None],
+        end: float = math.inf,
+        say: Callable[[str], object] = print,
     ):
-        self._settings, self._corpus, self._device = settings, corpus, device
-        self._clock, self._compiled, self._say = clock, compiled, say
-        self._checkpoint = folder / "checkpoint"
-        self.curve, self.accuracies, self.model = folder / "curve.jsonl", folder / "accuracy.jsonl", folder / "model"
+        self._settings, self._corpus, self._device, self._end, self._say = settings, corpus, device, end, say
+        self._checkpoint, self.model = folder / "checkpoint.pt", folder / "model"
+        self._curve, self._accuracies = folder / "curve.jsonl", folder / "accuracy.jsonl"
         self._training, self._held_out = (
             Builder(corpus.tokenizer, text, device) for text in (corpus.train, corpus.held_out)
         )
-        self._check_stages()
         torch.manual_seed(settings.seed)
         self._network = Network(settings.shape).to(device)
         self._optimizer = make_optimizer(self._network, settings)
-        self._identity = {"settings": settings.digest(), "corpus": corpus.digest}
-        self.step = checkpoint.load(self._checkpoint, self._network, self._optimizer, self._identity)
+        self._identity = {"settings": repr(settings), "corpus": corpus.digest}
+        self.step = self._load() if self._checkpoint.exists() else 0
         self._saved = (self.step, time.monotonic())
-        self._said = 0.0
         # Rows of steps that the checkpoint does not have are from before a stop, and will be made again.
-        for path in (self.curve, self.accuracies):
+        for path in (self._curve, self._accuracies):
             keep(path, lambda row: row["step"] <= self.step)
 
     def finish(self) -> list[Row]:
@@ -86,8 +81,9 @@ class Run:
             The accuracies of the finished model.
 
         Raises:
-            OutOfTime: when the clock says so; what was done is kept.
-            ArithmeticError: where the loss is no number any more; the checkpoint is from before.
+            OutOfTime: at the end of its time; what was done is kept.
+            ValueError: where the loss is no number any more; the checkpoint is from before.
+            UsageError: for a GPU without the kernel that it takes.
         """
         end = 0
         try:
@@ -97,142 +93,83 @@ class Run:
                     if self.step < end:
                         self._train(number, stage, end)
                     if self.step == end:
-                        self._try(number, stage)
-                export(self._network, self._corpus, self.model)
-                finished = load_release(self.model, self._device)
+                        with autocast(self._device), torch.compiler.set_stance("force_eager"):
+                            self._evaluate(self._network, f"stage {number}", stage.length, self._settings.samples)
+                export(self._network, self._corpus.folder, self.model)
+                finished, _ = load_release(self.model, self._device)
                 facts = accuracy_facts(self.model, self._corpus.held_out, self._settings.seed, self._device)
                 for goal in self._settings.goals:
-                    self._evaluate(finished, FINISHED, goal.length, goal.samples, facts)
+                    self._evaluate(finished, "model", goal.length, goal.samples, facts)
         except OutOfTime:
             self._save()
             raise
-        return self._rows_of(FINISHED)
+        return self._rows_of("model")
 
-    def _check_stages(self) -> None:
-        """Another tokenizer may take more tokens for the same words, and another library may be short."""
-        trained = max(stage.length for stage in self._settings.stages)
-        evaluated = max([trained, *(goal.length for goal in self._settings.goals)])
-        for what, text, longest in (
-            ("training", self._corpus.train, trained),
-            ("held-out", self._corpus.held_out, evaluated),
-        ):
-            if len(text) <= longest:
-                raise UsageError(f"the corpus must have more than {longest} tokens of {what} text, got {len(text)}")
-        for stage in self._settings.stages:
-            mixes = [mix for step in range(MOST) for mix, _ in stage.mixes_at(step)]
-            least = max(map(self._training.least_length, mixes))
-            if least > stage.length:
-                raise UsageError(
-                    f"with this corpus what sequences of {stage.length} tokens shall hold takes {least}: "
-                    "change their mixes in bench/needle/settings.py"
-                )
+    def _require(self, seconds: float) -> None:
+        """Go on only where something of so many seconds fits."""
+        if time.monotonic() + seconds + _RESERVE > self._end:
+            raise OutOfTime
 
     def _train(self, number: int, stage: Stage, end: int) -> None:
-        self._clock.require(_FIRST_ROW_SECONDS)
-        if self._compiled:
+        if self._device.type == "cuda":
             torch.compiler.reset()  # what was compiled for another length is of no more use
-            for layer in self._network.layers():
+            for layer in self._network.model.layers:
                 layer.compile(dynamic=False)
         self._say(f"stage {number}: steps {self.step} to {end}, {stage.rows} x {stage.length} tokens each")
-        pace = Pace(self._device, stage.rows * stage.length)
-        every = self._settings.steps_per_row
+        every, expected = self._settings.steps_per_row, _FIRST_ROW_SECONDS
         while self.step < end:
             # Stops and checkpoints come after whole rows, so that a run in pieces has the same rows.
-            row = min(every - self.step % every, end - self.step)
-            self._clock.require((row + 1) * pace.longest)
-            outcomes = [self._take_step(pace) for _ in range(row)]
-            self._record(number, mean_row(outcomes), pace)
+            self._require(expected)
+            started = time.monotonic()
+            steps = range(self.step, min(end, self.step - self.step % every + every))
+            found = [take_step(self._network, self._optimizer, self._training, self._settings, step) for step in steps]
+            means = mean_row(found)  # waits for the GPU
+            expected = 1.5 * every / len(steps) * (time.monotonic() - started)
+            if not math.isfinite(loss := means["loss"]):
+                raise ValueError(f"the loss is {loss} at step {steps.stop}, the checkpoint is of {self._saved[0]}")
+            self.step = steps.stop
+            rate = self._settings.learning_rate(self.step - 1)
+            row = {"step": self.step, "stage": number, "tokens": stage.length, "learning_rate": rate, **means}
+            append(self._curve, row)
             if time.monotonic() - self._saved[1] > _SAVE_SECONDS:
+                self._say(f"step {self.step}: loss {loss:.4f}")
                 self._save()
         self._save()
 
-    def _take_step(self, pace: Pace) -> Outcome:
-        outcome = take_step(self._network, self._optimizer, self._training, self._settings, self.step)
-        pace.step()
-        self.step += 1
-        return outcome
-
-    def _record(self, number: int, means: dict[str, float], pace: Pace) -> None:
-        row = {
-            "step": self.step,
-            "stage": number,
-            "tokens": self._settings.stages[number].length,
-            "learning_rate": self._settings.learning_rate(self.step - 1),
-            **means,
-            "tokens_per_second": round(pace.tokens_per_second()),
-        }
-        if not math.isfinite(row["loss"]):
-            raise ArithmeticError(
-                f"the loss is {row['loss']} at step {self.step}; the checkpoint is of step {self._saved[0]}"
-            )
-        append(self.curve, row)
-        if time.monotonic() - self._said > _SAY_SECONDS:
-            shown = (
-                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
-            )
-            self._say("  ".join(shown))
-            self._said = time.monotonic()
-
-    def _try(self, number: int, stage: Stage) -> None:
-        """Evaluate after a stage, and warn of a task that is not learnt where it should be."""
-        name = f"stage {number}"
-        with autocast(self._device), torch.compiler.set_stance("force_eager"):
-            self._evaluate(self._network, name, stage.length, self._settings.samples)
-        for row in self._rows_of(name):
-            if row["exact"] < _LEARNT:
-                self._say(
-                    f"warning: {name} leaves {row['task']} at {row['exact']:.3f}: the later stages are too short to "
-                    "learn a task; if it does not rise soon, begin again with another --seed"
-                )
-
     def _rows_of(self, stage: str) -> list[Row]:
-        return [row for row in read(self.accuracies) if row["stage"] == stage]
+        return [row for row in read(self._accuracies) if row["stage"] == stage]
 
     def _evaluate(self, network: Network, stage: str, length: int, samples: int, facts: Row | None = None) -> None:
-        """Add the rows that are not there yet."""
+        """Add the rows that are not there yet, of what fits the length."""
         there = {(row["task"], row["length"]) for row in self._rows_of(stage)}
         for task, mix in EVALUATED.items():
             if (task, length) in there or self._held_out.least_length(mix) > length:
                 continue
-            self._clock.require(_CELL_SECONDS)
+            self._require(_CELL_SECONDS)
             found = measure(network, self._held_out, task, length, samples, self._settings.seed)
-            append(self.accuracies, {"step": self.step, "stage": stage, **found.row(task, length), **(facts or {})})
-            self._say(f"{stage}: {task} at {length} tokens: {found.exact:.3f} exact, {found.parts:.4f} of the parts")
+            append(self._accuracies, {"step": self.step, "stage": stage, **found, **(facts or {})})
+            self._say(f"{stage}: {task} at {length} tokens: {found['exact']:.3f} exact, {found['parts']} of the parts")
 
-    @property
-    def saved_step(self) -> int:
-        """The step of the last checkpoint."""
-        return self._saved[0]
+    def _load(self) -> int:
+        """Put the checkpoint into network and optimizer; the steps that it has."""
+        problem = f"in {self._checkpoint}: remove it, or name another folder with --out"
+        try:
+            state = torch.load(self._checkpoint, map_location=self._device, weights_only=True)
+            if state["run"] == self._identity:
+                self._network.load_state_dict(state["network"])
+                self._optimizer.load_state_dict(state["optimizer"])
+                return state["step"]
+        except Exception as error:  # torch.load has no narrower one
+            raise UsageError(f"no checkpoint that can be read ({first_line(error)}) {problem}") from error
+        raise UsageError(f"a checkpoint of another run {problem}")
 
     def _save(self) -> None:
+        """Write a checkpoint in place of the one that is there; a stop in between leaves one or the other."""
         if self._saved[0] != self.step:
             if not all(parameter.isfinite().all() for parameter in self._network.parameters()):
-                raise ArithmeticError(
-                    f"weights are not finite at step {self.step}; the checkpoint is of step {self.saved_step}"
-                )
-            checkpoint.save(self._checkpoint, self._network, self._optimizer, {**self._identity, "step": self.step})
+                raise ValueError(f"weights are not finite at step {self.step}, the checkpoint is of {self._saved[0]}")
+            parts = {"network": self._network.state_dict(), "optimizer": self._optimizer.state_dict()}
+            buffer = io.BytesIO()
+            torch.save({"run": self._identity, "step": self.step, **parts}, buffer)
+            write_whole(self._checkpoint, buffer.getvalue())
         self._saved = (self.step, time.monotonic())
-
-
-def require_flash(device: torch.device) -> None:
-    """Check that a GPU has the kernel that `attention_kernel` asks for, in bfloat16.
-
-    Raises:
-        UsageError: for one that is too old.
-    """
-    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= (8, 0):
-        return
-    name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
-    raise UsageError(
-        f"flash attention in bfloat16 needs a GPU of compute capability 8.0 or more, and {device} ({name}) has {found}"
-    )
-
-
-@contextmanager
-def attention_kernel(device: torch.device) -> Iterator[None]:
-    """On a GPU flash attention or nothing: the kernels that SDPA would fall back to need memory for all scores."""
-    if device.type != "cuda":
-        yield
-        return
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        yield

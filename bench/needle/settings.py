@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, replace
 
-from bench.needle.network import HEAD_DIM, Shape
+from bench.needle.network import Shape
 from flexprefill_fa.tools.needle.formats import MOST, Mix
 
-_ANSWERED = 0.2  # of the tokens of a sequence, those that are part of an answer: at most about so many
+NAMES = 512
+"""Tokens `#word`, under which numbers are hidden and by which variables are called."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the finished model must reach on every task.
-
-    Attributes:
-        length: tokens of text, question and answer.
-        samples: questions of each task.
-        exact: share of them whose whole answer must be right.
-    """
+    """The share of `samples` questions of each task, in `length` tokens, that the finished model must answer right."""
 
     length: int
     samples: int
@@ -97,19 +89,6 @@ class Settings:
         """Of all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    def scaled(self, factor: float, seed: int) -> Settings:
-        """The same run with `factor` times as many steps in each stage, at least one, and another seed."""
-        stages = tuple(replace(stage, steps=max(1, round(stage.steps * factor))) for stage in self.stages)
-        return replace(self, stages=stages, warm_up=max(1, round(self.warm_up * min(1.0, factor))), seed=seed)
-
-    def memory(self) -> int:
-        """About how many bytes of GPU memory the largest step takes: what the layers keep for their gradients."""
-        shape = self.shape
-        layer = 16 * shape.hidden + 8 * shape.intermediate + 8 * shape.heads * HEAD_DIM
-        heads = 10 * shape.vocabulary * (self.text_share + _ANSWERED)
-        tokens = max(stage.rows * stage.length for stage in self.stages)
-        return 2**30 + int(tokens * (shape.layers * layer + heads)) + 16 * shape.parameters
-
     def locate(self, step: int) -> tuple[int, int]:
         """The stage of a step of the run, and its number there."""
         for number, stage in enumerate(self.stages):
@@ -126,10 +105,6 @@ class Settings:
         progress = (done + self.stages[number].share * inside / self.stages[number].steps) / total
         falling = max(0.0, (progress - self.hold) / (1 - self.hold))
         return self.peak * min(1.0, (step + 1) / self.warm_up) * (1 - falling * (1 - self.last))
-
-    def digest(self) -> str:
-        """Tells runs apart that a checkpoint must not mix."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _all(needles: int, asked: int, queries: int, lists: int, chains: int) -> Mix:
@@ -160,37 +135,19 @@ def _long(length: int, rows: int, steps: int, share: float, mix: Mix) -> Stage:
     return Stage(length, rows, steps, share, (mix, mix), (_FEW, _CHAINS), _KNOWN_TEXT)
 
 
+_SHORT = (_all(5, 3, 2, 0, 0), _all(3, 2, 0, 2, 0), _all(4, 2, 0, 0, 3))
+_LONGER = (_all(6, 3, 1, 2, 3), _all(6, 3, 1, 2, 3), _many(4, 0, 0, 8))
+_LISTS = (_all(16, 8, 4, 5, 8), _many(16, 4, 6, 14))
+
 FULL = Settings(
     shape=Shape(),
-    stages=(
-        Stage(
-            length=512,
-            rows=256,
-            steps=2800,
-            share=0.16,
-            mixes=(_all(5, 3, 2, 0, 0), _all(3, 2, 0, 2, 0), _all(4, 2, 0, 0, 3)),
-            closing=(_CHAINS,),
-        ),
-        Stage(
-            length=1024,
-            rows=128,
-            steps=1200,
-            share=0.18,
-            mixes=(_all(6, 3, 1, 2, 3), _all(6, 3, 1, 2, 3), _many(4, 0, 0, 8)),
-            closing=(_CHAINS,),
-        ),
-        Stage(
-            length=4096,
-            rows=32,
-            steps=1000,
-            share=0.2,
-            mixes=(_all(16, 8, 4, 5, 8), _many(16, 4, 6, 14)),
-            closing=(_FEW, _CHAINS),
-            text_weight=_KNOWN_TEXT,
-        ),
-        _long(16384, rows=16, steps=280, share=0.16, mix=_many(48, 10, 15, 30)),
-        _long(32768, rows=8, steps=180, share=0.15, mix=_many(80, 16, 21, 45)),
-        _long(65536, rows=4, steps=140, share=0.15, mix=_many(110, 24, 30, 60)),
+    stages=(  # tokens of a sequence, sequences of a step, steps, share of the schedule
+        Stage(512, 256, 2800, 0.16, _SHORT, (_CHAINS,)),
+        Stage(1024, 128, 1200, 0.18, _LONGER, (_CHAINS,)),
+        Stage(4096, 32, 1000, 0.2, _LISTS, (_FEW, _CHAINS), _KNOWN_TEXT),
+        _long(16384, 16, 280, 0.16, _many(48, 10, 15, 30)),
+        _long(32768, 8, 180, 0.15, _many(80, 16, 21, 45)),
+        _long(65536, 4, 140, 0.15, _many(110, 24, 30, 60)),
     ),
     goals=(
         Goal(4096, 512, 0.95),
@@ -200,18 +157,4 @@ FULL = Settings(
         Goal(65536, 128, 0.9),
     ),
 )
-
-TINY = Settings(
-    shape=Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=1),
-    stages=(
-        Stage(256, 2, 2, 0.5, (Mix(needles=4, asked=1), Mix(chains=1, chains_asked=1))),
-        Stage(640, 2, 2, 0.5, (Mix(4, 1, 1, 1, 1, 1, 1),), (Mix(needles=4, asked=2, chains=1, chains_asked=1),)),
-    ),
-    warm_up=1,
-    goals=(Goal(700, 2, 0.0),),
-    steps_per_row=1,
-    samples=2,
-)
-
-SIZES = {"full": FULL, "tiny": TINY}
-"""`full` is the needle model's; `tiny` learns nothing in a second, to see every step of the way."""
+"""The needle model's."""
