@@ -213,7 +213,7 @@ def _verdict(verdict: Verdict) -> Row:
 
 
 def _tflops(flop: int, milliseconds: float) -> float:
-    return round(flop / milliseconds / 1e9, 2)
+    return float(f"{flop / milliseconds / 1e9:.4g}")  # digits that count: what a busy CPU does rounds to no hundredth
 
 
 def spread(name: str, per_head: Tensor, ends: str) -> Row:

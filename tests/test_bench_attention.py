@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import bench.attention
+from bench.attention import _tflops
 from bench.cli import app
 from bench.memory import free_bytes, needed_bytes, shortage
 from bench.spec import parse_lengths, parse_selector
@@ -234,3 +235,8 @@ def test_auto_that_goes_dense_is_checked_and_reported_as_dense(out: Path) -> Non
     assert "density" not in row and 0 < row["would_be_density"] <= 1 and "check_sparse_share" not in row
     assert row["total_ms"] > 0 and not {"select_ms", "attend_ms", "tflops"} & set(row)
     assert "| dense sdpa: " in result.stdout and "flexprefill auto (dense sdpa): " in result.stderr
+
+
+def test_a_slow_cpu_has_a_throughput() -> None:
+    """Rows say how it compares with dense, which 0.00 would not."""
+    assert [_tflops(10**6, 1e3), _tflops(123_456 * 10**9, 1000.0)] == [1e-06, 123.5]
