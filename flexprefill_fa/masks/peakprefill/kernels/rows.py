@@ -170,7 +170,7 @@ def _rows_kernel(
                 top = tl.maximum(highest, here)
                 total = total * tl.exp2(highest - top) + tl.sum(tl.exp2(scores - top[:, None]), 1)
                 highest = top
-                hits |= (tl.exp2(here - top) >= NEAR * peak * total).to(tl.int32) << step
+                hits |= (tl.exp2(here - top) >= total * (NEAR * peak)).to(tl.int32) << step
             word = tl.reduce(tl.where(real, hits, 0), 0, _or)
             for step in range(count):
                 if (word >> step) & 1:
