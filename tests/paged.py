@@ -8,6 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SMALL: dict[str, Any] = {
+    "selector": "streaming_llm",
+    "sink": 0,
+    "window": 128,
+    "min_prefill_tokens": 128,
+    "min_prompt_tokens": 256,
+    "log_seconds": 0,
+}
+"""Settings under which a short step has long and short chunks."""
+MIXED = [(1, 90), (260, 700), (1, 17), (300, 300), (40, 300), (200, 210)]  # rows 1 and 3 are long
+
 
 @dataclass
 class CommonAttentionMetadata:

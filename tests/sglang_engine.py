@@ -20,21 +20,13 @@ from typing import Any
 import sglang_files
 import sglang_stubs
 import torch
+from paged import SMALL
 from torch import Tensor
 
 FOLDER = os.environ.get("SGLANG_IN_PLACE", "")
 HEADS, KV_HEADS, DIM, LAYERS, CONTEXT = 4, 2, 32, 2, 1024
 _PACKAGE = "flexprefill_fa.integrations"
 _OURS = ("sglang_backend", "sglang_engine", "sglang_prefill")
-SMALL: dict[str, Any] = {
-    "selector": "streaming_llm",
-    "sink": 0,
-    "window": 128,
-    "min_prefill_tokens": 128,
-    "min_prompt_tokens": 256,
-    "log_seconds": 0,
-}
-MIXED = [(1, 90), (260, 700), (1, 17), (300, 300), (40, 300), (200, 210)]  # rows 1 and 3 are long
 
 
 def sglang(module: str) -> Any:

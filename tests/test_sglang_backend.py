@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from oracle import causal_oracle
+from paged import MIXED, SMALL
 from sglang_engine import (
     DIM,
     HEADS,
-    MIXED,
-    SMALL,
     Step,
     configuration,
     install,

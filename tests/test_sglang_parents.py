@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sglang_engine import FOLDER, MIXED, SMALL, Step, configuration, install, make_runner, ours, sglang, sglang_in_place
+from paged import MIXED, SMALL
+from sglang_engine import FOLDER, Step, configuration, install, make_runner, ours, sglang, sglang_in_place
 from sglang_stubs import GETTERS
 
 from bench.serve import MODEL

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from oracle import causal_oracle, relative_error
-from paged import PagedBatch
-from vllm_layers import MIXED, SMALL, batch_of, one_layer, run
+from paged import MIXED, SMALL, PagedBatch
+from vllm_layers import batch_of, one_layer, run
 from vllm_stubs import (
     CGSupport,
     FakeVllm,

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_layers import MIXED, SMALL, batch_of, one_layer, run
+from paged import MIXED, SMALL
+from vllm_layers import batch_of, one_layer, run
 from vllm_stubs import (
     FakeVllm,
     ParentBuilder,

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_layers import MIXED, SMALL, batch_of, one_layer, run
+from paged import MIXED, SMALL
+from vllm_layers import batch_of, one_layer, run
 from vllm_releases import V24, V33, CommonAttentionMetadata33, FullAttentionSpec33
 from vllm_stubs import FakeVllm, Impl, ParentBuilder, ParentMetadata, engine_config, fake_vllm, log_lines
 

@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from paged import PagedBatch, paged_attention
+from paged import MIXED, SMALL, PagedBatch, paged_attention
 from vllm_files import put_in_place
-from vllm_layers import MIXED, SMALL
 from vllm_stubs import engine_config
 
 from flexprefill_fa.integrations import vllm_version

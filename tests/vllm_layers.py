@@ -5,18 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from paged import PagedBatch
+from paged import SMALL, PagedBatch
 from vllm_stubs import FakeVllm, engine_config, installed
-
-SMALL: dict[str, Any] = {
-    "selector": "streaming_llm",
-    "sink": 0,
-    "window": 128,
-    "min_prefill_tokens": 128,
-    "min_prompt_tokens": 256,
-    "log_seconds": 0,
-}
-MIXED = [(1, 90), (260, 700), (1, 17), (300, 300), (40, 300), (200, 210)]  # rows 1 and 3 are long
 
 
 def one_layer(vllm: FakeVllm, **settings: Any) -> tuple[Any, Any]:
