@@ -8,6 +8,7 @@ from functools import partial
 
 from bench.tables import Column, Table, bold, distinct, method, values, versions
 from flexprefill_fa.choice import DENSE
+from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.tools.evaluation import ACCURACY_KIND
 from flexprefill_fa.tools.rows import Row
 
@@ -220,13 +221,13 @@ class RealAnswers:
         """Lengths in tokens at which a model was asked."""
         return [length for length in values(self._of(model_sha256), "length") if length is not None]
 
-    def text(self, model_sha256: str, selector: str = DENSE, *, corrected: bool = False) -> str:
+    def text(self, model_sha256: str, selector: str = DENSE, correction: MeanCorrection = False) -> str:
         """Mean accuracy at each length, of the setting that was asked most; a dash where not all tasks were asked.
 
         Empty where none was.
         """
         rows = [row for row in self._of(model_sha256) if not row["dense_layers"]]
-        mine = [row for row in rows if (row["selector"], row["mean_correction"]) == (selector, corrected)]
+        mine = [row for row in rows if (row["selector"], row["mean_correction"]) == (selector, correction)]
         if not mine:
             return ""
         settings = [str(row["settings"]) for row in mine]

@@ -25,7 +25,7 @@ from bench.tables import (
 )
 from flexprefill_fa.masks import get_selector
 from flexprefill_fa.tools.fidelity.knobs import knob_fields
-from flexprefill_fa.tools.fidelity.plot import CORRECTED, curves
+from flexprefill_fa.tools.fidelity.plot import curves, without_correction
 from flexprefill_fa.tools.reporting import settings_text
 from flexprefill_fa.tools.rows import Row
 
@@ -139,10 +139,10 @@ class _Leaderboard:
         return columns
 
     def _cost(self, name: str, length: int) -> str:
-        return milliseconds(self.costs.get((name.removesuffix(CORRECTED), length), {}).get("select_ms"))
+        return milliseconds(self.costs.get((without_correction(name)[0], length), {}).get("select_ms"))
 
     def _answers(self, sha: str, name: str) -> str:
-        return self.answers.text(sha, name.removesuffix(CORRECTED), corrected=name.endswith(CORRECTED)) or "-"
+        return self.answers.text(sha, *without_correction(name)) or "-"
 
     def caption(self, group: list[Row]) -> str:
         told = _subject(
@@ -160,7 +160,7 @@ class _Leaderboard:
 
 def _selector(name: str) -> str:
     """Of a curve."""
-    return name.removesuffix(CORRECTED).split(" ")[0]
+    return without_correction(name)[0].split(" ")[0]
 
 
 def selection_costs(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:

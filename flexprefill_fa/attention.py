@@ -9,6 +9,7 @@ from flexprefill_fa import dispatch
 from flexprefill_fa.autocast import as_sdpa_casts
 from flexprefill_fa.block_mask import check_layout
 from flexprefill_fa.masks.selector import Selector, check_selector
+from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.region import Call, run_attend
 from flexprefill_fa.selection import BlockSelection, check_selection
 from flexprefill_fa.validation import check_mean_correction, check_padding, check_query_key, check_scale, check_value
@@ -25,7 +26,7 @@ def sparse_prefill_attention(
     starts: Tensor | Sequence[int] | None = None,
     mask_mod: Callable[..., Tensor] | None = None,
     score_mod: Callable[..., Tensor] | None = None,
-    mean_correction: bool = False,
+    mean_correction: MeanCorrection = False,
     dense: str = "auto",
     backend: str = "auto",
     return_selection: bool = False,
@@ -47,8 +48,9 @@ def sparse_prefill_attention(
         mask_mod: a further mask, in FlexAttention's sense (q_idx counts from the first query, kv_idx from the first
             key). The selector does not see it. Every block is then masked pair by pair, which costs up to 2x.
         score_mod: FlexAttention's score_mod. The selector does not see it.
-        mean_correction: let each dropped block count with its mean key and value, see `mean_correction.py`. Not with
-            a mask_mod or score_mod; on the CPU with torch 2.13 and newer.
+        mean_correction: let each dropped block count, True: with its mean key and value, "tilted": with means tilted
+            to what later queries look at, see `block_summaries.py`. Not with a mask_mod or score_mod; on the CPU with
+            torch 2.13 and newer.
         dense: "auto", or "never" to insist on the selector's blocks.
         backend: the kernel, "TRITON", "FLASH" or "CPU"; "auto" takes the fastest one that runs, also for dense
             attention.
@@ -83,7 +85,7 @@ def block_sparse_attention(
     scale: float | None = None,
     mask_mod: Callable[..., Tensor] | None = None,
     score_mod: Callable[..., Tensor] | None = None,
-    mean_correction: bool = False,
+    mean_correction: MeanCorrection = False,
     backend: str = "auto",
 ) -> Tensor:
     """Causal attention over the blocks of a given selection, compiled as `sparse_prefill_attention` is.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexprefill_fa.masks import get_selector
+from flexprefill_fa.mean_correction import MeanCorrection
+from flexprefill_fa.validation import check_correction_kind
 
 DENSE = "dense"
 """The name of attention over every causal block, where selectors are named."""
@@ -63,7 +65,7 @@ class Choice:
     """
 
     config: Any
-    mean_correction: bool = False
+    mean_correction: MeanCorrection = False
     dense_layers: tuple[int, ...] = ()
 
     @property
@@ -92,8 +94,10 @@ def parse_choice(spec: str) -> Choice:
     dense_layers = str(options.pop("dense_layers", ""))
     if not re.fullmatch(r"(-?\d+(/-?\d+)*)?", dense_layers):
         raise ChoiceError(f"dense_layers must be layer indices such as 0/4, got {dense_layers!r} in selector {spec!r}")
-    if not isinstance(correction, bool):
-        raise ChoiceError(f"mean_correction must be true or false, got {correction!r} in selector {spec!r}")
+    try:
+        check_correction_kind(correction)
+    except (TypeError, ValueError) as error:
+        raise ChoiceError(f"{error} in selector {spec!r}") from error
     layers = tuple(sorted({int(layer) for layer in dense_layers.split("/") if layer}))
     return Choice(make_config(name, **options), correction, layers)
 

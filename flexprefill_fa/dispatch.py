@@ -20,6 +20,7 @@ from flexprefill_fa.cost_model import prefers_dense
 from flexprefill_fa.dense import dense_attention, dense_mask_fits
 from flexprefill_fa.masks.selector import Selector
 from flexprefill_fa.masks.streaming_llm import StreamingLLMConfig
+from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.region import Call, run_select_and_attend
 from flexprefill_fa.selection import BlockSelection, every_block
 from flexprefill_fa.validation import MAX_INTEGER
@@ -39,7 +40,7 @@ class Request:
         scale: score scale, None for 1/sqrt(D).
         starts, lengths: int32 `[B]`, first real key and number of real keys; None: all are real.
         mask_mod, score_mod: the caller's, as FlexAttention's; the selector sees neither.
-        mean_correction: whether dropped blocks count by their means.
+        mean_correction: whether dropped blocks count, and by which means.
         sinks: `[Hq]`, a score per head that gives no value; for CUDA.
         dense: "auto" or "never".
         backend: "auto", or the kernel: "TRITON", "FLASH" or "CPU".
@@ -52,7 +53,7 @@ class Request:
     lengths: Tensor | None = None
     mask_mod: Callable[..., Tensor] | None = None
     score_mod: Callable[..., Tensor] | None = None
-    mean_correction: bool = False
+    mean_correction: MeanCorrection = False
     sinks: Tensor | None = None
     dense: str = "auto"
     backend: str = "auto"
@@ -167,7 +168,7 @@ def attend(
         request.mask_mod,
         request.score_mod,
         plan.options,
-        request.mean_correction and plan.sparse,
+        request.mean_correction if plan.sparse else False,
         request.sinks,
     )
     chosen = plan.selector

@@ -1,23 +1,28 @@
-"""Mean correction (arXiv 2608.19758): a dropped block counts with its mean key and mean value.
+"""Mean correction: a dropped block counts with one key and one value that stand for it, see `block_summaries.py`.
 
-Each dropped block J whose last real key is visible to a query adds |B_J| exp(s q . K_[J]) to the denominator of that
-query's softmax, and the same times V_[J] to the numerator. Two ways to the same sums:
+Each dropped block J whose last real key is visible to a query adds exp(bias_J + s q . K_J) to the denominator of that
+query's softmax, and the same times V_J to the numerator. Two ways to the same sums:
 
 - `correct_by_means` adds them to finished attention and merges by log-sum-exp. For CUDA, by TRITON and FLASH alike: the
   main call stays as it is, where a score_mod for the means would run on all of its blocks.
-- `with_means` appends the means as further keys, for one FlexAttention call with a mask_mod that admits the dropped
-  blocks' means and a score_mod that adds log |B_J|. On the CPU, whose kernel gives no log-sum-exp.
+- `with_means` appends K and V as further keys and values, for one FlexAttention call with a mask_mod that admits those
+  of dropped blocks and a score_mod that adds the bias. On the CPU, whose kernel gives no log-sum-exp.
 """
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexprefill_fa.block_summaries import summaries
 from flexprefill_fa.grid import Grid, cdiv, real_ranges
 from flexprefill_fa.selection import kept_table
+
+MeanCorrection = bool | Literal["tilted"]
+"""Whether dropped blocks count: not, by their means (True, arXiv 2608.19758), or by tilted ones."""
 
 _UNSEEN = 2**31 - 1  # no position is this far
 
@@ -37,6 +42,7 @@ def correct_by_means(
     lengths: Tensor | None,
     scale: float | None,
     block_size: int,
+    tilted: bool,
 ) -> Tensor:
     """Attention over kept blocks, corrected by the means of the dropped ones.
 
@@ -47,6 +53,7 @@ def correct_by_means(
         starts, lengths: int `[B]`, first real key and number of real keys, or None.
         scale: score scale, None for 1/sqrt(D).
         block_size: tokens per block.
+        tilted: by tilted means.
 
     Returns:
         `[B, Hq, Lq, D]`.
@@ -55,7 +62,7 @@ def correct_by_means(
 
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     lists = (kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices)
-    return correct(query, key, value, out, lse, lists, starts, lengths, factor, block_size)
+    return correct(query, key, value, out, lse, lists, starts, lengths, factor, block_size, tilted)
 
 
 @correct_by_means.register_fake
@@ -73,6 +80,7 @@ def _(
     lengths: Tensor | None,
     scale: float | None,
     block_size: int,
+    tilted: bool,
 ) -> Tensor:
     return torch.empty_like(out)
 
@@ -88,40 +96,43 @@ def with_means(
     full_kv_indices: Tensor,
     starts: Tensor | None,
     lengths: Tensor | None,
+    scale: float | None,
     block_size: int,
+    tilted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The attention problem with the means of all blocks as further keys, behind the real ones.
+    """The attention problem with a key and a value for every block as further ones, behind the real ones.
 
     Args:
-        query, key, value, kv_num_blocks ... lengths, block_size: as for `correct_by_means`.
+        query, key, value, kv_num_blocks ... tilted: as for `correct_by_means`.
 
     Returns:
-        key and value `[B, Hkv, (nk + nx) * block, D]`, nx blocks of means; the four index tensors, whose partial list
-        also has the blocks of means that a row may see; and what `mean_mask` and `mean_score` read: offset int32
-        `[B + 1]`, slot int32 `[keys]` (0 for a real key, 1 + J for the mean of block J), bound int32 `[B, keys]` (the
-        position from which a key is visible), permit bool `[B, Hq, nq, 1 + nk]`, bias fp32 `[B, keys]`.
+        key and value `[B, H, (nk + nx) * block, D]`, nx blocks of summaries (H is Hq for tilted ones, else Hkv); the
+        four index tensors, whose partial list also has the blocks of summaries that a row may see; and what `mean_mask`
+        and `mean_score` read: offset int32 `[B + 1]`, slot int32 `[keys]` (0 for a real key, 1 + J for block J), bound
+        int32 `[B, keys]` (the position from which a key is visible), permit bool `[B, Hq, nq, 1 + nk]`, bias fp32 `[B,
+        Hq, keys]`.
     """
-    batch, _, q_len, _ = query.shape
+    batch, heads, q_len, dim = query.shape
     grid = Grid(q_len, key.shape[2], block_size)
     device, blocks = key.device, grid.kv_blocks
     extra = cdiv(blocks, block_size)
+    unused = extra * block_size - blocks
+    factor = 1 / math.sqrt(dim) if scale is None else scale
+    means = summaries(query, key, value, starts, lengths, factor, block_size, tilted)
     start, end = real_ranges(starts, lengths, batch, grid.kv_len, device).long().unbind(1)
 
-    def lengthened(values: Tensor, real: Tensor) -> Tensor:
+    def lengthened(values: Tensor, more: Tensor) -> Tensor:
         padded = F.pad(values, (0, 0, 0, blocks * block_size - grid.kv_len))
-        sums = (padded.float() * real[:, None, :, None]).unflatten(2, (blocks, block_size)).sum(3)
-        means = sums / count.clamp(min=1)[:, None, :, None]
-        return torch.cat((padded, F.pad(means.to(values.dtype), (0, 0, 0, extra * block_size - blocks))), 2)
+        padded = padded.repeat_interleave(more.shape[1] // values.shape[1], 1)
+        return torch.cat((padded, F.pad(more, (0, 0, 0, unused))), 2)
 
     position = torch.arange(blocks * block_size, device=device)
     real = (position >= start[:, None]) & (position < end[:, None])  # [B, nk * block]
     block = torch.arange(blocks, device=device)
-    last = torch.minimum(end[:, None], (block + 1) * block_size)  # [B, nk], past a block's last real key
-    count = (last - torch.maximum(start[:, None], block * block_size)).clamp(min=0)
-    bound = torch.cat((torch.where(real, position, _UNSEEN), torch.where(count > 0, last - 1, _UNSEEN)), 1)
-    bias = torch.cat((torch.zeros_like(real, dtype=torch.float32), count.clamp(min=1).float().log()), 1)
-    unused = extra * block_size - blocks
-    bound, bias = F.pad(bound, (0, unused), value=_UNSEEN), F.pad(bias, (0, unused))
+    bound = torch.cat((torch.where(real, position, _UNSEEN), means[3].clamp(max=_UNSEEN)), 1)
+    bound = F.pad(bound, (0, unused), value=_UNSEEN)
+    each = means[2].repeat_interleave(heads // means[2].shape[1], 1).clamp(min=torch.finfo(torch.float32).min)
+    bias = F.pad(each, (len(position), unused))
     slot = F.pad(torch.cat((torch.zeros_like(position), 1 + block)), (0, unused))
 
     kept = kept_table(kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, blocks)
@@ -136,8 +147,8 @@ def with_means(
     full = F.pad(full_kv_indices, (0, width - full_kv_indices.shape[-1]))
     offset = torch.full((batch + 1,), grid.offset, dtype=torch.int32, device=device)
     return (
-        lengthened(key, real),
-        lengthened(value, real),
+        lengthened(key, means[0]),
+        lengthened(value, means[1]),
         (kv_num_blocks + seen).to(torch.int32),
         indices.contiguous(),
         full_kv_num_blocks.clone(),
@@ -161,7 +172,9 @@ def _(
     full_kv_indices: Tensor,
     starts: Tensor | None,
     lengths: Tensor | None,
+    scale: float | None,
     block_size: int,
+    tilted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, kv_heads, kv_len, dim = key.shape
     heads, rows = kv_num_blocks.shape[1:]
@@ -171,8 +184,8 @@ def _(
     indices = kv_indices.new_empty((batch, heads, rows, width))
     vector = kv_indices.new_empty
     return (
-        key.new_empty((batch, kv_heads, keys, dim)),
-        value.new_empty((batch, kv_heads, keys, dim)),
+        key.new_empty((batch, heads if tilted else kv_heads, keys, dim)),
+        value.new_empty((batch, heads if tilted else kv_heads, keys, dim)),
         torch.empty_like(kv_num_blocks),
         indices,
         torch.empty_like(kv_num_blocks),
@@ -181,12 +194,12 @@ def _(
         vector((keys,)),
         vector((batch, keys)),
         query.new_empty((batch, heads, rows, 1 + blocks), dtype=torch.bool),
-        query.new_empty((batch, keys), dtype=torch.float32),
+        query.new_empty((batch, heads, keys), dtype=torch.float32),
     )
 
 
 def mean_mask(offset: Tensor, slot: Tensor, bound: Tensor, permit: Tensor, block_size: int) -> Callable[..., Tensor]:
-    """The mask_mod of `with_means`: real keys causally, means of dropped blocks once they are wholly visible."""
+    """The mask_mod of `with_means`: real keys causally, dropped blocks once they are wholly visible."""
 
     # Literal block sizes, as in `looked_up`.
     def mask_128(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -199,9 +212,9 @@ def mean_mask(offset: Tensor, slot: Tensor, bound: Tensor, permit: Tensor, block
 
 
 def mean_score(bias: Tensor) -> Callable[..., Tensor]:
-    """The score_mod of `with_means`: a mean counts as often as its block has real keys."""
+    """The score_mod of `with_means`."""
 
     def weighted(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score + bias[b, kv_idx]
+        return score + bias[b, h, kv_idx]
 
     return weighted

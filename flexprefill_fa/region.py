@@ -19,7 +19,7 @@ from flexprefill_fa.autocast import no_autocast
 from flexprefill_fa.block_mask import assemble, both, causal, causal_at, looked_up, needs_position
 from flexprefill_fa.grid import cdiv, positions, real_ranges
 from flexprefill_fa.masks.selector import SelectOperator
-from flexprefill_fa.mean_correction import correct_by_means, mean_mask, mean_score, with_means
+from flexprefill_fa.mean_correction import MeanCorrection, correct_by_means, mean_mask, mean_score, with_means
 from flexprefill_fa.replay import Replayed, inductor
 from flexprefill_fa.selection import kept_table
 from flexprefill_fa.uncompiled import attend_uncompiled
@@ -66,7 +66,7 @@ class Call:
         scale: score scale, None for 1/sqrt(D).
         mask_mod, score_mod: the caller's, as FlexAttention's.
         options: FlexAttention's kernel_options.
-        mean_correction: whether dropped blocks count by their means.
+        mean_correction: whether dropped blocks count, and by which means.
         sinks: `[Hq]`, for CUDA: a score per head that takes its share of the softmax and gives no value.
     """
 
@@ -75,7 +75,7 @@ class Call:
     mask_mod: Callable[..., Tensor] | None = None
     score_mod: Callable[..., Tensor] | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    mean_correction: bool = False
+    mean_correction: MeanCorrection = False
     sinks: Tensor | None = None
 
 
@@ -112,7 +112,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lists: Lists, place: Place
         lse = lse / math.log(2)
     if call.sinks is not None:
         return out * torch.sigmoid(lse - call.sinks.float()[:, None])[..., None].to(out.dtype)
-    return correct_by_means(query, key, value, out, lse, *lists, starts, lengths, call.scale, call.block_size)
+    tilted = call.mean_correction == "tilted"
+    return correct_by_means(query, key, value, out, lse, *lists, starts, lengths, call.scale, call.block_size, tilted)
 
 
 def _block_mask(lists: Lists, mask_mod: Callable[..., Tensor], block_size: int, q_len: int, kv_len: int) -> BlockMask:
@@ -126,7 +127,8 @@ def _attend_with_means(
     query: Tensor, key: Tensor, value: Tensor, lists: Lists, place: Place, call: Call, options: dict[str, Any]
 ) -> Tensor:
     """`attend` with the means as further keys, where the kernel gives no log-sum-exp."""
-    found = with_means(query, key, value, *lists, *place[:2], call.block_size)
+    tilted = call.mean_correction == "tilted"
+    found = with_means(query, key, value, *lists, *place[:2], call.scale, call.block_size, tilted)
     more_keys, more_values, extended, bias = found[0], found[1], found[2:6], found[10]
     mask_mod = mean_mask(found[6], found[7], found[8], found[9], call.block_size)
     arguments: dict[str, Any] = {

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from flexprefill_fa.autocast import no_autocast
+from flexprefill_fa.block_summaries import summaries
 from flexprefill_fa.grid import Grid, real_ranges
+from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.selection import index_lists, kept_table
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def attend_uncompiled(
     scale: float | None,
     mask_mod: Callable[..., Tensor] | None,
     score_mod: Callable[..., Tensor] | None,
-    mean_correction: bool = False,
+    mean_correction: MeanCorrection = False,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """What `region.attend` computes, `[B, Hq, Lq, D]`; arguments as there.
@@ -56,7 +58,11 @@ def attend_uncompiled(
     counts, indices = index_lists(keep)
     fill = grid.kv_blocks * block_size - grid.kv_len
     keys, values = (_in_blocks(x, fill, block_size, heads) for x in (key, value))
-    means = _block_means(key, value, start, end, block_size, heads) if mean_correction else None
+    means = None
+    if mean_correction:
+        tilted = mean_correction == "tilted"
+        found = summaries(query, key, value, starts, lengths, scale, block_size, tilted)
+        means = [x.float().repeat_interleave(heads // x.shape[1], 1) for x in found[:3]], found[3][:, None]
     parts = []
     for row, width in enumerate(counts.amax((0, 1)).tolist()):
         rows = torch.arange(row * block_size, min((row + 1) * block_size, q_len), device=query.device)
@@ -76,9 +82,9 @@ def attend_uncompiled(
         scores = scores.masked_fill(~seen, -torch.inf)
         v = _gather(values, taken)
         if means is not None:
-            mean_key, mean_value, size, last = means
+            (mean_key, mean_value, bias), last = means
             dropped = ~keep[:, :, row, None] & (last[:, None] <= position)
-            more = (q @ mean_key.mT * scale + size.log()[:, None]).masked_fill(~dropped, -torch.inf)
+            more = (q @ mean_key.mT * scale + bias[:, :, None]).masked_fill(~dropped, -torch.inf)
             scores, v = torch.cat((scores, more), -1), torch.cat((v, mean_value), 2)
         if sinks is not None:
             scores = torch.cat((scores, sinks.float()[:, None, None].expand(batch, -1, len(rows), 1)), -1)
@@ -106,27 +112,6 @@ def _gather(blocks: Tensor, taken: Tensor) -> Tensor:
     """The taken blocks `[B, H, W]` of `[B, H, nk, block, D]`, as `[B, H, W * block, D]`."""
     index = taken[..., None, None].expand(-1, -1, -1, *blocks.shape[3:])
     return blocks.gather(2, index).flatten(2, 3)
-
-
-def _block_means(
-    key: Tensor, value: Tensor, start: Tensor, end: Tensor, block_size: int, heads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each block's real keys: mean key and value `[B, Hq, nk, D]`, number and last position `[B, 1, nk]`.
-
-    A block without a real key has a last position that no query reaches.
-    """
-    fill = -key.shape[2] % block_size
-    position = torch.arange(key.shape[2] + fill, device=key.device)
-    real = ((position >= start[..., 0]) & (position < end[..., 0])).unflatten(1, (-1, block_size))  # [B, nk, block]
-    count = real.sum(-1)
-    last = torch.where(real, position.unflatten(0, (-1, block_size)), -1).amax(-1)
-    last = last.masked_fill(count == 0, torch.iinfo(torch.int64).max)
-    size = count.clamp(min=1)
-    means = [
-        (_in_blocks(x, fill, block_size, heads) * real[:, None, ..., None]).sum(3) / size[:, None, :, None]
-        for x in (key, value)
-    ]
-    return means[0], means[1], size[:, None], last[:, None]
 
 
 def _pairs(batch: int, heads: int, rows: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -62,10 +62,15 @@ def check_scale(scale: float | None, name: str = "scale") -> None:
         raise ValueError(f"{name} must be a positive finite number, got {scale}")
 
 
+def check_correction_kind(mean_correction: object) -> None:
+    """True, False or "tilted"."""
+    if not isinstance(mean_correction, bool) and mean_correction != "tilted":
+        raise ValueError(f"mean_correction must be True, False or 'tilted', got {mean_correction!r}")
+
+
 def check_mean_correction(mean_correction: object, mask_mod: object, score_mod: object, device: torch.device) -> None:
-    """A bool; the means of dropped blocks know nothing of a mask_mod or score_mod."""
-    if not isinstance(mean_correction, bool):
-        raise TypeError(f"mean_correction must be True or False, got {type(mean_correction).__name__}")
+    """One of its kinds; what stands for dropped blocks knows nothing of a mask_mod or score_mod."""
+    check_correction_kind(mean_correction)
     given = [name for name, mod in (("mask_mod", mask_mod), ("score_mod", score_mod)) if mod is not None]
     if mean_correction and given:
         raise ValueError(f"mean_correction cannot be combined with a {' or a '.join(given)}")

@@ -221,7 +221,7 @@ def _prefill(
         lengths,
         mask_mod,
         None if softcap is None else _capped(_score_caps(query, softcap)),
-        plan.mean_correction and asked,
+        plan.mean_correction if asked else False,
         sinks,
         min_tokens=plan.min_prompt_tokens if asked else 1,
         settings=plan.settings if asked else None,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from flexprefill_fa.masks import DEFAULT_SELECTOR, FlexPrefillConfig, Selector, get_selector
 from flexprefill_fa.masks.selector import check_selector
+from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import MAX_HEAD_DIM
 
@@ -68,7 +69,7 @@ class LayerPlan:
         config: its selector; None: dense.
         min_prompt_tokens: prompts of fewer tokens run dense.
         statistics: None, "density" or "recall".
-        mean_correction: whether dropped blocks count by their means.
+        mean_correction: whether dropped blocks count, and by which means.
         window: of the layer, in tokens; for models that leave it to the mask.
 
     Attributes:
@@ -81,14 +82,14 @@ class LayerPlan:
         config: Selector | None,
         min_prompt_tokens: int,
         statistics: str | None,
-        mean_correction: bool = False,
+        mean_correction: MeanCorrection = False,
         window: int | None = None,
     ) -> None:
         self.config = config
         self.settings = None if config is None else config.settings()
         self.min_prompt_tokens = min_prompt_tokens
         self.statistics = statistics
-        self.mean_correction = mean_correction
+        self.mean_correction: MeanCorrection = mean_correction
         self.window = window
         self.latest: LayerStatistics | None = None
         self.observer: Callable[[SparseCall], None] | None = None

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from flexprefill_fa.validation import check_integer
+from flexprefill_fa.mean_correction import MeanCorrection
+from flexprefill_fa.validation import check_correction_kind, check_integer
 
 from .hf_attention import flexprefill_attention
 from .hf_compile import CompiledPrefill, compile_prefill
@@ -74,7 +75,7 @@ def enable_sparse_prefill(
     *,
     dense_layers: Sequence[int] = (),
     min_prompt_tokens: int | None = None,
-    mean_correction: bool = False,
+    mean_correction: MeanCorrection = False,
     statistics: str | None = None,
 ) -> SparsePrefill:
     """Switch a model's prefill to sparse attention.
@@ -93,7 +94,7 @@ def enable_sparse_prefill(
         dense_layers: layers that stay dense, by index; negative ones count from the last.
         min_prompt_tokens: prompts (cached prefix included) of fewer tokens run dense; default: the longest prompt of
             which the selector keeps every block, plus 1; without a config at least 1,025.
-        mean_correction: let dropped blocks count by their means, see `sparse_prefill_attention`.
+        mean_correction: let dropped blocks count, True or "tilted", see `sparse_prefill_attention`.
         statistics: None, "density" to keep each layer's density, kept blocks and JS distance, or "recall" to also
             compute the recall (exact attention: slow).
 
@@ -105,8 +106,7 @@ def enable_sparse_prefill(
     """
     if min_prompt_tokens is not None:
         check_integer("min_prompt_tokens", min_prompt_tokens, 1)
-    if not isinstance(mean_correction, bool):
-        raise TypeError(f"mean_correction must be True or False, got {type(mean_correction).__name__}")
+    check_correction_kind(mean_correction)
     if statistics not in (None, "density", "recall"):
         raise ValueError(f"statistics must be None, 'density' or 'recall', got {statistics!r}")
     inner = unwrap(model)

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flexprefill_fa.kernels import (
+    block_summaries,
     coverage,
     kept_map,
     last_query,
@@ -49,13 +50,14 @@ INT_POINTERS = {
 FLOAT_POINTERS = {
     "thresholds", "scores", "means", "maxima", "sums", "totals", "lse", "vertical", "slash", "carry", "mean_key",
     "mean_query", "columns", "column_sums", "diagonals", "diagonal_sums", "logits", "distance", "pooled_scores",
-    "mass", "diagonal_mass", "factors", "tokens", "best_scores", "squares", "biases",
+    "mass", "diagonal_mass", "factors", "tokens", "best_scores", "squares", "biases", "later", "bias",
 }  # fmt: skip
 BYTE_POINTERS = {"kept", "chosen", "hit", "diagonal_hit"}
 OF_THE_INPUTS = {
     ("_block_mean_kernel", "values"), ("_scores_kernel", "parts"), ("_representatives_kernel", "vectors"),
     ("_rows_kernel", "vectors"),
     *(("_correct_kernel", name) for name in ("mean_key", "mean_value", "out", "result")),
+    *(("_summary_kernel", name) for name in ("value", "keys", "values")),
 }  # fmt: skip
 # The same name for another type of data in one kernel.
 EXCEPTIONS = {
@@ -131,6 +133,10 @@ def variants(dtype: torch.dtype, dim: int, block: int):
     options = {"num_warps": shape.pop("num_warps")}
     constants = {"D": dim, "BLOCK_D": padded, "BLOCK": block, "LIMIT": 100, **shape}
     yield mean_correction._correct_kernel, options, constants
+    summary = {"D": dim, "BLOCK_D": padded, "BLOCK": block}
+    yield block_summaries._later_kernel, {}, {**summary, "ROWS": 16}
+    for tilted in (False, True):
+        yield block_summaries._summary_kernel, block_summaries.launch_options(dim), {**summary, "TILTED": tilted}
     row = {"HAS_AWARE": True, "BLOCK": block, "WIDTH": 1024, "ALL_PARTIAL": False, "ZERO_TAILS": True}
     yield line_rows._line_rows_kernel, {"num_warps": 4}, {**row, "DENSE": False, "CHUNK": line_rows.CHUNK}
     yield rows._paper_rows_kernel, {"num_warps": 4}, {**row, "LIMITED": True}

@@ -21,13 +21,19 @@ from flexprefill_fa import (
     sparse_prefill_attention,
 )
 from flexprefill_fa.backends import flash_problem
+from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.validation import check_mean_correction
 
 HAS_GPU = torch.cuda.is_available()
 SMALL = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=64, block_size=64)
 
 
-def by_definition(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, scale: float) -> Tensor:
+KINDS: list[MeanCorrection] = [True, "tilted"]
+
+
+def by_definition(
+    query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, scale: float, kind: MeanCorrection = True
+) -> Tensor:
     """fp64 [B, Hq, Lq, D]; rows of padded queries are 0."""
     size, keep = selection.block_size, selection.to_dense()
     out = torch.zeros(query.shape, dtype=torch.float64)
@@ -35,6 +41,15 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, selection: BlockSel
     for b, (start, end) in enumerate(selection.ranges.tolist()):
         for h in range(query.shape[1]):
             q, k, v = (x.double() for x in (query[b, h], key[b, h // groups], value[b, h // groups]))
+            anchors = torch.zeros(selection.grid.kv_blocks, query.shape[3], dtype=torch.float64)
+            for block in range(selection.grid.kv_blocks if kind == "tilted" else 0):
+                behind = [  # the real queries of query blocks that begin behind this key block
+                    r
+                    for r in range(query.shape[2])
+                    if start <= selection.grid.offset + r < end
+                    and (selection.grid.offset + r // size * size) // size > block
+                ]
+                anchors[block] = q[behind].mean(0) if behind else 0.0
             for i in range(query.shape[2]):
                 position = selection.grid.offset + i
                 if not start <= position < end:
@@ -50,8 +65,11 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, selection: BlockSel
                         values.append(v[seen])
                     elif last <= position:
                         real = slice(first, last + 1)
-                        weights.append((last + 1 - first) * (scale * (k[real].mean(0) @ q[i])).exp()[None])
-                        values.append(v[real].mean(0)[None])
+                        anchor = anchors[block]
+                        share = (scale * (k[real] @ anchor)).exp()
+                        mean = share / share.sum() @ k[real]
+                        weights.append((share.sum() * (scale * (mean @ (q[i] - anchor))).exp())[None])
+                        values.append((share / share.sum() @ v[real])[None])
                 weight = torch.cat(weights)
                 out[b, h, i] = weight @ torch.cat(values) / weight.sum()
     return out
@@ -81,18 +99,21 @@ def make(case: tuple) -> tuple[Tensor, Tensor, Tensor, BlockSelection]:
     return query, key, torch.randn_like(key), selection
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0].name}-{c[1]}-{c[2]}")
-def test_on_the_cpu_it_is_what_the_definition_says(case: tuple) -> None:
+def test_on_the_cpu_it_is_what_the_definition_says(case: tuple, kind: MeanCorrection) -> None:
     query, key, value, selection = make(case)
-    expected = by_definition(query, key, value, selection, 32**-0.5)
-    out = block_sparse_attention(query, key, value, selection, mean_correction=True)
+    expected = by_definition(query, key, value, selection, 32**-0.5, kind)
+    out = block_sparse_attention(query, key, value, selection, mean_correction=kind)
     real = (expected != 0).any(-1, keepdim=True)
     assert relative_error(out, expected, real) < 1e-5
     plain = block_sparse_attention(query, key, value, selection)
     assert relative_error(plain, expected, real) > 1e-2
 
 
-def corrected_by_kernel(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
+def corrected_by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, kind: MeanCorrection = True
+) -> Tensor:
     """`correct` on attention over the kept blocks that plain PyTorch computes."""
     from flexprefill_fa.kernels.mean_correction import correct
 
@@ -106,17 +127,18 @@ def corrected_by_kernel(query: Tensor, key: Tensor, value: Tensor, selection: Bl
     k, v = (x.float().repeat_interleave(groups, 1) for x in (key, value))
     scores = (query.float() @ k.mT * scale).masked_fill(~mask, float("-inf"))
     out = (scores.softmax(-1).nan_to_num(0.0) @ v).to(query.dtype)
-    starts, lengths = selection.starts, selection.lengths
-    return correct(query, key, value, out, scores.logsumexp(-1), selection.lists, starts, lengths, scale, size)
+    starts, lengths, tilted = selection.starts, selection.lengths, kind == "tilted"
+    return correct(query, key, value, out, scores.logsumexp(-1), selection.lists, starts, lengths, scale, size, tilted)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernel runs there, see below")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0].name}-{c[1]}-{c[2]}")
-def test_the_kernel_is_what_the_definition_says(case: tuple) -> None:
+def test_the_kernel_is_what_the_definition_says(case: tuple, kind: MeanCorrection) -> None:
     query, key, value, selection = make(case)
     scale = 32**-0.5
-    got = corrected_by_kernel(query, key, value, selection)
-    expected = by_definition(query, key, value, selection, scale)
+    got = corrected_by_kernel(query, key, value, selection, kind)
+    expected = by_definition(query, key, value, selection, scale, kind)
     real = (expected != 0).any(-1, keepdim=True)
     assert torch.isfinite(got).all()
     assert relative_error(got, expected, real) < 1e-5
@@ -199,16 +221,17 @@ def test_rows_that_drop_nothing_are_unchanged() -> None:
     torch.testing.assert_close(out, plain, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [64, 128])
-def test_one_call_for_a_padded_batch(size: int) -> None:
+def test_one_call_for_a_padded_batch(size: int, kind: MeanCorrection) -> None:
     config = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=64, block_size=size)
     query, key = structured_qk(2, 4, 2, 600, 600, 32, seed=5)
     value = torch.randn_like(key)
     place: dict[str, Any] = {"starts": [0, 70], "lengths": [600, 500]}
     out, selection = sparse_prefill_attention(
-        query, key, value, config, mean_correction=True, return_selection=True, backend="CPU", **place
+        query, key, value, config, mean_correction=kind, return_selection=True, backend="CPU", **place
     )
-    expected, real = by_masked_scores(query, key, value, selection)
+    expected, real = by_masked_scores(query, key, value, selection, kind)
     assert relative_error(out, expected, real) < 1e-5
     plain = sparse_prefill_attention(query, key, value, config, backend="CPU", **place)
     assert relative_error(plain, expected, real) > 1e-2
@@ -266,12 +289,14 @@ def test_what_it_cannot_be_combined_with() -> None:
         sparse_prefill_attention(query, key, value, SMALL, mask_mod=mod, mean_correction=True)
     with pytest.raises(ValueError, match="cannot be combined with a mask_mod or a score_mod"):
         block_sparse_attention(query, key, value, selection, mask_mod=mod, score_mod=score, mean_correction=True)
-    with pytest.raises(TypeError, match="mean_correction must be True or False, got str"):
+    with pytest.raises(ValueError, match="mean_correction must be True, False or 'tilted', got 'yes'"):
         sparse_prefill_attention(query, key, value, SMALL, mean_correction="yes")  # pyright: ignore[reportArgumentType]
 
 
-def by_masked_scores(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> tuple[Tensor, Tensor]:
-    """(fp64 output, real rows), all rows at once: the means as further columns of the scores."""
+def by_masked_scores(
+    query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, kind: MeanCorrection = True
+) -> tuple[Tensor, Tensor]:
+    """(fp64 output, real rows), all rows at once: what stands for blocks as further columns of the scores."""
     size, blocks, heads = selection.block_size, selection.grid.kv_blocks, query.shape[1]
     q = query.double()
     k, v = (x.double().repeat_interleave(heads // key.shape[1], 1) for x in (key, value))
@@ -291,18 +316,27 @@ def by_masked_scores(query: Tensor, key: Tensor, value: Tensor, selection: Block
     count = per_block(torch.ones_like(k[:, :1, :, :1]))  # [B, 1, nk, 1]
     last = torch.minimum(end, (torch.arange(blocks, device=query.device) + 1) * size) - 1  # [B, nk]
     dropped = ~kept & (count[:, :, None, :, 0] > 0) & (last[:, None, None] <= position[:, None])
-    mean_key, mean_value = per_block(k) / count.clamp(min=1), per_block(v) / count.clamp(min=1)
-    means = q @ mean_key.mT * scale + count.clamp(min=1).log().mT
-    scores = torch.cat((scores, means.masked_fill(~dropped, float("-inf"))), -1)
     rows = ((position >= start) & (position < end))[:, None, :, None]
+    share = torch.ones_like(k[..., :1])
+    anchor = torch.zeros_like(k[:, :, :blocks])
+    if kind == "tilted":
+        begins = (position[::size] // size).repeat_interleave(size)[: len(position)]
+        behind = (begins > torch.arange(blocks, device=query.device)[:, None])[None, None] & rows.mT  # [B, 1, nk, Lq]
+        anchor = behind.double() @ q / behind.sum(-1, keepdim=True).clamp(min=1)
+        share = (k * anchor.repeat_interleave(size, 2)[:, :, :n] * scale).sum(-1, keepdim=True).exp()
+    total = per_block(share).clamp(min=1e-300)
+    mean_key, mean_value = per_block(k * share) / total, per_block(v * share) / total
+    means = q @ mean_key.mT * scale + (total.log() - scale * (mean_key * anchor).sum(-1, keepdim=True)).mT
+    scores = torch.cat((scores, means.masked_fill(~dropped, float("-inf"))), -1)
     return scores.softmax(-1).nan_to_num(0.0) @ torch.cat((v, mean_value), 2), rows
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0].name}-{c[1]}-{c[2]}")
-def test_masked_scores_are_the_definition(case: tuple) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_scores_are_the_definition(case: tuple, kind: MeanCorrection) -> None:
     query, key, value, selection = make(case)
-    got, real = by_masked_scores(query, key, value, selection)
-    expected = by_definition(query, key, value, selection, 32**-0.5)
+    got, real = by_masked_scores(query, key, value, selection, kind)
+    expected = by_definition(query, key, value, selection, 32**-0.5, kind)
     assert relative_error(got, expected, real) < 1e-9
 
 
@@ -310,10 +344,11 @@ def test_masked_scores_are_the_definition(case: tuple) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_kernel_on_the_gpu(dtype: torch.dtype, head_dim: int, padded: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_on_the_gpu(dtype: torch.dtype, head_dim: int, padded: bool, kind: MeanCorrection) -> None:
     query, key, value, selection = on_the_gpu(dtype, head_dim, padded)
-    expected, real = by_masked_scores(query, key, value, selection)
-    got = corrected_by_kernel(query, key, value, selection)
+    expected, real = by_masked_scores(query, key, value, selection, kind)
+    got = corrected_by_kernel(query, key, value, selection, kind)
     assert torch.isfinite(got).all()
     plain, _, _ = causal_oracle(query, key, value, selection)
     allowed = 1e-4 if dtype == torch.float32 else 5e-3
@@ -336,13 +371,16 @@ def on_the_gpu(dtype: torch.dtype, head_dim: int, padded: bool) -> tuple[Tensor,
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("backend", ["TRITON", "FLASH"])
-def test_attention_and_correction_on_the_gpu(dtype: torch.dtype, head_dim: int, padded: bool, backend: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_and_correction_on_the_gpu(
+    dtype: torch.dtype, head_dim: int, padded: bool, backend: str, kind: MeanCorrection
+) -> None:
     """The whole call: a wrong log-sum-exp from either kernel would show."""
     query, key, value, selection = on_the_gpu(dtype, head_dim, padded)
     if backend == "FLASH" and (problem := flash_problem(query, 128)):
         pytest.skip(problem)
-    expected, real = by_masked_scores(query, key, value, selection)
-    out = block_sparse_attention(query, key, value, selection, mean_correction=True, backend=backend)
+    expected, real = by_masked_scores(query, key, value, selection, kind)
+    out = block_sparse_attention(query, key, value, selection, mean_correction=kind, backend=backend)
     plain = block_sparse_attention(query, key, value, selection, backend=backend)
     assert relative_error(out, expected, real) < 5e-3 < relative_error(plain, expected, real) / 2
 

@@ -1,7 +1,7 @@
-"""Dropped blocks by their means, merged into attention over the kept ones by log-sum-exp.
+"""Dropped blocks by their summaries, merged into attention over the kept ones by log-sum-exp.
 
-numerator   += sum_J |B_J| exp(s q . K_[J]) V_[J]        J: dropped by q's row block, last real key visible to q
-denominator += sum_J |B_J| exp(s q . K_[J])
+numerator   += sum_J exp(bias_J + s q . K_J) V_J        J: dropped by q's row block, last real key visible to q
+denominator += sum_J exp(bias_J + s q . K_J)
 """
 
 # Triton's kernels and launches are not what a type checker sees in them.
@@ -13,20 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill_fa.grid import cdiv
+from flexprefill_fa.kernels.block_summaries import summaries
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range, unit_stride
 from flexprefill_fa.kernels.kept_map import kept_map
 from flexprefill_fa.kernels.outputs import prepare
-from flexprefill_fa.kernels.pooling import block_mean
 
 
 @triton.jit
-def _add_means(
+def _add_summaries(
     sums,  # [ROWS, BLOCK_D] fp32: weighted values so far
     total,  # [ROWS] fp32: weights so far
     base,  # [ROWS] fp32: weights are 2 ** (score - base); ONLINE raises it as scores require
     q,  # [ROWS, BLOCK_D]
-    mean_key,  # of this kv head, [kv_blocks, D]
+    mean_key,  # of this head, [kv_blocks, D]
     mean_value,
+    bias,  # of this head, [kv_blocks] fp32, to base 2
     kept,  # of this row block, [kv_blocks]
     q_position,
     row_first,
@@ -42,8 +43,7 @@ def _add_means(
     STAGES: tl.constexpr,
     ONLINE: tl.constexpr,
 ):
-    """Sums and total with the dropped blocks' means, and the highest of their scores."""
-    log2_block = 7.0 if BLOCK == 128 else 6.0
+    """Sums and total with the dropped blocks' summaries, and the highest of their scores."""
     dim = tl.arange(0, BLOCK_D)
     lane = tl.arange(0, COLUMNS)
     highest = tl.full(base.shape, float("-inf"), tl.float32)
@@ -51,21 +51,21 @@ def _add_means(
     begin = start // BLOCK
     # Loaded one tile ahead: a value that a tile waits for costs as much as its products.
     flag = tl.load(kept + begin + lane, mask=begin + lane < kv_blocks, other=1)
+    weight = tl.load(bias + begin + lane, mask=begin + lane < kv_blocks, other=float("-inf"))
     for first in tl.range(begin, row_end // BLOCK + 1, COLUMNS, num_stages=STAGES):
         block = first + lane
-        # A whole block of real keys counts BLOCK times.
-        bias = tl.where(flag == 0, log2_block, float("-inf"))
+        added = tl.where(flag == 0, weight, float("-inf"))
         flag = tl.load(kept + block + COLUMNS, mask=block + COLUMNS < kv_blocks, other=1)
+        weight = tl.load(bias + block + COLUMNS, mask=block + COLUMNS < kv_blocks, other=float("-inf"))
         place = block[:, None] * D + dim[None, :]
         inside = (block < kv_blocks)[:, None] & (dim < D)[None, :]
         keys = tl.load(mean_key + place, mask=inside, other=0.0)
-        scores = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * scale + bias[None, :]
+        scores = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * scale + added[None, :]
         if (first + COLUMNS > whole) | (first * BLOCK < start):  # rarely, for it is work per column in every thread
             count = tl.minimum(end, block * BLOCK + BLOCK) - tl.maximum(start, block * BLOCK)
             # The last real key of a block must be visible: position min(end, (J + 1) B) - 1.
             bound = tl.where(count > 0, tl.minimum(end, block * BLOCK + BLOCK) - 1, 2147483647)
-            less = tl.log2(tl.maximum(count, 1).to(tl.float32)) - log2_block
-            scores = tl.where(bound[None, :] <= q_position[:, None], scores + less[None, :], float("-inf"))
+            scores = tl.where(bound[None, :] <= q_position[:, None], scores, float("-inf"))
         highest = tl.maximum(highest, tl.max(scores, 1))
         finite = base
         if ONLINE:
@@ -90,6 +90,7 @@ def _correct_piece(
     lse,
     mean_key,
     mean_value,
+    bias,
     kept,
     q_stride_l,
     o_stride_l,
@@ -120,8 +121,8 @@ def _correct_piece(
     main = out + item[:, None] * o_stride_l + dim[None, :]
     sums = tl.load(main, mask=stored & normal[:, None], other=0.0).to(tl.float32)
     position = row_first + item
-    sums, total, highest = _add_means(
-        sums, normal.to(tl.float32), base, q, mean_key, mean_value, kept, position, row_first,
+    sums, total, highest = _add_summaries(
+        sums, normal.to(tl.float32), base, q, mean_key, mean_value, bias, kept, position, row_first,
         tl.minimum(row_first + ROWS, end), start, end, kv_blocks, scale, D, BLOCK_D, BLOCK, COLUMNS, STAGES, ONLINE,
     )  # fmt: skip
     merged = (sums / tl.where(total > 0, total, 1.0)[:, None]).to(result.dtype.element_ty)
@@ -134,8 +135,9 @@ def _correct_piece(
 @triton.jit(do_not_specialize=[*LENGTHS, "pieces"])
 def _correct_kernel(
     query,
-    mean_key,  # [B, Hkv, kv_blocks, D], query's dtype
-    mean_value,  # [B, Hkv, kv_blocks, D], query's dtype
+    mean_key,  # [B, H', kv_blocks, D], query's dtype; H' as `groups` says
+    mean_value,
+    bias,  # [B, H', kv_blocks] fp32, to base 2
     kept,  # [B * Hq, q_blocks, kv_blocks] int8
     ranges,
     out,  # [B, Hq, q_len, D]: attention over the kept blocks
@@ -152,7 +154,7 @@ def _correct_kernel(
     r_stride_l,
     pieces,  # of ROWS queries
     heads,
-    groups,
+    groups,  # query heads that share a summary
     q_len,
     offset,
     q_blocks,
@@ -184,17 +186,19 @@ def _correct_kernel(
     lse += row * q_len + first_row
     mean_key += kv_row * D
     mean_value += kv_row * D
+    bias += kv_row
     kept += (row * q_blocks + first_row // BLOCK) * kv_blocks
     again = _correct_piece(
-        query, out, result, lse, mean_key, mean_value, kept, q_stride_l, o_stride_l, r_stride_l, q_len - first_row,
-        offset + first_row, start, end, kv_blocks, scale, D, BLOCK_D, BLOCK, ROWS, COLUMNS, STAGES, LIMIT, False,
+        query, out, result, lse, mean_key, mean_value, bias, kept, q_stride_l, o_stride_l, r_stride_l,
+        q_len - first_row, offset + first_row, start, end, kv_blocks, scale, D, BLOCK_D, BLOCK, ROWS, COLUMNS, STAGES,
+        LIMIT, False,
     )  # fmt: skip
     if again > 0:
         for half in range(2):  # what a running maximum takes in registers would not fit beside all of them
             first = half * (ROWS // 2)
             _correct_piece(
                 query + first * q_stride_l, out + first * o_stride_l, result + first * r_stride_l, lse + first,
-                mean_key, mean_value, kept, q_stride_l, o_stride_l, r_stride_l, q_len - first_row - first,
+                mean_key, mean_value, bias, kept, q_stride_l, o_stride_l, r_stride_l, q_len - first_row - first,
                 offset + first_row + first, start, end, kv_blocks, scale, D, BLOCK_D, BLOCK, ROWS // 2, COLUMNS, 1,
                 LIMIT, True,
             )  # fmt: skip
@@ -218,20 +222,21 @@ def correct(
     lengths: Tensor | None,
     scale: float,
     block_size: int,
+    tilted: bool = False,
 ) -> Tensor:
-    """`out` `[B, Hq, Lq, D]` with the means of dropped blocks; lse `[B, Hq, Lq]` in natural logarithms."""
+    """`out` `[B, Hq, Lq, D]` with the summaries of dropped blocks; lse `[B, Hq, Lq]` in natural logarithms."""
     query, key, grid, ranges = prepare(query, key, starts, lengths, block_size)
     value, out, lse = unit_stride(value), unit_stride(out), lse.contiguous()
     batch, heads, q_len, dim = query.shape
-    means = [block_mean(x, ranges, 0, block_size, dtype=query.dtype) for x in (key, value)]
+    found = summaries(query, key, value, ranges, grid, scale, tilted)
     result = torch.empty_like(out)
     options = launch_options(dim, block_size)
     pieces = cdiv(q_len, options["ROWS"])
     kept = kept_map(lists, grid)
     with on_device(query):
         _correct_kernel[(batch * heads * pieces,)](
-            query, *means, kept, ranges, out, lse, result, *query.stride()[:3], *out.stride()[:3],
-            *result.stride()[:3], pieces, heads, heads // key.shape[1], q_len, grid.offset, grid.q_blocks,
+            query, *found, kept, ranges, out, lse, result, *query.stride()[:3], *out.stride()[:3],
+            *result.stride()[:3], pieces, heads, heads // found[0].shape[1], q_len, grid.offset, grid.q_blocks,
             grid.kv_blocks, scale * LOG2E, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK=block_size,
             LIMIT=14 if query.dtype == torch.float16 else 100, **options,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from flexprefill_fa.integrations.hf_check import check_some_sparse
 from flexprefill_fa.integrations.transformers import enable_sparse_prefill
 from flexprefill_fa.masks import Selector
+from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.tools.loading import UsageError, first_line
 from flexprefill_fa.tools.progress import WorkProgress
 
@@ -93,7 +94,7 @@ def measure_sparse(
     max_new_tokens: int,
     progress: WorkProgress,
     *,
-    mean_correction: bool = False,
+    mean_correction: MeanCorrection = False,
     dense_layers: Sequence[int] = (),
     repeats: int = 1,
     recall: bool = False,

@@ -74,7 +74,8 @@ def changed_settings(selector: str, settings: dict[str, Any]) -> dict[str, Any]:
 def settings_text(row: dict[str, Any]) -> str:
     """Those of a row's settings that are not the selector's usual ones, with mean correction and dense layers."""
     shown = [f"{name}={value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
-    shown += ["mean_correction"] if row["mean_correction"] else []
+    if correction := row["mean_correction"]:
+        shown.append("mean_correction" if correction is True else f"mean_correction={correction}")
     shown += [f"dense_layers={'/'.join(map(str, row['dense_layers']))}"] if row["dense_layers"] else []
     return " ".join(shown)
 

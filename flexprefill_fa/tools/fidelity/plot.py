@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexprefill_fa.masks import get_selector
+from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.tools.fidelity.knobs import knob_fields
 from flexprefill_fa.tools.loading import UsageError
 from flexprefill_fa.tools.rows import Row
@@ -18,8 +19,8 @@ _ACROSS = 3  # axes in a row
 _LEAST_KL = 1e-6  # what is below is rounding, and has no place on a logarithmic axis
 _ROUNDING = 1e-4  # of bf16, where nearly every block is kept
 _TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1)
-CORRECTED = ", corrected"
-"""Ends the name of a curve that was measured with mean correction."""
+CORRECTED: dict[MeanCorrection, str] = {False: "", True: ", corrected", "tilted": ", tilted"}
+"""What the names of curves with a mean correction end in."""
 
 
 def require_matplotlib() -> None:
@@ -38,8 +39,7 @@ def curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
     """Name -> (density, KL) by ascending density, of rows of one text and length.
 
     Rows whose settings differ in the selector's knob alone are one curve; its name says in which other settings it
-    differs from the selector's other curves, unless they are the usual ones. Those with mean correction end in
-    `CORRECTED`.
+    differs from the selector's other curves, unless they are the usual ones; it ends as `CORRECTED` says.
     """
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -55,9 +55,17 @@ def curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
             for name, value in fixed.items()
             if value != usual.get(name) and any(other.get(name) != value for other in others)
         ]
-        name = " ".join([selector, *(f"{field}={fixed[field]}" for field in differing)]) + CORRECTED * corrected
+        name = " ".join([selector, *(f"{field}={fixed[field]}" for field in differing)]) + CORRECTED[corrected]
         named[name] = sorted((row["density"], max(row["kl"], _LEAST_KL)) for row in members)
     return named
+
+
+def without_correction(name: str) -> tuple[str, MeanCorrection]:
+    """The name of a curve without its ending, and the mean correction that the ending tells."""
+    for kind, ending in CORRECTED.items():
+        if ending and name.endswith(ending):
+            return name.removesuffix(ending), kind
+    return name, False
 
 
 def _fixed(row: Row) -> dict[str, Any]:
@@ -100,8 +108,8 @@ def save_panels(panels: Mapping[str, Sequence[Row]], title: str, path: Path) -> 
     names: dict[str, dict[str, str]] = {}
     for (heading, rows), axes in zip(panels.items(), grid.flat, strict=False):
         for name, points in curves(rows).items():
-            plain = name.removesuffix(CORRECTED)
-            style = "o-" if plain == name else "s--"
+            plain, correction = without_correction(name)
+            style = {False: "o-", True: "s--", "tilted": "^:"}[correction]
             colour = colours.setdefault(plain, f"C{len(colours)}")
             names.setdefault(name, {"color": colour, "marker": style[0], "linestyle": style[1:]})
             axes.plot(*zip(*points, strict=True), style, color=colour, markersize=4)
