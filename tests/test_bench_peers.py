@@ -19,6 +19,7 @@ from bench.check import no_better_than_zeros, reference, relative_error
 from bench.cli import app
 from bench.peer_rows import PeerBenchmark, density_of_ratio
 from bench.peers import PEERS as ADAPTERS
+from bench.peers import minference
 from bench.peers.base import Peer, foreign_code
 from bench.planning import make_plan
 from bench.speed_tables import GIVEN, PEERS
@@ -520,3 +521,20 @@ def test_auto_is_shown_where_no_backend_was_named(lines: list[dict[str, Any]]) -
     assert "| flexprefill_fa auto |" in PEERS.markdown([*lines[:2], auto, lines[-1]])
     both = PEERS.markdown([*lines, auto, auto | {"length": 600}])
     assert both.count("| flexprefill_fa auto |") == 1 and "| flexprefill_fa CPU |" in both
+
+
+def test_minferences_columns_and_diagonals_are_the_best_of_the_last_queries() -> None:
+    length, heads = 300, 2
+    query, key = (torch.randn(1, heads, length, 16, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    columns, diagonals = minference._chosen(query, key, 40, 120)
+    causal = torch.arange(length) <= torch.arange(length)[-64:, None]
+    shares = (query[:, :, -64:] @ key.mT / 4).masked_fill(~causal, float("-inf")).softmax(-1)[0]
+    offsets = torch.arange(length)[-64:, None] - torch.arange(length)
+    for head in range(heads):
+        vertical = shares[head].sum(0)
+        vertical[:30] = float("inf")
+        slash = torch.tensor([shares[head][offsets == o].sum() for o in range(length)])
+        slash[:100] = float("inf")
+        for found, total in ((columns[0, head], vertical), (diagonals[0, head], slash)):
+            assert len(set(found.tolist())) == len(found)
+            torch.testing.assert_close(total[found].sort().values, total.topk(len(found)).values.sort().values)
