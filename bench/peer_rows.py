@@ -50,7 +50,7 @@ class PeerBenchmark(LengthBenchmark):
         same: Any = {"batch": batch, "device": self.plan.device, "seed": self.plan.seed}
         chosen = chunk_selection(self.length, self.length, kv_heads, density, **same)
         lists = [part.repeat_interleave(heads // kv_heads, 1) for part in chosen.lists]
-        return BlockSelection(*lists, self.length, self.length, chosen.block_size)
+        return BlockSelection(lists[0], lists[1], lists[2], lists[3], self.length, self.length, chosen.block_size)
 
     def selector_rows(self, config: Any, dense: Reference) -> Iterator[Row]:
         """As before, with `dense_error`."""

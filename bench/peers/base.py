@@ -78,10 +78,10 @@ class Peer:
             raise ImportError(f"module {self.module} is {found}, not the one in {folder}")
         return module
 
-    def tensors(self, inputs: Inputs) -> list[Tensor]:
+    def tensors(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, copied once into contiguous `[B, L, H, D]`."""
-        each = (inputs.query, inputs.key, inputs.value)
-        return [tensor.transpose(1, 2).contiguous().clone() for tensor in each]
+        query, key, value = (x.transpose(1, 2).contiguous().clone() for x in (inputs.query, inputs.key, inputs.value))
+        return query, key, value
 
     def identity(self, folder: Path) -> Row:
         """What tells it and a state of its code from others: names, and a digest of the folder's Python files."""

@@ -32,14 +32,16 @@ def _chosen(query: Tensor, key: Tensor, columns: int, diagonals: int) -> tuple[T
 def _call(module: ModuleType, query: Tensor, key: Tensor, value: Tensor, config: Any) -> Call:
     settings = {"vertical_size": config.vertical_size, "slash_size": config.slash_size}
     groups = query.shape[2] // key.shape[2]
-    heads = [x.transpose(1, 2).contiguous() for x in (query, *(y.repeat_interleave(groups, 2) for y in (key, value)))]
-    sizes = [min(size, query.shape[1]) for size in settings.values()]
+    # As its models repeat them; not timed.
+    keys, values = (x.repeat_interleave(groups, 2).transpose(1, 2).contiguous() for x in (key, value))
+    queries = query.transpose(1, 2).contiguous()
+    columns, diagonals = (min(size, query.shape[1]) for size in settings.values())
 
     def select() -> tuple[Tensor, Tensor]:
-        return _chosen(*heads[:2], *sizes)
+        return _chosen(queries, keys, columns, diagonals)
 
     def run() -> Tensor:
-        return module.vertical_slash_sparse_attention(*heads, *select())
+        return module.vertical_slash_sparse_attention(queries, keys, values, *select())
 
     return Call(settings, run, lambda: (run().transpose(1, 2), None), select)
 
