@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +64,15 @@ class PeerBenchmark(LengthBenchmark):
     def peer_rows(self, folder: Path, peer: Peer) -> Iterator[Row]:
         """The rows of a peer, after `rows`; one that failed has `error` and no times."""
         with torch.no_grad(), self.on_device():
-            for density in self.plan.densities:
-                if peer.attend is not None:
-                    yield self._row(
-                        peer, folder, "synthetic", {"density": density}, lambda d=density: self._over(d, peer, folder)
-                    )
-            if self.plan.densities or peer.adapter is None:
-                return
-            if peer.selector is None:
-                yield self._row(peer, folder, peer.name, None, lambda: self._own(None, peer, folder))
+            for density in self.plan.densities if peer.attend is not None else ():
+                over = partial(self._over, density, peer, folder)
+                yield self._row(peer, folder, "synthetic", {"density": density}, over)
+            if peer.selector is None and (self.plan.configs or not self.plan.densities):
+                yield self._row(peer, folder, peer.name, None, partial(self._own, None, peer, folder))
             for config in self.plan.configs:
                 if config.name == peer.selector:
-                    settings = dataclasses.asdict(config)
-                    yield self._row(peer, folder, config.name, settings, lambda c=config: self._own(c, peer, folder))
+                    own = partial(self._own, config, peer, folder)
+                    yield self._row(peer, folder, config.name, dataclasses.asdict(config), own)
 
     def _row(
         self, peer: Peer, folder: Path, selector: str, settings: Any, measured: Callable[[], Iterator[Row]]
@@ -95,7 +91,6 @@ class PeerBenchmark(LengthBenchmark):
 
     def _own(self, config: Any, peer: Peer, folder: Path) -> Iterator[Row]:
         """Of a peer's own selection and attention."""
-        assert peer.adapter is not None
         call = peer.adapter(peer.load(folder), *peer.tensors(self.inputs), config)
         yield {"peer_version": peer.version, "peer_settings": call.settings}
         if config is None:

@@ -57,7 +57,7 @@ class Peer:
     selector: str | None
     module: str
     function: str
-    adapter: Callable[[ModuleType, Tensor, Tensor, Tensor, Any], Call] | None = None
+    adapter: Callable[[ModuleType, Tensor, Tensor, Tensor, Any], Call]
     attend: Callable[[ModuleType, Tensor, Tensor, Tensor, Tensor], Attend] | None = None
 
     @property
