@@ -51,7 +51,7 @@ class LengthBenchmark:
         shape = {"length": length, **{name: getattr(plan, name) for name in same}}
         self.conditions = described("attention", plan.device, plan.dtype, **shape, **found)
         self.dense_rows: dict[str, Row] = {}  # by kernel
-        self.references: dict[Any, Reference] = {}  # of each config's selection
+        self.references: dict[Any, Reference] = {}  # of each config's or density's selection
 
     def rows(self) -> Iterator[Row]:
         """The rows, dense first; a row whose check failed has `error` and no times."""
@@ -112,10 +112,8 @@ class LengthBenchmark:
             yield row | self.speedups(row)
 
     def _synthetic(self, density: float) -> Iterator[Row]:
-        query = self.inputs.query
-        same: Any = {"batch": query.shape[0], "block_size": _BLOCK, "device": query.device, "seed": self.plan.seed}
-        selection = chunk_selection(self.length, self.length, query.shape[1], density, **same)
-        sparse = reference(self.inputs, selection)
+        query, selection = self.inputs.query, self.random_blocks(density)
+        sparse = self.references[density] = reference(self.inputs, selection)
         for backend in self.plan.backends:
             row: Row = {**self.conditions, "path": "sparse", "selector": "synthetic", "settings": {"density": density}}
             row |= {"backend": backend, "kernel": resolve_backend(backend, query, _BLOCK), **_kept(selection, sparse)}
@@ -123,6 +121,12 @@ class LengthBenchmark:
             row |= self._checked({"attend_ms": attend}, sparse)
             row |= self._throughput(row, selection)
             yield row | self.speedups(row)
+
+    def random_blocks(self, density: float) -> BlockSelection:
+        """A synthetic selection."""
+        query = self.inputs.query
+        same: Any = {"batch": query.shape[0], "block_size": _BLOCK, "device": query.device, "seed": self.plan.seed}
+        return chunk_selection(self.length, self.length, query.shape[1], density, **same)
 
     def _checked(
         self,

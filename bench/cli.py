@@ -17,7 +17,7 @@ from bench.host import host_rows
 from bench.needle.capture import model_config as needle_config
 from bench.paths import RESULTS
 from bench.peer_rows import PeerBenchmark
-from bench.peers import peers_in
+from bench.peers import PEERS, parse_peers
 from bench.planning import make_plan
 from bench.quality import BACKEND, QualityPlan, quality_rows, sweep
 from bench.quality_tables import SETTINGS
@@ -46,7 +46,8 @@ from bench.spec import (
     parse_selectors,
     parse_whole,
 )
-from bench.speed_tables import ATTENTION, DENSITY, PEERS
+from bench.speed_tables import ATTENTION, DENSITY, GIVEN
+from bench.speed_tables import PEERS as PEERS_TABLE
 from bench.tables import paragraphs
 from bench.terminal import Recorder, one_line_errors
 from bench.ttft_tables import ttft_tables
@@ -207,11 +208,15 @@ app.command()(serve)
 
 @app.command()
 def peers(
-    package: Annotated[
-        Path | None, typer.Option(help="Checkout of FlexPrefill's or FlashPrefill's released code, which is run.")
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help=f"NAME=FOLDER, a checkout whose code is run; may be repeated. Names: {', '.join(PEERS)}."),
     ] = None,
     lengths: Lengths = "4096,16384,65536",
     selectors: Selectors = "flexprefill,flashprefill",
+    density: Annotated[
+        str | None, typer.Option(help="Attention over the same blocks of these densities, instead of selectors.")
+    ] = None,
     backends: Backends = None,
     heads: Heads = None,
     kv_heads: KvHeads = None,
@@ -223,20 +228,21 @@ def peers(
     seed: Seed = 0,
     repeats: Repeats = 20,
     seconds: Seconds = 5.0,
+    dense: Annotated[bool, typer.Option(help="Time the dense kernels too.")] = True,
     out: Out = RESULTS / "peers.jsonl",
     as_json: Json = False,
 ) -> None:
-    """Time the released function of another implementation beside this package's selectors, on the same inputs.
+    """Time public implementations beside this package, on the same inputs: their own selections, or given blocks.
 
-    Peers get the same settings. Without --package only this package and dense attention are measured. Exits with 1 if
-    an output of this package was wrong and with 2 if a peer's was, or something could not run.
+    Peers of the same method get the same settings. Without --peer only this package and dense attention are measured.
+    Exits with 1 if an output of this package was wrong and with 2 if a peer's was, or something could not run.
     """
     options = locals()
     with one_line_errors():
+        found = parse_peers(peer or [])
         plan = make_plan(**options)
-        found = [] if package is None else peers_in(package, [config.name for config in plan.configs])
         run = Recorder(out, as_json)
-    for name in sorted({config.name for config in plan.configs} - {peer.selector for peer in found}):
+    for name in sorted({config.name for config in plan.configs} - {one.selector for one, _ in found}):
         run.note(f"{name} is measured without a peer")
     benches: dict[int, PeerBenchmark] = {}  # their inputs stay in memory for the peers, who come after every length
 
@@ -248,11 +254,12 @@ def peers(
     for length in plan.lengths:
         run.take(f"{length} tokens", plan.steps(), partial(ours, length))
     for length, bench in benches.items():
-        if package is not None:
-            run.take(f"{length} tokens", len(plan.configs), partial(bench.peer_rows, package, found))
+        for one, folder in found:
+            run.take(f"{length} tokens, {one.name}", None, partial(bench.peer_rows, folder, one))
     broken = [row for row in run.rows if "error" in row]
     run.incomplete |= bool(broken)
-    run.finish(PEERS.markdown(run.rows), wrong=any(row["path"] != "peer" for row in broken))
+    tables = paragraphs(table.markdown(run.rows) for table in (PEERS_TABLE, GIVEN))
+    run.finish(tables, wrong=any(row["path"] != "peer" for row in broken))
 
 
 @app.command()

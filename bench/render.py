@@ -16,6 +16,7 @@ from bench.quality_tables import SELECTORS, correction_tables, selector_tables
 from bench.serve_tables import ENGINES, serve_tables
 from bench.speed_tables import (
     ATTENTION,
+    GIVEN,
     PEERS,
     attention_tables,
     demo_table,
@@ -25,7 +26,10 @@ from bench.speed_tables import (
 from bench.ttft_tables import speed_summary, ttft_tables
 from flexprefill_fa.tools.rows import Row, read
 
-_TIME = ("attention", "attention-fixed", "attention-needle", "density", "ttft", "serving", "attention-cpu", "peers")
+_TIME = (
+    *("attention", "attention-fixed", "attention-needle", "density", "ttft", "serving"),
+    *("attention-cpu", "peers", "given"),
+)
 _QUALITY = ("fidelity-plot", "fidelity", "fidelity-settings", "ruler", "accuracy-plot", "accuracy-summary", "needle")
 _QUALITY += ("accuracy", "quality-plot", "quality", "mean-correction")
 DOCUMENTS: dict[Path, tuple[str, ...]] = {
@@ -59,6 +63,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "fidelity-summary": (fidelity_summary, ("fidelity.jsonl",)),
     "ruler": (accuracy_tables, (ANSWERS,)),
     "peers": (PEERS.markdown, ("peers.jsonl",)),
+    "given": (GIVEN.markdown, ("peers.jsonl",)),
     "demo": (demo_table, ("demo.jsonl",)),
 }
 """By the name of their markers: Markdown from the rows of files, empty where there are no rows for it."""

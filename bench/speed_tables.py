@@ -199,6 +199,26 @@ def _implementation(row: Row) -> str:
     return f"{OURS} {row['backend']}" + (f" (dense {row['kernel']})" if row["path"] == "dense" else "")
 
 
+def _failed(row: Row, name: str) -> str:
+    """A time, or in its place the error; a table cell holds one line without bars."""
+    return f"error: {row['error']}".replace("|", "/") if "error" in row else milliseconds(row.get(name))
+
+
+def _times_dense(rows: list[Row], name: str, kernel: str | None) -> Any:
+    """A cell: how much faster than a dense kernel, or the best one, of the same length, in whichever process it ran."""
+    dense = split(rows)[0]
+
+    def cell(row: Row) -> str:
+        found = [
+            other["total_ms"]
+            for other in dense
+            if other["length"] == row["length"] and kernel in (None, other["kernel"]) and "total_ms" in other
+        ]
+        return times(min(found) / row[name] if found and name in row and row["selector"] is not None else None)
+
+    return cell
+
+
 def _peer_columns(rows: list[Row]) -> list[Column]:
     yardstick = YARDSTICK[rows[0]["device"]]
 
@@ -206,21 +226,25 @@ def _peer_columns(rows: list[Row]) -> list[Column]:
         measured = row.get("check_error") if row["selector"] is None else row.get("dense_error")
         return number(None if "error" in row else measured, ".2g")
 
-    def total(row: Row) -> str:  # a table cell holds one line without bars
-        return f"error: {row['error']}".replace("|", "/") if "error" in row else milliseconds(row.get("total_ms"))
-
     return [
         ("tokens", tokens),
         ("method", method),
         ("implementation", _implementation),
         ("density", field("density", ".3f")),
         ("error against dense", error),
-        ("total ms", total),
+        ("select ms", lambda row: milliseconds(row.get("select_ms"))),
+        ("total ms", lambda row: _failed(row, "total_ms")),
         ("wall clock ms", lambda row: milliseconds(row.get("total_eager_ms"))),
-        (f"x {KERNEL_NAMES[yardstick]}", lambda row: times(row.get(f"speedup_{yardstick}"))),
-        ("x best dense", lambda row: times(row.get("speedup_best_dense"))),
+        (f"x {KERNEL_NAMES[yardstick]}", _times_dense(rows, "total_ms", yardstick)),
+        ("x best dense", _times_dense(rows, "total_ms", None)),
         ("timed by", lambda row: row.get("timed_by", {}).get("total_ms", "-")),
     ]
+
+
+def _origin(row: Row) -> str:
+    """Whose code a peer's row ran, and which state of it."""
+    version = f" {row['peer_version']}" if row["peer_version"] else ""
+    return f"{row['implementation']}{version}, `{row['module']}.{row['function']}`, digest {row['peer_digest']}"
 
 
 def _peer_notes(rows: list[Row]) -> str:
@@ -229,8 +253,7 @@ def _peer_notes(rows: list[Row]) -> str:
     for row in split(_compared(rows))[1]:
         who, settings = f"{OURS}, {row['selector']}", row["settings"]
         if row["path"] == "peer":
-            version = f" {row['peer_version']}" if row["peer_version"] else ""
-            who = f"{row['implementation']}{version}, `{row['module']}.{row['function']}`, digest {row['peer_digest']}"
+            who = _origin(row)
             settings = row.get("peer_settings")
         notes.append(f"- {who}: {settings_of(settings) if settings else 'not called'}")
     return "\n".join(dict.fromkeys(notes))
@@ -239,12 +262,32 @@ def _peer_notes(rows: list[Row]) -> str:
 PEERS = Table(
     group_by=_GROUP,
     identity=_MEASURED,
+    where=lambda row: row["selector"] != "synthetic",
     lines=_compared,
     columns=_peer_columns,
     caption=lambda rows: _caption(_compared(rows), "each implementation on the same values, selection included"),
     notes=_peer_notes,
 )
 """This package beside other implementations."""
+
+GIVEN = Table(
+    group_by=_GROUP,
+    identity=_MEASURED,
+    where=lambda row: row["selector"] in (None, "synthetic"),
+    lines=lambda rows: [row for row in _compared(rows) if row["selector"] is not None],
+    columns=lambda rows: [
+        ("tokens", tokens),
+        ("density", field("density", ".3f")),
+        ("implementation", _implementation),
+        ("error", lambda row: number(row.get("check_error"), ".2g")),
+        ("attend ms", lambda row: _failed(row, "attend_ms")),
+        ("x best dense", _times_dense(rows, "attend_ms", None)),
+        ("timed by", lambda row: row.get("timed_by", {}).get("attend_ms", "-")),
+    ],
+    caption=partial(_caption, what="the same random blocks for each, one choice for the query heads of a kv head"),
+    notes=lambda rows: "\n".join(dict.fromkeys(f"- {_origin(row)}" for row in rows if row["path"] == "peer")),
+)
+"""Attention alone of this package and others, over the same blocks."""
 
 
 def demo_table(rows: Sequence[Row]) -> str:

@@ -143,6 +143,8 @@ def method(row: Row) -> str:
         return "dense"
     if row["selector"] == "synthetic":
         return f"density {row['settings']['density']:g}"
+    if row["selector"] == row.get("implementation"):  # a method that is not here
+        return row["selector"]
     told = [f"{name} {value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
     told += ["mean correction"] if row.get("mean_correction") else []
     if dense := row.get("dense_layers"):

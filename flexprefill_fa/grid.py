@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_BLOCKS = 2**15 - 1  # key blocks per row in the kernels that write lists: two counts share an int32
+
 
 def cdiv(a: int, b: int) -> int:
     """Ceiling of a / b (also for symbolic ints)."""

@@ -1,12 +1,16 @@
 """Launch every Triton kernel of the package on small, odd shapes: what `scripts/sanitize.sh` puts under the sanitizer.
 
+    python scripts/every_kernel.py [PART ...]    all parts by default, each a shape, a dtype and a block size
+    python scripts/every_kernel.py --parts       their numbers and names, a line each
+
 A test holds that none is left out. Results are not looked at here: the tests with `-m gpu` do that.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -49,9 +53,20 @@ def configs(block_size: int) -> Iterator[Selector]:
     yield share_heads(FlashPrefillConfig(0.5, 1, 1, 0, block_size))
 
 
-def launch_every_kernel(device: torch.device, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-    """All selections and mean correction, of every shape and dtype; and FlexPrefill's coverage by many programs."""
-    for (q_len, kv_len, dim, place), dtype, size in itertools.product(SHAPES, dtypes, (64, 128)):
+Part = tuple[tuple[int, int, int, tuple[Any, Any]], torch.dtype, int]
+PARTS: tuple[Part, ...] = tuple(itertools.product(SHAPES, DTYPES, (64, 128)))
+
+
+def name_of(part: Part) -> str:
+    """Queries x keys, head dim, dtype and block size of a part."""
+    (q_len, kv_len, dim, place), dtype, size = part
+    padded = "" if place == (None, None) else " padded"
+    return f"{q_len}x{kv_len}{padded} head_dim {dim} {str(dtype).removeprefix('torch.')} blocks of {size}"
+
+
+def launch_every_kernel(device: torch.device, parts: Sequence[Part] = PARTS) -> None:
+    """All selections and mean correction, of every part; and FlexPrefill's coverage by many programs."""
+    for (q_len, kv_len, dim, place), dtype, size in parts:
         batch = 1 if place == (None, None) else 2
         query = torch.randn(batch, HEADS, q_len, dim, device=device).to(dtype)
         key, value = (torch.randn(batch, KV_HEADS, kv_len, dim, device=device).to(dtype) for _ in range(2))
@@ -72,14 +87,17 @@ def _attended(query: Tensor, norm: float) -> tuple[Tensor, Tensor]:
     return torch.randn_like(query), torch.full(query.shape[:3], norm, device=query.device)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    if arguments == ["--parts"]:
+        print("\n".join(f"{number} {name_of(part)}" for number, part in enumerate(PARTS)))
+        return
     if not torch.cuda.is_available():
         raise SystemExit("every_kernel.py needs a CUDA GPU")
     torch.manual_seed(0)
-    launch_every_kernel(torch.device("cuda"))
+    launch_every_kernel(torch.device("cuda"), [PARTS[int(number)] for number in arguments] or PARTS)
     torch.cuda.synchronize()
     print("every kernel was launched")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -18,9 +18,11 @@ import bench.attention
 from bench.check import no_better_than_zeros, reference, relative_error
 from bench.cli import app
 from bench.peer_rows import PeerBenchmark, density_of_ratio
-from bench.peers import RELEASED, foreign_code
+from bench.peers import PEERS as ADAPTERS
+from bench.peers import minference
+from bench.peers.base import Peer, foreign_code
 from bench.planning import make_plan
-from bench.speed_tables import PEERS
+from bench.speed_tables import GIVEN, PEERS
 from bench.tables import line_of
 from flexprefill_fa import FlexPrefillConfig, sparse_prefill_attention
 
@@ -40,13 +42,34 @@ def dense(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2)
+
+
+def over(kept, q, k, v):
+    n = q.shape[1]
+    mask = kept.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :n, :n].tril()
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2)
 """
 FLEX = """
 import torch
 
-from .common import dense
+from .common import dense, over
 
 print("flex_prefill is imported")
+
+
+def get_active_blocks(q, k, v, block_size, gamma, min_budget, max_budget, tau=0, gqa_interleave=False):
+    assert (gamma, tau, min_budget, max_budget, block_size) == (0.5, 0.05, 2, 4, 128) and not gqa_interleave
+
+
+def triton_block_wise_attention(q, k, v, block_idx, block_size, grid_offset=0, softmax_scale=None, **rest):
+    blocks = -(-q.shape[1] // block_size)
+    kept = torch.zeros(len(block_idx), len(block_idx[0]), blocks * blocks, dtype=torch.bool)
+    for b, element in enumerate(block_idx):
+        for h, head in enumerate(element):
+            kept[b, h, head] = True
+    return over(kept.unflatten(-1, (blocks, blocks)), q, k, v)
 
 
 def flex_prefill_attention(q, k, v, gamma, tau=0, min_budget=None, max_budget=None, gqa_interleave=False,
@@ -60,7 +83,26 @@ def flex_prefill_attention(q, k, v, gamma, tau=0, min_budget=None, max_budget=No
     return (out, ratio) if return_computational_ratio else out
 """
 FLASH = """
-from .common import dense
+import torch
+
+from .common import dense, over
+
+
+class Kernel:
+    def __getitem__(self, grid):
+        assert grid({"Q_TILE_SIZE": 64}) == (8, 4, 1)
+        return self.run
+
+    def run(self, q, k, v, out, index, counts, scale, *strides, BLOCK_SIZE, D_HEAD):
+        assert (BLOCK_SIZE, D_HEAD, scale) == (128, 32, 32**-0.5) and len(strides) == 27
+        assert strides[:4] == q.stride() and strides[-4:] == (512, 512, 4, 2)
+        taken = torch.arange(index.shape[2])[:, None] < counts[:, :, None]  # [B, M, N, H]
+        kept = torch.zeros(*index.shape[:2], index.shape[2] + 1, index.shape[3], dtype=torch.bool)
+        kept.scatter_(2, index.where(taken, index.shape[2]), True)
+        out.copy_(over(kept[:, :, :-1].permute(0, 3, 1, 2), q, k, v))
+
+
+_flash_forward = Kernel()
 
 
 def flash_prefill(q, k, v, out, block_size, attention_sink, window_size, alpha, last_n_block_full, min_budget):
@@ -68,7 +110,8 @@ def flash_prefill(q, k, v, out, block_size, attention_sink, window_size, alpha, 
     assert min_budget == 0 and q.shape[2:] == (4, 32) and k.shape[2:] == v.shape[2:] == (2, 32)
     out.copy_(dense(q, k, v))
 """
-FLEX_PEER, FLASH_PEER = RELEASED
+FLEX_PEER, FLASH_PEER = (ADAPTERS[name] for name in ("flexprefill", "flashprefill"))
+RELEASED = FLEX_PEER, FLASH_PEER
 
 
 def write(folder: Path, **files: str) -> None:
@@ -104,6 +147,14 @@ def run(out: Path, *arguments: str) -> Result:
     given = {"--lengths": "512", "--selectors": ",".join(SELECTORS)}
     options = [text for option, value in given.items() if option not in arguments for text in (option, value)]
     return CliRunner().invoke(app, ["peers", *SMALL, *FAST, *options, "--out", str(out), *arguments])
+
+
+def both(folder: Path) -> tuple[str, ...]:
+    return "--peer", f"flexprefill={folder}", "--peer", f"flashprefill={folder}"
+
+
+def taken(bench: PeerBenchmark, folder: Path, peers: tuple[Peer, ...] = RELEASED) -> list[dict[str, Any]]:
+    return [row for peer in peers for row in bench.peer_rows(folder, peer)]
 
 
 def rows_of(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -150,7 +201,7 @@ def measured() -> tuple[PeerBenchmark, list[dict[str, Any]]]:
 
 def test_a_package_is_timed_and_checked_beside_ours(package: Path, tmp_path: Path) -> None:
     out = tmp_path / "results" / "peers.jsonl"
-    result = run(out, "--package", str(package), "--lengths", "512,600")
+    result = run(out, *both(package), "--lengths", "512,600")
     assert result.exit_code == 0, result.output
     assert str(package) not in sys.path
     ours, peers = rows_of(out)
@@ -208,7 +259,7 @@ def test_dense_error_is_that_of_the_sampled_rows(
 ) -> None:
     write(package, flex=FLEX.replace("out = dense(q, k, v)", "out = dense(q, k, v); out[:, 1:] *= 1.25"))
     bench, ours = measured
-    (flex, _) = bench.peer_rows(package, list(RELEASED))
+    (flex, _) = taken(bench, package)
     assert 0.2 < flex["dense_error"] < 0.25  # the first row is right
     inputs, _ = bench.plan.inputs(512)
     exact = reference(inputs, None)
@@ -252,13 +303,13 @@ def test_what_fails_is_a_row_with_the_error_and_the_rest_goes_on(
     text, message = BROKEN[what]
     write(package, flex=text)
     bench, ours = measured
-    broken, whole = bench.peer_rows(package, list(RELEASED))
+    broken, whole = taken(bench, package)
     assert message in broken["error"] and broken["module"] == FLEX_PEER.module
     assert broken["settings"] == dataclasses.asdict(bench.plan.configs[0])
     assert not [name for name in broken if name.endswith("_ms") or name.startswith("speedup")]
     assert "error" not in whole and whole["total_ms"] > 0
     shown = f"error: {broken['error']}".replace("|", "/")
-    assert f" | FlexPrefill | - | - | {shown} |" in PEERS.markdown([*ours, broken, whole])
+    assert f" | FlexPrefill | - | - | - | {shown} |" in PEERS.markdown([*ours, broken, whole])
     assert "WRONG: " in line_of(broken)
 
 
@@ -283,7 +334,7 @@ def test_the_exit_code_tells_whose_output_was_wrong(
 ) -> None:
     write(package, flash=FLASH.replace("out.copy_(dense(q, k, v))", "out[:, 1:].copy_(dense(q, k, v)[:, 1:])"))
     out = tmp_path / "peers.jsonl"
-    assert run(out, "--package", str(package)).exit_code == 2
+    assert run(out, *both(package)).exit_code == 2
     ours, (flex, flash) = rows_of(out)
     check_ours(ours)
     assert "error" not in flex and flash["error"] == "ValueError: its output is not finite"
@@ -292,14 +343,40 @@ def test_the_exit_code_tells_whose_output_was_wrong(
         return query * float("nan")
 
     monkeypatch.setattr(bench.attention, "sparse_prefill_attention", nan)
-    assert run(out, "--package", str(package)).exit_code == 1
+    assert run(out, *both(package)).exit_code == 1
+
+
+def test_given_blocks_are_those_that_ours_are_over(package: Path, tmp_path: Path) -> None:
+    out = tmp_path / "peers.jsonl"
+    result = run(out, *both(package), "--density", "0.7,0.8")
+    assert result.exit_code == 0, result.output
+    ours, peers = rows_of(out)
+    assert [row["implementation"] for row in peers] == ["FlexPrefill"] * 2 + ["FlashPrefill"] * 2
+    for row in peers:
+        mine = next(other for other in ours if other["settings" if other["selector"] else "kernel"] == row["settings"])
+        assert row["density"] == mine["density"] < 0.9 and row["attend_ms"] > 0
+        assert row["check_error"] < 1e-5 and "total_ms" not in row
+    table = GIVEN.markdown([*ours, *peers])
+    assert table in result.stdout and PEERS.markdown([*ours, *peers]).count("| 512 |") == 2  # the dense ones
+    lines = [re.split(r" *\| *", line)[1:4] for line in table.splitlines() if line.startswith("| 512")]
+    who = ("flexprefill_fa CPU", "FlexPrefill", "FlashPrefill")
+    assert lines == [["512", density, name] for density in ("0.700", "0.800") for name in who]
+
+
+def test_other_blocks_than_those_given_are_an_error(package: Path, tmp_path: Path) -> None:
+    write(package, flex=FLEX.replace("kept[b, h, head] = True", "kept[b, h, head[::2]] = True"), flash=FLASH)
+    out = tmp_path / "peers.jsonl"
+    assert run(out, *both(package), "--density", "0.7").exit_code == 2
+    flex, flash = rows_of(out)[1]
+    assert re.search(r"ValueError: relative error .* allowed 0.1|not finite", flex["error"]) and "attend_ms" not in flex
+    assert "error" not in flash
 
 
 def test_no_row_of_ours_comes_after_a_peer(package: Path, tmp_path: Path) -> None:
     """A peer may leave anything changed, such as the default dtype that the next length's inputs are drawn in."""
     write(package, flex="import torch\n\ntorch.set_default_dtype(torch.float64)\n" + FLEX)
     out = tmp_path / "peers.jsonl"
-    assert run(out, "--package", str(package), "--lengths", "512,600").exit_code == 0
+    assert run(out, *both(package), "--lengths", "512,600").exit_code == 0
     assert torch.get_default_dtype() == torch.float64
     paths = [json.loads(line)["path"] for line in out.read_text().splitlines()]
     assert paths == ["dense", "dense", "sparse", "sparse"] * 2 + ["peer"] * 4
@@ -313,9 +390,8 @@ def test_a_peers_folder_and_prints_reach_nothing_of_ours(
     checkout = package.parent / "other"
     write(checkout, flex=text, flash=FLASH)
     before = list(sys.path)
-    rows = measured[0].peer_rows(checkout, list(RELEASED))
-    assert "error" not in next(rows)
-    assert sys.path == before  # between two rows
+    assert not any("error" in row for row in taken(measured[0], checkout))
+    assert sys.path == before
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "flex_prefill is imported" in captured.err and "flex_prefill is called" in captured.err
@@ -325,7 +401,7 @@ def test_a_peers_folder_and_prints_reach_nothing_of_ours(
 def test_no_peer_is_measured_under_a_variant_that_it_does_not_select(package: Path, tmp_path: Path) -> None:
     out = tmp_path / "peers.jsonl"
     paper = SELECTORS[0].replace("gamma", "variant=paper+gamma")
-    assert run(out, "--package", str(package), "--selectors", f"{paper},{SELECTORS[0]}").exit_code == 2
+    assert run(out, *both(package), "--selectors", f"{paper},{SELECTORS[0]}").exit_code == 2
     ours, (other, same) = rows_of(out)
     assert [row["settings"]["variant"] for row in (*ours[2:], other, same)] == ["paper", "published"] * 2
     assert not any("error" in row for row in (*ours, same))
@@ -335,37 +411,31 @@ def test_no_peer_is_measured_under_a_variant_that_it_does_not_select(package: Pa
 
 def test_a_prompt_that_the_released_code_attends_densely_has_a_density_of_one(package: Path, tmp_path: Path) -> None:
     out = tmp_path / "peers.jsonl"
-    assert run(out, "--package", str(package), "--lengths", "256").exit_code == 0
+    assert run(out, *both(package), "--lengths", "256").exit_code == 0
     _, (flex, _) = rows_of(out)
     assert (flex["computational_ratio"], flex["density"]) == (1, 1)
 
 
-LOOKED_FOR = f"{FLEX_FILE} of FlexPrefill or {FLASH_FILE} of FlashPrefill"
+NAMES = "flexprefill, flashprefill, flashprefill-v2, xattention, spargeattn, minference"
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("given", "message"),
     [
-        (("--package", "nowhere"), f"error: package must be a folder that holds {LOOKED_FOR}, got nowhere"),
-        (("--package", "empty"), f"error: package must be a folder that holds {LOOKED_FOR}, got empty"),
-        (("--package", "flash/ops"), f"error: package must be a folder that holds {LOOKED_FOR}, got flash/ops"),
-        (
-            ("--package", "flash", "--selectors", SELECTORS[0]),
-            f"error: package must be a folder that holds {FLEX_FILE} of FlexPrefill, got flash",
-        ),
-        (
-            ("--package", "flash", "--selectors", "xattention"),
-            "error: package needs selectors of flexprefill and flashprefill, got xattention",
-        ),
+        ("nowhere", f"error: peer must be NAME=FOLDER with a name of {NAMES}, got 'nowhere'"),
+        ("flux=empty", f"error: peer must be NAME=FOLDER with a name of {NAMES}, got 'flux=empty'"),
+        ("flexprefill=empty", f"error: peer flexprefill needs a folder that holds {FLEX_FILE}, got empty"),
+        ("flashprefill=flash/ops", f"error: peer flashprefill needs a folder that holds {FLASH_FILE}, got flash/ops"),
+        ("flexprefill=flash", f"error: peer flexprefill needs a folder that holds {FLEX_FILE}, got flash"),
     ],
 )
 def test_a_folder_without_the_module_is_refused_before_anything(
-    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty").mkdir()
     write(tmp_path / "flash", flash=FLASH)
     monkeypatch.chdir(tmp_path)
-    result = run(tmp_path / "peers.jsonl", *options)
+    result = run(tmp_path / "peers.jsonl", "--peer", given)
     assert result.exit_code == 2 and result.stderr.strip() == message
     assert not (tmp_path / "peers.jsonl").exists()
 
@@ -374,7 +444,7 @@ def test_a_folder_without_the_module_is_refused_before_anything(
 def test_selectors_without_a_peer_are_measured_alone(given: bool, tmp_path: Path) -> None:
     write(tmp_path / "flash", flash=FLASH)
     out = tmp_path / "peers.jsonl"
-    result = run(out, *(("--package", str(tmp_path / "flash")) if given else ()))
+    result = run(out, *(("--peer", f"flashprefill={tmp_path / 'flash'}") if given else ()))
     assert result.exit_code == 0, result.output
     assert "flexprefill is measured without a peer" in result.stderr
     assert ("flashprefill is measured without a peer" in result.stderr) != given
@@ -451,3 +521,20 @@ def test_auto_is_shown_where_no_backend_was_named(lines: list[dict[str, Any]]) -
     assert "| flexprefill_fa auto |" in PEERS.markdown([*lines[:2], auto, lines[-1]])
     both = PEERS.markdown([*lines, auto, auto | {"length": 600}])
     assert both.count("| flexprefill_fa auto |") == 1 and "| flexprefill_fa CPU |" in both
+
+
+def test_minferences_columns_and_diagonals_are_the_best_of_the_last_queries() -> None:
+    length, heads = 300, 2
+    query, key = (torch.randn(1, heads, length, 16, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    columns, diagonals = minference._chosen(query, key, 40, 120)
+    causal = torch.arange(length) <= torch.arange(length)[-64:, None]
+    shares = (query[:, :, -64:] @ key.mT / 4).masked_fill(~causal, float("-inf")).softmax(-1)[0]
+    offsets = torch.arange(length)[-64:, None] - torch.arange(length)
+    for head in range(heads):
+        vertical = shares[head].sum(0)
+        vertical[:30] = float("inf")
+        slash = torch.tensor([shares[head][offsets == o].sum() for o in range(length)])
+        slash[:100] = float("inf")
+        for found, total in ((columns[0, head], vertical), (diagonals[0, head], slash)):
+            assert len(set(found.tolist())) == len(found)
+            torch.testing.assert_close(total[found].sort().values, total.topk(len(found)).values.sort().values)

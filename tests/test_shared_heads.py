@@ -26,8 +26,10 @@ from flexprefill_fa import (
     sparse_prefill_attention,
 )
 from flexprefill_fa.choice import parse_choice
+from flexprefill_fa.grid import Grid, real_ranges
 from flexprefill_fa.integrations.vllm_config import make_settings
-from flexprefill_fa.masks.selector import kernels_of
+from flexprefill_fa.kernels.shared_heads import lists_of
+from flexprefill_fa.masks.selector import _lists_of, kernels_of
 from flexprefill_fa.tools.fidelity.knobs import knob_fields
 
 PLACES: list[dict[str, Any]] = [{}, {"starts": [0, 70], "lengths": [700, 413]}]
@@ -83,6 +85,23 @@ def test_kernels_unite(name: str, chunk: int, heads: int, monkeypatch: pytest.Mo
             assert not shared.full_kv_num_blocks.any()
         else:
             check_laws(shared, share_heads(config))
+
+
+@pytest.mark.parametrize("q_len,kv_len,size", [(321, 321, 64), (130, 400, 128), (1, 129, 64), (600, 600, 128)])
+@pytest.mark.parametrize("place", [(None, None), ([0, 70], [390, 59]), ([5, 128], None)])
+@pytest.mark.parametrize("all_partial", [False, True])
+def test_a_table_becomes_the_lists_that_plain_pytorch_makes(
+    q_len: int, kv_len: int, size: int, place: tuple[Any, Any], all_partial: bool
+) -> None:
+    grid, padded = Grid(q_len, kv_len, size), place != (None, None)
+    starts, lengths = (None if x is None else torch.tensor(x) for x in place)
+    ranges = real_ranges(starts, lengths, 2, kv_len, torch.device("cpu")) if padded else None
+    kept = torch.rand(2, grid.q_blocks, 3, grid.kv_blocks, generator=torch.Generator().manual_seed(0)) < 0.6
+    kept = kept.transpose(1, 2)  # a rule may return any strides
+    expected = _lists_of(kept, ranges, grid, all_partial, True)
+    for got, right in zip(lists_of(kept, ranges, grid, all_partial, True), expected, strict=True):
+        assert got.dtype == right.dtype and torch.equal(got, right)
+    assert (expected[0] + expected[2]).any()
 
 
 def test_one_query_head_for_each_key_head_is_left_as_it_is() -> None:

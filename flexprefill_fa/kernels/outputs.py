@@ -4,9 +4,8 @@ import torch
 import triton
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid, real_ranges
+from flexprefill_fa.grid import MAX_BLOCKS, Grid, real_ranges
 from flexprefill_fa.kernels.common import unit_stride, unpadded_ranges
-from flexprefill_fa.kernels.row_lists import MAX_BLOCKS
 
 
 def prepare(

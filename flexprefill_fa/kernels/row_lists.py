@@ -6,8 +6,6 @@
 import triton
 import triton.language as tl
 
-MAX_BLOCKS = 2**15 - 1  # key blocks per row: two counts share an int32
-
 
 @triton.jit
 def row_geometry(start, end, row_block, offset, kv_len, BLOCK: tl.constexpr):

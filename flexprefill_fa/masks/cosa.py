@@ -47,9 +47,10 @@ class CoSAConfig(Selector, name="cosa"):
     def keep(self, element: Element) -> Tensor:
         """The shortest prefix of each query block's key blocks: those with a maximum, then the others, by sums of P."""
         parts = []
-        for _, scores, real in antidiagonal_scores(element, self.stride):
+        for scores, real in antidiagonal_scores(element, self.stride):
             highest = scores.amax(-1)  # [H, i, r, nk]
-            relative = (highest - highest.amax(-1, keepdim=True)).exp() * real[..., None]
+            relative = (highest - highest.amax(-1, keepdim=True)).exp_()
+            relative = relative if real is None else relative * real[..., None]
             before = (relative >= _MAXIMUM).any(2)
             parts.append(share_prefix(relative.sum(2), self.share, before))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

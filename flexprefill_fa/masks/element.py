@@ -141,13 +141,16 @@ class Element:
 
     def visible(self) -> Tensor:
         """bool `[nq, nk]`: key block J starts no later than the last real query of query block I."""
-        return self.key_position[:: self.grid.block_size] <= self.row_last[:, None]
+        grid, size = self.grid, self.grid.block_size
+        every = torch.ones(grid.q_blocks, grid.kv_blocks, dtype=torch.bool, device=self.device)
+        return every.tril((grid.offset - grid.query_pad + size - 1) // size)
 
     def first_and_diagonal(self) -> Tensor:
         """bool `[nq, nk]`: the first block, and those of the positions of a query block."""
-        block = torch.arange(self.grid.kv_blocks, device=self.device)
-        first = torch.div(self.row_first, self.grid.block_size, rounding_mode="floor")
-        return ((block == 0) | (block >= first[:, None])) & self.visible()
+        grid = self.grid
+        blocks = self.visible().triu((grid.offset - grid.query_pad) // grid.block_size)
+        blocks[:, 0].fill_(True)
+        return blocks
 
     def diagonal(self) -> tuple[Tensor, Tensor]:
         """J0 and J1, int64 `[nq]`: the key blocks of each query block's first and last position."""
@@ -190,12 +193,12 @@ class Element:
 
     def products(self, query: Tensor, key: Tensor, share: float = 1.0) -> Tensor:
         """fp32 `[H, m, k]`: share x scale x the products of vectors `[H, m, E]` and `[Hkv, k, E]`, summed in fp32."""
-        rows = rearrange(query, "(h g) m e -> h (g m) e", g=self.groups)
+        rows = query.reshape(key.shape[0], -1, query.shape[2])  # the query heads of a key head together
         if query.is_cuda and query.dtype == key.dtype != torch.float32:
             found = torch.bmm(rows, key.mT, out_dtype=torch.float32)
         else:
             found = rows.float() @ key.float().mT
-        return rearrange(found, "h (g m) k -> (h g) m k", g=self.groups).mul_(self.scale * share)
+        return found.view(*query.shape[:2], -1).mul_(self.scale * share)
 
     def row_pieces(self, bytes_per_block: int) -> Iterator[slice]:
         """Slices of the query blocks, each as large as `SCORE_BYTES` allows where one block takes so many."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexprefill_fa.autocast import without_autocast
-from flexprefill_fa.grid import Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks, whole_blocks
+from flexprefill_fa.grid import MAX_BLOCKS, Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks, whole_blocks
 from flexprefill_fa.masks.density import usual_density
 from flexprefill_fa.masks.element import Element, element_of
 from flexprefill_fa.masks.settings import Travelling, as_settings, of_settings, travelling_fields
@@ -225,7 +225,7 @@ def _define_operator(name: str, diagnostics: int, has_triton: bool) -> SelectOpe
     def select(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
         config = _REGISTRY[name].from_settings(settings, block_size)
         with without_autocast(query.device.type):
-            return select_plain(query, key, starts, lengths, config, scale, all_partial)
+            return select_plain(query, key, starts, lengths, config, scale, all_partial, zero_tails)
 
     def select_on_cuda(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
         config = _REGISTRY[name].from_settings(settings, block_size)
@@ -261,6 +261,7 @@ def select_plain(
     config: Selector,
     scale: float | None = None,
     all_partial: bool = False,
+    zero_tails: bool = True,
 ) -> Lists:
     """A selection by the rule in plain PyTorch, on any device; arguments and results as of `Selector.operator`.
 
@@ -269,31 +270,42 @@ def select_plain(
     batch, heads, q_len, dim = query.shape
     grid = Grid(q_len, key.shape[2], config.block_size)
     ranges = None
-    if starts is None and lengths is None:
-        visible, unmasked = whole_blocks(grid, query.device)
-    else:
+    if starts is not None or lengths is not None:
         ranges = real_ranges(starts, lengths, batch, grid.kv_len, query.device)
-        visible = visible_blocks(grid, ranges)
-        unmasked = visible & unmasked_blocks(grid, ranges)
     reports = {name: torch.zeros(batch, heads, device=query.device) for name in config.diagnostics}
-    keep, repeats = None, 1
+    keep = None
     if type(config).pattern is not Selector.pattern:
         keep = config.pattern(
             grid, real_ranges(None, None, batch, grid.kv_len, query.device) if ranges is None else ranges
         )
-    if keep is not None:
-        keep, repeats = keep[:, None], heads
-    else:
+    repeats = 1 if keep is None else heads
+    if keep is None:
         keep = _kept_blocks(query, key, config, grid, ranges, 1 / math.sqrt(dim) if scale is None else scale, reports)
+    else:
+        keep = keep[:, None]
+    lists = _lists_of(keep, ranges, grid, all_partial, zero_tails)
+    if repeats > 1:
+        lists = tuple(x.repeat(1, repeats, *[1] * (x.dim() - 2)) for x in lists)
+    return *lists, *reports.values()
+
+
+def _lists_of(keep: Tensor, ranges: Tensor | None, grid: Grid, all_partial: bool, zero_tails: bool) -> Lists:
+    """Index lists of kept blocks `[B, H, nq, nk]`, without what no real query sees."""
+    if keep.is_cuda and grid.kv_blocks <= MAX_BLOCKS:
+        # One launch instead of 18. A plain rule imports no Triton elsewhere.
+        write = importlib.import_module("flexprefill_fa.kernels.shared_heads").lists_of
+        return write(keep, ranges, grid, all_partial, zero_tails)
+    if ranges is None:
+        visible, unmasked = whole_blocks(grid, keep.device)
+    else:
+        visible = visible_blocks(grid, ranges)
+        unmasked = visible & unmasked_blocks(grid, ranges)
     if all_partial:
         partial = keep & visible[:, None]
         full = torch.zeros_like(partial)
     else:
         partial, full = keep & (visible ^ unmasked)[:, None], keep & unmasked[:, None]
-    lists = (*index_lists(partial), *index_lists(full))
-    if repeats > 1:
-        lists = tuple(x.repeat(1, repeats, *[1] * (x.dim() - 2)) for x in lists)
-    return *lists, *reports.values()
+    return *index_lists(partial), *index_lists(full)
 
 
 def _kept_blocks(

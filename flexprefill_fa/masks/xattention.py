@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from flexprefill_fa.masks.antidiagonals import antidiagonal_scores, check_stride, share_prefix
@@ -46,8 +45,8 @@ class XAttentionConfig(Selector, name="xattention"):
     def keep(self, element: Element) -> Tensor:
         """The shortest prefix of each query block's key blocks, by A."""
         parts = []
-        for _, scores, real in antidiagonal_scores(element, self.stride):
-            flat = rearrange(scores, "h i r j c -> h i r (j c)").softmax(-1)
-            shares = rearrange(flat, "h i r (j c) -> h i r j c", j=scores.shape[3]).sum(-1)
-            parts.append(share_prefix((shares * real[..., None]).sum(2), self.threshold))
+        for scores, real in antidiagonal_scores(element, self.stride):
+            shares = scores.flatten(3).softmax(-1).view(scores.shape).sum(-1)  # [H, i, r, nk]
+            shares = shares if real is None else shares * real[..., None]
+            parts.append(share_prefix(shares.sum(2), self.threshold))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
