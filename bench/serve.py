@@ -39,8 +39,14 @@ _LONG = 65536  # prompts from which on fewer repeats are enough
 _TOGETHER = 4  # prompts of the throughput rows
 
 
-PARTS = ("all", "engines", "default", "sparse", "gather")
-_ENGINES_OF = dict(zip(PARTS, ((False, True), (False, True), (False,), (True,), ()), strict=True))  # sparse or not
+_ENGINES_OF: dict[str, tuple[bool, ...]] = {
+    "all": (False, True),
+    "engines": (False, True),
+    "default": (False,),
+    "sparse": (True,),
+    "gather": (),
+}  # whether with sparse prefill, by the part
+PARTS = tuple(_ENGINES_OF)
 
 
 @dataclass(frozen=True)
