@@ -39,7 +39,14 @@ _LONG = 65536  # prompts from which on fewer repeats are enough
 _TOGETHER = 4  # prompts of the throughput rows
 
 
-PARTS = ("all", "engines", "gather")
+_ENGINES_OF: dict[str, tuple[bool, ...]] = {
+    "all": (False, True),
+    "engines": (False, True),
+    "default": (False,),
+    "sparse": (True,),
+    "gather": (),
+}  # whether with sparse prefill, by the part
+PARTS = tuple(_ENGINES_OF)
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class LoadPlan:
         batched_tokens: the most prompt tokens of a step, vLLM's max_num_batched_tokens, SGLang's chunked_prefill_size.
         layers: of the model.
         seed: of prompts and blocks.
-        only: "all", or one part: "engines" or "gather".
+        only: "all", or a part: "engines", one of them ("default" or "sparse"), or "gather".
         name: of the engine, "vllm" or "sglang".
     """
 
@@ -136,7 +143,7 @@ def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
     }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": plan.layers}))
-        for sparse in (False, True) if plan.only != "gather" else ():
+        for sparse in _ENGINES_OF[plan.only]:
             note(f"{ENGINES[plan.name].title} with {'sparse prefill' if sparse else 'its default backend'}")
             job: dict[str, Any] = {"engine": plan.engine(folder, sparse), "phases": plan.phases()}
             if sparse:
@@ -147,7 +154,7 @@ def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
             if sparse:
                 backend |= {"settings": plan.settings, "synthetic_density": plan.density}
             yield from ({**conditions, **backend, **row} for row in _measured(plan, result))
-    if plan.only == "engines":
+    if plan.only not in ("all", "gather"):
         return
     parts = gather_share(plan)
     note(f"one layer, a chunk of {plan.batched_tokens} queries over {max(plan.lengths)} keys: {parts}")

@@ -31,7 +31,9 @@ def serve(
     repeats: Annotated[int, typer.Option(min=1, help="Of each prompt below 64K tokens; longer ones get a third.")] = 7,
     batched_tokens: Annotated[int, typer.Option(min=128, help="The most prompt tokens of a step.")] = 8192,
     layers: Annotated[int, typer.Option(min=1, help="Of the model; 32 make the shape of Llama-3.1-8B.")] = 32,
-    only: Annotated[str, typer.Option(help="all, engines, or gather: reading the paged cache alone.")] = "all",
+    only: Annotated[
+        str, typer.Option(help="all, engines, one of them (default, sparse), or gather: reading the cache alone.")
+    ] = "all",
     out: Annotated[
         Path | None, typer.Option(help="JSON lines; rows are added. Default: bench/results/ENGINE.jsonl.")
     ] = None,

@@ -241,7 +241,7 @@ def test_each_engine_has_a_table() -> None:
         (["--lengths", "0"], "lengths must be whole numbers"),
         (["--engine", "vlm"], "engine must be one of vllm, sglang, got 'vlm'"),
         (["--engine", "sglang"], "SGLang is measured on a CUDA GPU, and there is none"),
-        (["--only", "nothing"], "only must be one of all, engines, gather, got 'nothing'"),
+        (["--only", "nothing"], "only must be one of all, engines, default, sparse, gather, got 'nothing'"),
         (["--only", "gather", "--layers", "32"], "vLLM is measured on a CUDA GPU, and there is none"),
         ([], "vLLM is measured on a CUDA GPU, and there is none"),
     ],

@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import pytest
+import torch
 from needle_served import BLIND, SETTINGS, hidden_prompt, layers, phases, right
 
 from bench.serve_job import EngineError, run_job
@@ -101,6 +102,14 @@ def test_dropped_blocks_are_dropped(prompts, needle_tokenizer) -> None:
     """A selector that keeps neither the needle nor the start answers wrongly: the engine did attend sparsely."""
     blind = served(prompts, "blind", settings=BLIND)
     assert not any(right(needle_tokenizer, prompts["blind"], blind["blind"]))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_same_answers(sparse, prompts) -> None:
+    two = served(prompts, "single", "together", settings=SETTINGS, tp_size=2, disable_custom_all_reduce=True)
+    for name in ("single", "together"):
+        assert two[name]["outputs"] == sparse[name]["outputs"]
+        assert all(layer["chunks"] and not layer["failures"] for layer in layers(two[name]))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from needle_served import BLIND, SELECTOR, SETTINGS, hidden_prompt, layers, phas
 from bench.serve import MODEL, LoadPlan
 from bench.serve_job import EngineError, run_job
 from flexprefill_fa import FlexPrefillConfig
+from flexprefill_fa.backends import _FLASH_INSTALLED
 from flexprefill_fa.integrations.engine_settings import SECTION
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.prompts import ANSWER_DIGITS, NeedlePrompt, another_question, build_prompt
@@ -258,13 +259,23 @@ def test_settings_from_the_environment(prompts, needle_tokenizer, monkeypatch) -
     assert all(layer["chunks"] == 7 and layer["failures"] == 0 for layer in layers(found))
 
 
+@pytest.mark.skipif(not _FLASH_INSTALLED, reason="flash-attn-4 is not installed")
+def test_the_flash_kernel(prompts, needle_tokenizer) -> None:
+    settings = engine({**SETTINGS, "backend": "FLASH"}, enforce_eager=True)
+    result = run_job({"engine": settings, "phases": phases(prompts, "single")})
+    (found,) = result["phases"]
+    assert ", kernel FLASH, for prefill" in result["log"]
+    assert all(right(needle_tokenizer, prompts["single"], found))
+    assert all(layer["chunks"] == 7 and layer["failures"] == 0 for layer in layers(found))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_give_the_same_answers(prompts, needle_tokenizer) -> None:
+def test_two_gpus_give_the_same_answers(prompts, needle_tokenizer, monkeypatch) -> None:
     names = ("single", "together")
-    one, two = (
-        run_job({"engine": engine(SETTINGS, tensor_parallel_size=size), "phases": phases(prompts, *names)})["phases"]
-        for size in (1, 2)
-    )
+    # Without vLLM's own all-reduce and symmetric memory: NCCL works on every pair of GPUs.
+    monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+    arguments = [engine(SETTINGS, tensor_parallel_size=size, disable_custom_all_reduce=True) for size in (1, 2)]
+    one, two = (run_job({"engine": given, "phases": phases(prompts, *names)})["phases"] for given in arguments)
     assert one[0]["outputs"] == two[0]["outputs"]
     for found, name in zip(two, names, strict=True):
         assert all(right(needle_tokenizer, prompts[name], found))
