@@ -128,8 +128,8 @@ def work(tmp_path: Path, corpus: Corpus) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a needle run that nothing stopped; tests leave it as they found it."""
-    from needle_runs import run_of
+    """The folder of a needle run; tests leave it as they found it."""
+    from needle_runs import run_in
 
     from flexprefill_fa.tools.digests import model_sha256
     from flexprefill_fa.tools.needle.formats import EVALUATED
@@ -137,7 +137,7 @@ def whole_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tests' own fixture comes later
-    rows = run_of(folder, corpus).finish()
+    rows = run_in(folder, corpus)
     assert [(row["task"], row["length"]) for row in rows] == [(task, 700) for task in EVALUATED]
     assert {(row["kind"], row["model_sha256"], row["seed"]) for row in rows} == {
         ("needle", model_sha256(folder / "model"), 0)

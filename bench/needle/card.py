@@ -88,7 +88,7 @@ def write_card(folder: Path, rows: Sequence[Row], settings: Settings, facts: dic
 
     Args:
         folder: of the model.
-        rows: its accuracies, see `bench.needle.run`.
+        rows: its accuracies.
         settings: of its training. facts: of its corpus.
     """
     with torch.device("meta"):
