@@ -15,6 +15,7 @@ import pytest
 # Containers often switch bytecode off; then each of the many processes compiles torch and transformers from source.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")  # it costs graphs as small as these more than it saves
 import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
