@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -212,13 +212,3 @@ CORRECTION = _table(
 """What mean correction does to flashprefill's output error."""
 SETTINGS = _table("Every setting.", _points, _POINTS)
 """What a run measured."""
-
-
-def selector_tables(rows: Iterable[Row]) -> str:
-    """One `SELECTORS` for each processor, shape and model."""
-    return SELECTORS.markdown(rows)
-
-
-def correction_tables(rows: Iterable[Row]) -> str:
-    """One `CORRECTION` for each processor, shape and model."""
-    return CORRECTION.markdown(rows)
