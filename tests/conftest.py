@@ -24,7 +24,9 @@ if not HAS_GPU:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # one kernel per graph: a pool of workers has no use
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # not all cores for each of them
+    threads = max(1, (os.cpu_count() or 1) // workers)  # not all cores for each of them
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start; the kernels of CPUs depend on it
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
