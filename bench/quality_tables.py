@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 from bench.tables import Column, Table, bold, conditions, group_rows, key, number, values
@@ -134,16 +135,13 @@ def _caption(rows: Sequence[Row], what: str) -> str:
 
 def _table(what: str, lines: Callable[[list[Row]], list[list[str]]], header: Sequence[str]) -> Table:
     """Of lines that are cells already."""
-
-    def columns(rows: list[Row]) -> list[Column]:
-        return [(title, lambda line, place=place: line[place]) for place, title in enumerate(header)]
-
+    columns: list[Column] = [(title, itemgetter(index)) for index, title in enumerate(header)]
     return Table(
         group_by=("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "model_sha256"),
         identity=(*_PROMPT, "length", "selector", "settings", "backend", "mean_correction"),
         where=lambda row: row["kind"] == KIND,
         lines=lines,
-        columns=columns,
+        columns=lambda rows: columns,
         caption=lambda rows: _caption(rows, what),
     )
 
