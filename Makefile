@@ -22,7 +22,7 @@ demo: setup
 	.venv/bin/flexprefill demo
 
 test: lint
-	.venv/bin/pytest -m 'not gpu' -n $(WORKERS)
+	.venv/bin/pytest -m 'not gpu' -n $(WORKERS) --dist worksteal
 
 soak: setup
 	SOAK=$(SOAK) .venv/bin/pytest tests/test_soak.py -n $(WORKERS)

@@ -141,11 +141,6 @@ Recall is that of the longest such length, times are of the shortest and the lon
 """
 
 
-def accuracy_tables(rows: Iterable[Row]) -> str:
-    """One table for each task and conditions."""
-    return TASKS.markdown(rows)
-
-
 # All tasks that were asked under the same conditions in one table; of each task, the version whose rows begin last.
 
 
@@ -196,7 +191,7 @@ def _summary_caption(rows: Sequence[Row]) -> str:
     )
 
 
-_SUMMARY = Table(
+SUMMARY = Table(
     group_by=_CONDITIONS,
     identity=(*_TASK, *_CELL),
     where=TASKS.where,
@@ -204,11 +199,7 @@ _SUMMARY = Table(
     columns=_summary_columns,
     caption=_summary_caption,
 )
-
-
-def accuracy_summaries(rows: Iterable[Row]) -> str:
-    """How well each selector does on average, and where it does worst: one table for each model and conditions."""
-    return _SUMMARY.markdown(rows)
+"""How well each selector does on average, and where it does worst, by model and conditions."""
 
 
 class RealAnswers:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 from bench.tables import Column, Table, bold, conditions, group_rows, key, number, values
@@ -134,16 +135,13 @@ def _caption(rows: Sequence[Row], what: str) -> str:
 
 def _table(what: str, lines: Callable[[list[Row]], list[list[str]]], header: Sequence[str]) -> Table:
     """Of lines that are cells already."""
-
-    def columns(rows: list[Row]) -> list[Column]:
-        return [(title, lambda line, place=place: line[place]) for place, title in enumerate(header)]
-
+    columns: list[Column] = [(title, itemgetter(index)) for index, title in enumerate(header)]
     return Table(
         group_by=("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "model_sha256"),
         identity=(*_PROMPT, "length", "selector", "settings", "backend", "mean_correction"),
         where=lambda row: row["kind"] == KIND,
         lines=lines,
-        columns=columns,
+        columns=lambda rows: columns,
         caption=lambda rows: _caption(rows, what),
     )
 
@@ -212,13 +210,3 @@ CORRECTION = _table(
 """What mean correction does to flashprefill's output error."""
 SETTINGS = _table("Every setting.", _points, _POINTS)
 """What a run measured."""
-
-
-def selector_tables(rows: Iterable[Row]) -> str:
-    """One `SELECTORS` for each processor, shape and model."""
-    return SELECTORS.markdown(rows)
-
-
-def correction_tables(rows: Iterable[Row]) -> str:
-    """One `CORRECTION` for each processor, shape and model."""
-    return CORRECTION.markdown(rows)

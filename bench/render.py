@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.accuracy_tables import ANSWERS, TASKS, accuracy_summaries, accuracy_tables
+from bench.accuracy_tables import ANSWERS, SUMMARY, TASKS
 from bench.fidelity_tables import fidelity_summary, leaderboards, single_settings, sweeps
 from bench.needle.card import run_tables
 from bench.paths import ROOT
-from bench.quality_tables import SELECTORS, correction_tables, selector_tables
+from bench.quality_tables import CORRECTION, SELECTORS
 from bench.serve_tables import ENGINES, serve_tables
 from bench.speed_tables import (
     ATTENTION,
@@ -51,17 +51,17 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "attention-cpu": (lambda rows: attention_tables(rows, "cpu", "needle"), ("attention.jsonl",)),
     "density": (density_tables, ("attention.jsonl",)),
     "speed-summary": (speed_summary, ("attention.jsonl", "ttft.jsonl")),
-    "accuracy": (accuracy_tables, ("quality.jsonl",)),
-    "accuracy-summary": (accuracy_summaries, ("quality.jsonl",)),
-    "quality": (selector_tables, ("quality.jsonl",)),
-    "mean-correction": (correction_tables, ("quality.jsonl",)),
+    "accuracy": (TASKS.markdown, ("quality.jsonl",)),
+    "accuracy-summary": (SUMMARY.markdown, ("quality.jsonl",)),
+    "quality": (SELECTORS.markdown, ("quality.jsonl",)),
+    "mean-correction": (CORRECTION.markdown, ("quality.jsonl",)),
     "ttft": (ttft_tables, ("ttft.jsonl", "quality.jsonl")),
     "needle": (run_tables, ("needle.jsonl",)),
     "serving": (serve_tables, tuple(f"{name}.jsonl" for name in ENGINES)),
     "fidelity": (leaderboards, ("fidelity.jsonl", "attention.jsonl", ANSWERS)),
     "fidelity-settings": (single_settings, ("fidelity.jsonl",)),
     "fidelity-summary": (fidelity_summary, ("fidelity.jsonl",)),
-    "ruler": (accuracy_tables, (ANSWERS,)),
+    "ruler": (TASKS.markdown, (ANSWERS,)),
     "peers": (PEERS.markdown, ("peers.jsonl",)),
     "given": (GIVEN.markdown, ("peers.jsonl",)),
     "demo": (demo_table, ("demo.jsonl",)),

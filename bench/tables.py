@@ -65,13 +65,14 @@ class Table:
 
     def one(self, group: list[Row]) -> str:
         """The table of one group; empty without lines."""
-        lines, columns = list(self.lines(group)), self.columns(group)
-        if not lines:
-            return ""
-        body = [[cell(line) for _, cell in columns] for line in lines]
-        return paragraphs(
-            [self.caption(group), markdown_table([title for title, _ in columns], body), self.notes(group)]
-        )
+        grid = self.grid(group)
+        return paragraphs([self.caption(group), grid, self.notes(group)]) if grid else ""
+
+    def grid(self, group: list[Row]) -> str:
+        """The same without caption and notes."""
+        columns = self.columns(group)
+        body = [[cell(line) for _, cell in columns] for line in self.lines(group)]
+        return markdown_table([title for title, _ in columns], body) if body else ""
 
 
 def key(row: Row, names: Iterable[str]) -> str:

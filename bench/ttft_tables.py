@@ -184,11 +184,11 @@ def first_tokens(rows: Iterable[Row], selector: str, settings: Row) -> dict[int,
     sparse = [row for row in plain if (row["selector"], row["settings"]) == (selector, settings)]
     sparse = [row for row in sparse if row["synthetic_density"] is not None]
     sparse = group_rows(sparse, ["synthetic_density"])[0] if sparse else []
-    fastest: list[dict[int, Row]] = [{}, {}]
-    for place, part in enumerate((split(plain)[0], sparse)):
-        for row in sorted(part, key=lambda row: -row["ttft_ms"]):
-            fastest[place][row["length"]] = row
-    return {row["length"]: (fastest[0][n], fastest[1][n]) for row in sparse if (n := row["length"]) in fastest[0]}
+    dense, own = (
+        {row["length"]: row for row in sorted(part, key=lambda row: -row["ttft_ms"])}  # the last one is the fastest
+        for part in (split(plain)[0], sparse)
+    )
+    return {length: (dense[length], row) for length, row in own.items() if length in dense}
 
 
 def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:

@@ -214,8 +214,7 @@ def structured_inputs(
     key, value = (torch.empty(batch, kv_heads, length, head_dim, dtype=dtype, device=device) for _ in range(2))
     per_group = heads // kv_heads
 
-    def fill(place: tuple[int, int]) -> None:
-        element, kv_head = place
+    def fill(element: int, kv_head: int) -> None:
         group = Group(length, head_dim, group_seed(seed, element, kv_head))
         key[element, kv_head] = group.key.to(dtype)
         value[element, kv_head] = group.value.to(dtype)
@@ -225,5 +224,5 @@ def structured_inputs(
 
     # Drawing normal numbers uses one core; a group has a generator of its own.
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(fill, itertools.product(range(batch), range(kv_heads))))
+        list(pool.map(fill, *zip(*itertools.product(range(batch), range(kv_heads)), strict=True)))
     return Inputs(query, key, value)

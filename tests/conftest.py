@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ import pytest
 # Containers often switch bytecode off; then each of the many processes compiles torch and transformers from source.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")  # it costs graphs as small as these more than it saves
 import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
@@ -22,7 +24,9 @@ if not HAS_GPU:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # one kernel per graph: a pool of workers has no use
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # not all cores for each of them
+    threads = max(1, (os.cpu_count() or 1) // workers)  # not all cores for each of them
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start; the kernels of CPUs depend on it
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -36,6 +40,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """What torch and transformers made at import stays: looking it through again takes a tenth of a compilation."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +143,8 @@ def work(tmp_path: Path, corpus: Corpus) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a needle run that nothing stopped; tests leave it as they found it."""
-    from needle_runs import run_of
+    """The folder of a needle run; tests leave it as they found it."""
+    from needle_runs import run_in
 
     from flexprefill_fa.tools.digests import model_sha256
     from flexprefill_fa.tools.needle.formats import EVALUATED
@@ -137,7 +152,7 @@ def whole_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tests' own fixture comes later
-    rows = run_of(folder, corpus).finish()
+    rows = run_in(folder, corpus)
     assert [(row["task"], row["length"]) for row in rows] == [(task, 700) for task in EVALUATED]
     assert {(row["kind"], row["model_sha256"], row["seed"]) for row in rows} == {
         ("needle", model_sha256(folder / "model"), 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import typer
 from typer.testing import CliRunner, Result
@@ -12,10 +13,10 @@ from typer.testing import CliRunner, Result
 from bench.needle.batches import Builder
 from bench.needle.network import Shape
 from bench.needle.prepare import Corpus
-from bench.needle.run import Run
 from bench.needle.settings import Goal, Settings, Stage
+from bench.needle.train import train_model
 from flexprefill_fa.tools.needle.formats import EVALUATED, Mix
-from flexprefill_fa.tools.rows import read
+from flexprefill_fa.tools.rows import Row, read
 
 CPU = torch.device("cpu")
 FILES = 12
@@ -30,13 +31,19 @@ TINY = Settings(
     warm_up=1,
     goals=(Goal(700, 2, 0.0),),
     steps_per_row=1,
-    samples=2,
 )
 """Every step of the way in a second."""
 
 
-def run_of(folder: Path, corpus: Corpus, settings: Settings = TINY) -> Run:
-    return Run(settings, corpus, folder, CPU, say=lambda line: None)
+def run_in(folder: Path, corpus: Corpus, settings: Settings = TINY) -> list[Row]:
+    return train_model(settings, corpus, folder, CPU, lambda line: None)
+
+
+def least_length(builder: Builder, mix: Mix) -> int:
+    """The shortest sequence that holds a mix."""
+    with pytest.raises(ValueError, match="length must be at least") as error:
+        builder.build(1, 1, mix, torch.Generator())
+    return int(str(error.value).split()[5])
 
 
 def source_drawn(builder: Builder) -> bytes:

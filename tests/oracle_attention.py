@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from oracle_flexprefill import padding
+from oracle_grid import padding
 
 
 def _visible(n_batch: int, lq: int, lkv: int, starts, lengths) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Brute-force oracle for FlexPrefill's block selection (DESIGN.md, section 4), in float64 numpy and plain loops.
 
-It shares no code with the package. Each batch element is looked at in its own coordinates: wholly padded leading blocks
-are dropped, `pad` positions of the first block that is left are padding, and query row r lies at positions
-`first[r] ... last[r]` of the keys. Cells are (row with a real query, key block), `[R, nb]`; `_grid` puts them back.
+It shares no code with the package. Each batch element is looked at in its own coordinates, see `oracle_grid.Element`:
+wholly padded leading blocks are dropped, `pad` positions of the first block that is left are padding, and query block r
+lies at positions `first[r] ... last[r]` of the keys. Cells are (query block with a real query, key block), `[R, nb]`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from oracle_grid import Element, elements_of
 
 INF = math.inf
 FP32_TINY = 2.0**-126  # smallest normal fp32
@@ -35,113 +36,6 @@ class OracleSelection:
     query_aware: np.ndarray
     js_distance: np.ndarray
     margin: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Element:
-    """One batch element in its own coordinates (section 4, "Chunks" and "Padding")."""
-
-    block: int
-    dropped: int  # wholly padded leading key blocks
-    pad: int  # padded positions left in key block 0
-    n: int  # real keys
-    n_pos: int  # n' = pad + n
-    nb: int  # key blocks
-    n_queries: int  # real queries, the last positions
-    q_index0: int  # index of the first real query in the query tensor
-    rows: np.ndarray  # [R] absolute query block indices that hold a real query
-    first: np.ndarray  # [R] position of each row's first query (it may be padding)
-    last: np.ndarray  # [R] position of each row's last real query
-
-    @property
-    def j0(self) -> np.ndarray:
-        """Key block of each row's first position; -1 where that lies in the dropped padding. `[R]`"""
-        return self.first // self.block
-
-    @property
-    def j1(self) -> np.ndarray:
-        """Key block of each row's last real position. `[R]`"""
-        return self.last // self.block
-
-    @property
-    def causal(self) -> np.ndarray:
-        """Cells with J <= J1. bool `[R, nb]`"""
-        return np.arange(self.nb)[None, :] <= self.j1[:, None]
-
-    @property
-    def always(self) -> np.ndarray:
-        """Step 5: the first block that holds a real key, J0 and J1. bool `[R, nb]`"""
-        cells = self.block_diagonal(0)
-        cells[:, 0] = True
-        return cells
-
-    def column(self, j: int) -> np.ndarray:
-        """Causal cells of key block j. bool `[R, nb]`"""
-        cells = np.zeros((len(self.rows), self.nb), dtype=bool)
-        cells[:, j] = self.causal[:, j]
-        return cells
-
-    def block_diagonal(self, t: int) -> np.ndarray:
-        """Cells (I, J0 - t) and (I, J1 - t). bool `[R, nb]`"""
-        cells = np.zeros((len(self.rows), self.nb), dtype=bool)
-        for r in range(len(self.rows)):
-            for j in (self.j0[r] - t, self.j1[r] - t):
-                if j >= 0:
-                    cells[r, j] = True
-        return cells
-
-    def offset_cells(self) -> np.ndarray:
-        """Cells that each token offset 0 ... n - 1 passes through (paper). bool `[n, R, nb]`"""
-        offset = np.arange(self.n)[:, None]
-        low = (self.first[None, :] - offset) // self.block  # [n, R]
-        high = (self.last[None, :] - offset) // self.block
-        j = np.arange(self.nb)
-        return (low[:, :, None] <= j) & (j <= high[:, :, None])
-
-
-def _elements(n_batch: int, lq: int, lkv: int, block: int, starts, lengths) -> list[_Element]:
-    starts, lengths = padding(n_batch, lkv, starts, lengths)
-    elements = []
-    for start, n in zip(starts, lengths, strict=True):
-        dropped = start // block
-        origin, end = dropped * block, start + n
-        off = lkv - lq  # absolute position of query 0
-        rows, first, last = [], [], []
-        for row in range(math.ceil(lq / block)):
-            row_first = off + row * block
-            row_last = min(off + min((row + 1) * block, lq), end) - 1
-            if n > 0 and row_last >= max(row_first, start):
-                rows.append(row)
-                first.append(row_first - origin)
-                last.append(row_last - origin)
-        n_pos = start % block + n
-        elements.append(
-            _Element(
-                block=block,
-                dropped=dropped,
-                pad=start % block,
-                n=n,
-                n_pos=n_pos,
-                nb=math.ceil(n_pos / block),
-                n_queries=max(0, end - max(off, start)),
-                q_index0=max(off, start) - off,
-                rows=np.array(rows, dtype=np.int64),
-                first=np.array(first, dtype=np.int64),
-                last=np.array(last, dtype=np.int64),
-            )
-        )
-    return elements
-
-
-def padding(n_batch: int, lkv: int, starts, lengths) -> tuple[list[int], list[int]]:
-    """Starts and lengths as lists of ints, with their defaults."""
-    starts = [0] * n_batch if starts is None else [int(s) for s in starts]
-    lengths = [lkv - s for s in starts] if lengths is None else [int(n) for n in lengths]
-    if len(starts) != n_batch or len(lengths) != n_batch:
-        raise ValueError(f"starts and lengths must have {n_batch} entries, got {len(starts)} and {len(lengths)}")
-    if any(s < 0 or n < 0 or s + n > lkv for s, n in zip(starts, lengths, strict=True)):
-        raise ValueError(f"real keys must lie in [0, {lkv}), got starts={starts}, lengths={lengths}")
-    return starts, lengths
 
 
 # --- How close a decision is to flipping ------------------------------------------------------------------------------
@@ -253,7 +147,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def _last_query_scores(queries: np.ndarray, keys: np.ndarray, el: _Element, scale: float):
+def _last_query_scores(queries: np.ndarray, keys: np.ndarray, el: Element, scale: float):
     """Step 1: vertical `[n']` by key position and slash `[n]` by offset, from the last queries `[R, D]`."""
     n_rows = len(queries)
     position = np.arange(el.n_pos - n_rows, el.n_pos)[:, None]
@@ -299,7 +193,7 @@ def _pattern(
     return distance, below, margin
 
 
-def _query_aware_index(q_means, k_means, el: _Element, scale: float, gamma: float, variant: str):
+def _query_aware_index(q_means, k_means, el: Element, scale: float, gamma: float, variant: str):
     """Step 4 (Algorithm 4): (cells bool `[R, nb]`, A `[R, nb]`, margin)."""
     a = _softmax(np.where(el.causal, scale * q_means @ k_means.T, -INF))
     rows, cols = np.nonzero(el.causal)  # flattened over the whole head
@@ -309,7 +203,7 @@ def _query_aware_index(q_means, k_means, el: _Element, scale: float, gamma: floa
     return cells, a, margin
 
 
-def _published_cells(vertical, slash, el: _Element, *, gamma, min_budget, max_budget, query_aware):
+def _published_cells(vertical, slash, el: Element, *, gamma, min_budget, max_budget, query_aware):
     """Step 3, published: (cells bool `[R, nb]`, margin)."""
     low = math.ceil(min_budget / el.block)
     high = el.nb if max_budget is None else min(math.ceil(max_budget / el.block), el.nb)
@@ -330,7 +224,7 @@ def _published_cells(vertical, slash, el: _Element, *, gamma, min_budget, max_bu
     return columns | diagonals, min(column_margin, diagonal_margin, top_columns, top_diagonals)
 
 
-def _paper_coverage(vertical, slash, el: _Element, gamma: float):
+def _paper_coverage(vertical, slash, el: Element, gamma: float):
     """Step 3, paper: columns and diagonals of the shortest prefixes, (cells bool `[R, nb]`, margin)."""
     block_of = np.arange(el.pad, el.n_pos) // el.block
     columns = np.array([el.column(j) for j in range(el.nb)])
@@ -339,7 +233,7 @@ def _paper_coverage(vertical, slash, el: _Element, gamma: float):
     return by_column | by_offset, min(column_margin, offset_margin)
 
 
-def _paper_budgets(kept: np.ndarray, scores: np.ndarray, el: _Element, min_budget: int, max_budget: int | None):
+def _paper_budgets(kept: np.ndarray, scores: np.ndarray, el: Element, min_budget: int, max_budget: int | None):
     """Budgets, paper, row by row: (cells, margin) from the cells kept so far and their scores, all `[R, nb]`."""
     kept, margin, always = kept.copy(), INF, el.always
     for r, visible in enumerate(el.j1 + 1):
@@ -362,7 +256,7 @@ def _paper_budgets(kept: np.ndarray, scores: np.ndarray, el: _Element, min_budge
     return kept, margin
 
 
-def _select_head(q: np.ndarray, k: np.ndarray, el: _Element, *, scale, gamma, tau, min_budget, max_budget, variant):
+def _select_head(q: np.ndarray, k: np.ndarray, el: Element, *, scale, gamma, tau, min_budget, max_budget, variant):
     """One head: (cells bool `[R, nb]`, query_aware, js_distance, margin).
 
     q `[Lq, D]` is the whole query tensor of the head; k `[n', D]` its keys in the element's coordinates.
@@ -440,7 +334,7 @@ def oracle_select(
     shape = (n_batch, n_heads)
     keep = np.zeros((*shape, math.ceil(lq / block_size), math.ceil(lkv / block_size)), dtype=bool)
     query_aware, js_distance, margin = np.zeros(shape, dtype=bool), np.zeros(shape), np.full(shape, INF)
-    for b, el in enumerate(_elements(n_batch, lq, lkv, block_size, starts, lengths)):
+    for b, el in enumerate(elements_of(n_batch, lq, lkv, block_size, starts, lengths)):
         if len(el.rows) == 0:
             continue
         origin = el.dropped * block_size

@@ -21,11 +21,11 @@ import sglang_files
 import sglang_stubs
 import torch
 from paged import SMALL
+from stand_in_modules import PACKAGE, stand_in_modules
 from torch import Tensor
 
 FOLDER = os.environ.get("SGLANG_IN_PLACE", "")
 HEADS, KV_HEADS, DIM, LAYERS, CONTEXT = 4, 2, 32, 2, 1024
-_PACKAGE = "flexprefill_fa.integrations"
 _OURS = ("sglang_backend", "sglang_engine", "sglang_prefill")
 
 
@@ -35,7 +35,7 @@ def sglang(module: str) -> Any:
 
 
 def ours(module: str) -> Any:
-    return importlib.import_module(f"{_PACKAGE}.{module}")
+    return importlib.import_module(f"{PACKAGE}.{module}")
 
 
 @contextmanager
@@ -55,24 +55,10 @@ def sglang_in_place() -> Iterator[None]:
             choices[:] = names
             ours("sglang_backend").backends.clear()
         return
-    contents = sglang_stubs.contents()
-    named = [f"{_PACKAGE}.{name}" for name in _OURS]
-    before = {name: sys.modules.pop(name, None) for name in [*contents, *named]}
-    package: Any = importlib.import_module(_PACKAGE)
     try:
-        for name, attributes in contents.items():
-            module = types.ModuleType(name)
-            vars(module).update(attributes)
-            module.__path__ = []
-            sys.modules[name] = module
-        yield
+        with stand_in_modules(sglang_stubs.contents(), _OURS):
+            yield
     finally:
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-        for name in _OURS:
-            vars(package).pop(name, None)
         ours("sglang")._answer_in_server_info.cache_clear()
 
 

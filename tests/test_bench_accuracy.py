@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.accuracy_tables import accuracy_summaries, accuracy_tables
+from bench.accuracy_tables import SUMMARY, TASKS
 from bench.render import draw_plots
 from flexprefill_fa.tools.rows import append
 
@@ -46,7 +46,7 @@ ROWS = [
 
 
 def test_one_table_for_all_tasks() -> None:
-    caption, _, header, _, dense, flexprefill = accuracy_summaries(ROWS).splitlines()
+    caption, _, header, _, dense, flexprefill = SUMMARY.markdown(ROWS).splitlines()
     tasks = (
         "needle_single version 1.0, needle_vt version 1.0, 100 samples a task and length, seed 0, Python 3.12.3; then"
     )
@@ -55,7 +55,7 @@ def test_one_table_for_all_tasks() -> None:
     assert dense == "| dense | 0.99, vt 0.98 | 0.95, vt 0.90 |"
     # At 4,096 one task is 0.03 below dense, which the mean does not show; at 8,192 one is 0.02 below, another missing.
     assert flexprefill == "| flexprefill, gamma 0.9 | **0.97**, vt 0.95 (0.50) | 1 of 2 tasks, vt 0.88 |"
-    assert accuracy_summaries([]) == ""
+    assert SUMMARY.markdown([]) == ""
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_one_table_for_all_tasks() -> None:
     ],
 )
 def test_other_conditions_have_tables_of_their_own(name: str, value: Any, told: str) -> None:
-    summary = accuracy_summaries(ROWS)
-    text = accuracy_summaries([*ROWS, row("single", 4096, 0.5, **{name: value})])
+    summary = SUMMARY.markdown(ROWS)
+    text = SUMMARY.markdown([*ROWS, row("single", 4096, 0.5, **{name: value})])
     assert text.startswith(f"{summary}\n\n") and told not in summary
     caption, _, _, _, dense = text.removeprefix(f"{summary}\n\n").splitlines()
     assert told in caption and dense == "| dense | 0.50, single 0.50 |"
@@ -82,7 +82,7 @@ def test_other_conditions_have_tables_of_their_own(name: str, value: Any, told: 
 
 def test_a_summary_has_one_version_of_each_task() -> None:
     newer = row("vt", 4096, 0.5, task_version=2.0)
-    caption, _, header, _, dense, flexprefill = accuracy_summaries([*ROWS, newer]).splitlines()
+    caption, _, header, _, dense, flexprefill = SUMMARY.markdown([*ROWS, newer]).splitlines()
     assert "on needle_single version 1.0, needle_vt version 2.0, 100 samples" in caption
     assert header == "| selector | 4,096 | 8,192 |"
     assert dense == "| dense | 0.75, vt 0.50 | 1.00 |"
@@ -90,7 +90,7 @@ def test_a_summary_has_one_version_of_each_task() -> None:
 
 
 def test_a_table_for_each_task() -> None:
-    single, vt = accuracy_tables(ROWS).split("**needle_vt version 1.0**")
+    single, vt = TASKS.markdown(ROWS).split("**needle_vt version 1.0**")
     assert "| dense | 1.00 | 1.00 | 1 | 10.0 (1.0x) | 10.0 (1.0x) |" in single
     assert "| flexprefill, gamma 0.9 | 1.00 (0.40) | - | - | 5.0 (2.0x) | - |" in single
     assert "| flexprefill, gamma 0.9 | **0.95** (0.60) | 0.88 (0.30) | 0.900 (0.50) | 5.0 (2.0x) | 5.0 (2.0x) |" in vt
@@ -99,15 +99,15 @@ def test_a_table_for_each_task() -> None:
 def test_recall_and_times_are_of_the_lengths_that_were_measured() -> None:
     bare = {"measured_prompts": 0, "recall": None, "recall_min": None, "timing": {"prefill_ms": None, "date": "d"}}
     longer = [row("vt", 16384, 1.0) | bare, sparse("vt", 16384, 1.0, 0.2) | bare]
-    text = accuracy_tables([*ROWS, *longer]).split("**needle_vt version 1.0**")[1]
+    text = TASKS.markdown([*ROWS, *longer]).split("**needle_vt version 1.0**")[1]
     wanted = "| selector | 4,096 | 8,192 | 16,384 | recall at 8,192 | prefill at 4,096 | prefill at 8,192 |"
     assert wanted in text
     assert "| 0.88 (0.30) | 1.00 (0.20) | 0.900 (0.50) | 5.0 (2.0x) | 5.0 (2.0x) |" in text
-    assert "recall" not in accuracy_tables([one | bare for one in ROWS])
+    assert "recall" not in TASKS.markdown([one | bare for one in ROWS])
 
 
 def test_versions_of_a_task_are_not_mixed() -> None:
-    text = accuracy_tables([row("vt", 4096, 0.5), sparse("vt", 4096, 0.4, 0.3) | {"task_version": None}])
+    text = TASKS.markdown([row("vt", 4096, 0.5), sparse("vt", 4096, 0.4, 0.3) | {"task_version": None}])
     first, second = text.split("**needle_vt**")
     assert first.startswith("**needle_vt version 1.0** (string_match)") and "flexprefill" not in first
     assert "| flexprefill, gamma 0.9 | 0.40 (0.30) |" in second and "| dense" not in second
@@ -127,13 +127,13 @@ def test_a_plot_of_more_tasks_than_fit_side_by_side(tmp_path: Path) -> None:
 def test_answers_to_other_prompts_do_not_stand_beside_each_other() -> None:
     other = {**sparse("vt", 4096, 0.95, 0.6), "prompts_sha256": "q" * 64}
     with pytest.raises(ValueError, match=r"needle_vt at 4096 tokens must be of the same prompts .* p, qqqqqqqqqq"):
-        accuracy_tables([row("vt", 4096, 1.0), other])
-    accuracy_tables([row("vt", 4096, 1.0), {**other, "length": 8192}])
+        TASKS.markdown([row("vt", 4096, 1.0), other])
+    TASKS.markdown([row("vt", 4096, 1.0), {**other, "length": 8192}])
 
 
 def test_dense_layers_are_a_line_of_their_own() -> None:
     kept = [{**sparse("vt", 4096, 1.0, 0.6), "dense_layers": layers} for layers in ([4], [0, 5])]
-    text = accuracy_tables([row("vt", 4096, 1.0), sparse("vt", 4096, 0.5, 0.4), *kept])
+    text = TASKS.markdown([row("vt", 4096, 1.0), sparse("vt", 4096, 0.5, 0.4), *kept])
     assert "| flexprefill, gamma 0.9 | **0.50** (0.40) |" in text
     assert "| flexprefill, gamma 0.9, layer 4 dense | 1.00 (0.60) |" in text
     assert "| flexprefill, gamma 0.9, layers 0, 5 dense | 1.00 (0.60) |" in text

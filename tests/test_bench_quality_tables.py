@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bench.quality_tables import SELECTORS, Family, Point, correction_tables, families, selector_tables
+from bench.quality_tables import CORRECTION, SELECTORS, Family, Point, families
 from bench.render import draw_plots, render_text
 from flexprefill_fa.tools.rows import append
 
@@ -67,7 +67,7 @@ def cells(table: str, *first: str) -> list[str]:
 
 
 def test_selectors_at_equal_densities() -> None:
-    table = selector_tables(ROWS)
+    table = SELECTORS.markdown(ROWS)
     caption = table.splitlines()[0]
     for part in ("NVIDIA H200", "torch 2.11.0", "commit abc123", "8/2 heads", "bfloat16", "layers 0, 1", "0.0021"):
         assert part in caption
@@ -80,7 +80,7 @@ def test_selectors_at_equal_densities() -> None:
 
 def test_a_smaller_error_is_the_better_one() -> None:
     rows = [row | {"error": row["error"] * (0.9 if row["selector"] == "flashprefill" else 1)} for row in ROWS]
-    table = selector_tables(rows)
+    table = SELECTORS.markdown(rows)
     assert cells(table, "8,192", "flashprefill")[5] == "**0.270** / **0.135**"
     assert cells(table, "8,192", "flexprefill variant=published")[5] == "0.300 / 0.150"
 
@@ -103,14 +103,14 @@ def test_means_take_whole_sets_of_layers_alone() -> None:
 
 def test_mean_correction_table() -> None:
     rows = [*ROWS, *sweep("flashprefill", "alpha", {"sink_blocks": 2}, (0.7, 0.9), length=32768)]
-    table = correction_tables(rows)
+    table = CORRECTION.markdown(rows)
     assert cells(table, "8,192", "flashprefill alpha=0.05")[:5] == ["0.400", "0.940", "0.100", "0.050", "0.500"]
     assert cells(table, "8,192", "flashprefill alpha=0.05")[5:] == ["0.200", "0.100"]
     assert cells(table, "8,192", "flashprefill alpha=0.2")[:5] == ["0.100", "0.900", "0.300", "0.150", "0.500"]
     assert cells(table, "32,768", "flashprefill alpha=0.2")[1] == "0.700"
     plain = [row for row in rows if not row["mean_correction"]]
-    assert cells(correction_tables(plain), "8,192", "flashprefill alpha=0.2")[2:5] == ["0.300", "-", "-"]
-    assert correction_tables(ROWS[:8]) == correction_tables([]) == selector_tables([]) == ""
+    assert cells(CORRECTION.markdown(plain), "8,192", "flashprefill alpha=0.2")[2:5] == ["0.300", "-", "-"]
+    assert CORRECTION.markdown(ROWS[:8]) == CORRECTION.markdown([]) == SELECTORS.markdown([]) == ""
 
 
 def test_render_round_trip_and_plot(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_render_round_trip_and_plot(tmp_path: Path) -> None:
 def test_rows_of_another_model_are_another_table() -> None:
     rows = sweep("flashprefill", "alpha", {}, (0.7, 0.9))
     others = [{**row, "model_sha256": "f" * 64, "recall": 0.5} for row in rows]
-    alone = selector_tables(rows)
+    alone = SELECTORS.markdown(rows)
     assert "(SHA-256 0123456789)" in alone
-    assert selector_tables([*rows, *others]).startswith(alone)
-    assert "(SHA-256 ffffffffff)" in selector_tables([*rows, *others])
+    assert SELECTORS.markdown([*rows, *others]).startswith(alone)
+    assert "(SHA-256 ffffffffff)" in SELECTORS.markdown([*rows, *others])

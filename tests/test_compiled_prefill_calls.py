@@ -25,10 +25,10 @@ def model_of(family: str) -> PreTrainedModel:
 NO_CACHE: dict[str, Any] = {"use_cache": False}
 CALLS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "llama": [
-        *[(1, {}), (1, NO_CACHE), (2, {}), (2, {"attention_mask": PADDED})],
+        *[(1, {}), (2, {}), (2, {"attention_mask": PADDED})],
         *[(2, {**NO_CACHE, "attention_mask": PADDED}), (2, {"attention_mask": torch.ones_like(PADDED)})],
     ],
-    "gemma2": [(1, {}), (2, NO_CACHE)],  # a sliding window and capped scores
+    "gemma2": [(2, NO_CACHE)],  # a sliding window and capped scores
 }
 
 

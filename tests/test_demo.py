@@ -17,7 +17,7 @@ from flexprefill_fa.tools.demo import Answer, DemoResult
 from flexprefill_fa.tools.generation import LayerReport, Measurement
 from flexprefill_fa.tools.progress import WorkProgress
 
-SMALL = ("demo", "--tokens", "1536", "--needles", "4", "--device", "cpu")
+SMALL = ("demo", "--tokens", "1024", "--needles", "4", "--device", "cpu")
 
 
 def run(*arguments: str) -> Result:
@@ -33,11 +33,11 @@ def run(*arguments: str) -> Result:
     ],
 )
 def test_json_report(options: tuple[str, ...], settings: dict[str, Any]) -> None:
-    result = run(*SMALL, *options, "--repeats", "2", "--json")
+    result = run(*SMALL, *options, "--repeats", "1", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["ok"] is True
-    assert report["prompt"] | {"tokens": 1536, "needles": 4, "seed": 0} == report["prompt"]
+    assert report["prompt"] | {"tokens": 1024, "needles": 4, "seed": 0} == report["prompt"]
     for name in ("dense", "sparse"):
         assert report[name]["correct"] is True
         assert report[name]["answer"] == report["prompt"]["answer"]

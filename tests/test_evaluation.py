@@ -22,7 +22,7 @@ from flexprefill_fa.tools.evaluation.task_data import token_counter
 from flexprefill_fa.tools.needle import MODEL_DIR, TASKS_DIR
 from flexprefill_fa.tools.rows import Row, read
 
-LENGTH = 1100  # of which FlexPrefill drops blocks with a min_budget of 128 tokens
+LENGTH = 700  # of which FlexPrefill drops blocks with a min_budget of 128 tokens
 SPARSE = "flexprefill:gamma=0.5+min_budget=128"
 
 
@@ -42,6 +42,12 @@ def of_lm_eval(folder: str) -> tuple[str, str]:
     import lm_eval.tasks
 
     return "--include-path", str(Path(lm_eval.tasks.__file__).parent / folder)
+
+
+@pytest.fixture(autouse=True)
+def no_report_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval asks pip, gcc and others for their versions after each run, which takes longer than it."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture(scope="module")

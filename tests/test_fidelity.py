@@ -24,7 +24,7 @@ from flexprefill_fa.tools.fidelity.texts import read_tokens
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.rows import Row, read
 
-LENGTH = 640
+LENGTH, LONGER = 512, 640
 SKIP = 128
 LITTLE = "sink_blocks=1+window_blocks=1+last_full_blocks=0"
 SPEC = f"flashprefill:alpha=0.2+{LITTLE}"
@@ -58,7 +58,7 @@ def test_rows_say_what_a_plain_comparison_says(tmp_path: Path, needle_model: Pre
     other = {"kind": "accuracy", "task": "vt"}  # other rows may stand in the same file
     out.write_text(json.dumps(other) + "\n")
     specs = ("--selector", SPEC, "--selector", SPEC + "+dense_layers=0/-1")
-    result = fidelity(out, *specs, "--plot", str(picture), "--json")
+    result = fidelity(out, *specs, "--lengths", str(LONGER), "--plot", str(picture), "--json")
     assert result.exit_code == 0, result.output
     first, *rows = read(out)
     assert first == other and [json.loads(line) for line in result.stdout.splitlines()] == rows
@@ -68,7 +68,7 @@ def test_rows_say_what_a_plain_comparison_says(tmp_path: Path, needle_model: Pre
     for number, row in enumerate(rows):
         choice = parse_choice(SPEC)
         dense_layers = (0, -1) if row["dense_layers"] else ()
-        ids = tokens(number % 2)
+        ids = tokens(number % 2, LONGER)
         dense = log_probabilities(needle_model, ids)
         with enable_sparse_prefill(
             needle_model, choice.config, dense_layers=dense_layers, statistics="recall"
@@ -99,7 +99,7 @@ def test_rows_say_what_a_plain_comparison_says(tmp_path: Path, needle_model: Pre
         assert row["timing"]["prefill_s"] > 0 and row["timing"]["dense_prefill_s"] > 0
         expected = {
             "kind": "fidelity", "model": MODEL_DIR.name, "model_sha256": model_sha256(MODEL_DIR), "dtype": "float32",
-            "device": "cpu", "devices": 1, "length": LENGTH, "skip": SKIP, "chunk": None, "selector": "flashprefill",
+            "device": "cpu", "devices": 1, "length": LONGER, "skip": SKIP, "chunk": None, "selector": "flashprefill",
             "mean_correction": False, "torch": torch.__version__,
         }  # fmt: skip
         assert expected.items() <= row.items() and row["settings"]["alpha"] == 0.2
@@ -110,7 +110,7 @@ def test_rows_say_what_a_plain_comparison_says(tmp_path: Path, needle_model: Pre
 
     before = out.read_bytes()
     out.write_bytes(before + b'{"kind": "fide')  # a writer that was stopped
-    again = fidelity(out, *specs)
+    again = fidelity(out, *specs, "--lengths", str(LONGER))
     assert again.exit_code == 0 and out.read_bytes() == before, "nothing is measured twice"
     assert "alpha=0.2" in again.stdout, "the table shows what was there"
 
@@ -213,12 +213,12 @@ def test_target_and_dense_layers_as_a_user_asks(tmp_path: Path, needle_model: Pr
     """The lines that are printed, pasted, give the KL that was printed."""
     out = tmp_path / "rows.jsonl"
     target = 0.005
-    ask = ("--selector", f"flashprefill:{LITTLE}", "--target-kl", str(target), "--no-recall")
+    ask = ("--selector", f"flashprefill:{LITTLE}", "--target-kl", str(target), "--no-recall", "--lengths", str(LONGER))
     result = fidelity(out, *ask, "--json")
     assert result.exit_code == 0, result.output
     *rows, found = map(json.loads, result.stdout.splitlines())
     assert rows == read(out), "every setting that was tried is a row"
-    assert found["kind"] == "fidelity_target" and found["target_kl"] == target and found["length"] == LENGTH
+    assert found["kind"] == "fidelity_target" and found["target_kl"] == target and found["length"] == LONGER
     tried: dict[float, list[Row]] = {}
     for row in rows:
         tried.setdefault(row["settings"]["alpha"], []).append(row)
@@ -231,13 +231,13 @@ def test_target_and_dense_layers_as_a_user_asks(tmp_path: Path, needle_model: Pr
     )
     assert found["vllm"].startswith(f"vllm serve {MODEL_DIR} --attention-backend CUSTOM")
 
-    dense = [log_probabilities(needle_model, tokens(text)) for text in (0, 1)]
+    dense = [log_probabilities(needle_model, tokens(text, LONGER)) for text in (0, 1)]
     exec(found["python"], given := {"model": needle_model})
     from flexprefill_fa.integrations.transformers import SparsePrefill
 
     (handle,) = SparsePrefill.all_of(needle_model)
     try:
-        sparse = [log_probabilities(needle_model, tokens(text)) for text in (0, 1)]
+        sparse = [log_probabilities(needle_model, tokens(text, LONGER)) for text in (0, 1)]
     finally:
         handle.disable()
     assert "enable_sparse_prefill" in given
@@ -249,8 +249,9 @@ def test_target_and_dense_layers_as_a_user_asks(tmp_path: Path, needle_model: Pr
     assert again.exit_code == 0 and len(read(out)) == known, "a search goes on where it was stopped"
     assert found["python"] in again.stdout and found["vllm"] in again.stdout
 
+    selector = f"flashprefill:alpha={alpha}+{LITTLE}"
     layers = fidelity(
-        out, "--selector", f"flashprefill:alpha={alpha}+{LITTLE}", "--dense-layers", "auto", "--no-recall", "--json"
+        out, "--selector", selector, "--dense-layers", "auto", "--no-recall", "--json", "--lengths", str(LONGER)
     )
     assert layers.exit_code == 0, layers.output
     advice = json.loads(layers.stdout.splitlines()[-1])

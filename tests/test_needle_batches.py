@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from needle_runs import least_length
 
 from bench.needle.batches import TASKS, Builder
 from bench.needle.prepare import encode, train_tokenizer
@@ -134,7 +135,7 @@ def test_source_runs_on_around_what_is_hidden(builder: Builder, text: np.ndarray
     everything = text.tobytes()
     for tokens, source in zip(batch.tokens, batch.source, strict=True):
         run = tokens[source].numpy().astype(np.uint16)
-        assert len(run) == 1800 - builder.least_length(EVERYTHING) + 1
+        assert len(run) == 1800 - least_length(builder, EVERYTHING) + 1
         assert run.tobytes() in everything
         changes = (source[1:] != source[:-1]).sum()
         assert changes > 20, "statements lie in one heap"
@@ -299,7 +300,7 @@ def test_questions_about_nothing_are_refused(options: dict[str, int], message: s
 
 
 def test_what_does_not_fit_is_refused(builder: Builder, text: np.ndarray) -> None:
-    least = builder.least_length(EVERYTHING)
+    least = least_length(builder, EVERYTHING)
     generator = torch.Generator()
     assert builder.build(1, least, EVERYTHING, generator).tokens.shape == (1, least)
     with pytest.raises(ValueError, match=f"length must be at least {least} tokens for this mix, got {least - 1}"):

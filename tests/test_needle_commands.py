@@ -13,7 +13,6 @@ import pytest
 import torch
 from needle_runs import CPU, FILES, TINY, command, losses, refused, source_drawn
 
-from bench.needle import learning
 from bench.needle.batches import Builder
 from bench.needle.evaluate import evaluate, measure
 from bench.needle.network import Network, attention_kernel, load_release
@@ -52,23 +51,18 @@ def test_the_three_commands_make_and_measure_a_model(tmp_path: Path, monkeypatch
     assert f"of {FILES} held out" in prepared.stdout
     result = command(train, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert "4 steps; at step 0" in result.stdout
     assert f"the model is in {tmp_path / 'model'}" in result.stdout
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| vt | 0.000 |" in card and "python -m bench.needle.train\n" in card and "{" not in card
     assert "\nQuestions of each task: 2 at 700 tokens.\n" in card
     assert "seed 0, 4 steps (" in card and "| 256 | 2 | 2 |\n| 640 | 2 | 2 |\n\n" in card
-    assert command(train, "--out", str(tmp_path)).exit_code == 0  # nothing left to do
 
     monkeypatch.setattr("bench.needle.evaluate.held_out_files", lambda: held_out)
     shown = command(evaluate, "--model", str(tmp_path / "model"))
     assert shown.exit_code == 0, shown.output
     rows = [json.loads(line) for line in shown.stdout.splitlines()]
-    dates = ("step", "stage", "date")
-    trained = [row for row in read(tmp_path / "accuracy.jsonl") if row["stage"] == "model"]
-    assert [{**row, "date": None} for row in rows] == [
-        {**{name: value for name, value in row.items() if name not in dates}, "date": None} for row in trained
-    ]
+    trained = read(tmp_path / "accuracy.jsonl")
+    assert [{**row, "date": None} for row in rows] == [{**row, "date": None} for row in trained]
     assert [row["task"] for row in rows] == list(EVALUATED) and rows[0]["torch"] == torch.__version__
 
 
@@ -76,8 +70,7 @@ def test_another_seed_is_another_run_and_told_by_the_card(work: Path, whole_run:
     assert command(train, "--out", str(work), "--seed", "3").exit_code == 0
     card = (work / "model" / "README.md").read_text()
     assert "\n    python -m bench.needle.train --seed 3\n" in card and "seed 3, 4 steps (" in card
-    assert {row["seed"] for row in read(work / "accuracy.jsonl") if row["stage"] == "model"} == {3}
-    refused(command(train, "--out", str(work)), f"a checkpoint of another run in {work / 'checkpoint.pt'}: remove it")
+    assert {row["seed"] for row in read(work / "accuracy.jsonl")} == {3}
     assert losses(work) != losses(whole_run)
 
 
@@ -108,32 +101,15 @@ def test_a_model_that_misses_its_goals_is_written_and_fails(
         exact = 0.25 if task == "vt" else 0.5
         return {"task": task, "length": length, "samples": samples, "exact": exact, "parts": 0.75}
 
-    monkeypatch.setattr("bench.needle.run.measure", measuring)
-    for _ in range(2):  # the second time there is nothing left to do
-        result = command(train, "--out", str(work))
-        assert result.exit_code == 1, result.output
-        (line,) = result.stderr.strip().splitlines()
-        assert line.startswith("error: vt at 700 tokens must reach 0.5, got 0.250; try another --seed")
-        assert f"the model is in {work / 'model'}" in result.stdout
-        card = (work / "model" / "README.md").read_text()
-        assert "| multikey | 0.500 | 0.500 |" in card and "| vt | 0.250 | 0.250 |" in card
-        load_release(work / "model", CPU)
-
-
-@pytest.mark.usefixtures("tiny")
-def test_too_little_time_is_a_stop_that_goes_on(work: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three minutes a run keeps some for the checkpoint, and does not begin what may take longer than is left."""
-    with monkeypatch.context() as patch:
-        patch.setattr("bench.needle.run._FIRST_ROW_SECONDS", 170.0)
-        result = command(train, "--out", str(work), "--minutes", "3")
-        assert result.exit_code == 3
-        assert "stopped at step 0 of 4: the same command goes on from there" in result.stdout
-        patch.setattr("bench.needle.run._FIRST_ROW_SECONDS", 75.0)
-        patch.setattr("bench.needle.run._CELL_SECONDS", 170.0)
-        result = command(train, "--out", str(work), "--minutes", "3")
-        assert result.exit_code == 3 and "stopped at step 2 of 4: " in result.stdout
-    assert command(train, "--out", str(work), "--minutes", "3").exit_code == 0
-    assert losses(work) == losses(whole_run)
+    monkeypatch.setattr("bench.needle.evaluate.measure", measuring)
+    result = command(train, "--out", str(work))
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: vt at 700 tokens must reach 0.5, got 0.250; try another --seed")
+    assert f"the model is in {work / 'model'}" in result.stdout
+    card = (work / "model" / "README.md").read_text()
+    assert "| multikey | 0.500 | 0.500 |" in card and "| vt | 0.250 | 0.250 |" in card
+    load_release(work / "model", CPU)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -146,27 +122,17 @@ def test_too_little_time_is_a_stop_that_goes_on(work: Path, whole_run: Path, mon
     ids=["memory", "disk"],
 )
 def test_what_runs_out_in_a_step_is_one_line(
-    error: Exception, said: str, work: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, said: str, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second step of the second stage of two, with a checkpoint after the first stage."""
-
     def failing(*arguments: Any) -> dict[str, torch.Tensor]:
-        if arguments[-1] == 3:
-            raise error
-        return learning.take_step(*arguments)
+        raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr("bench.needle.run.take_step", failing)
-        refused(command(train, "--out", str(work)), said)
-    result = command(train, "--out", str(work))
-    assert result.exit_code == 0 and "; at step 2" in result.stdout
-    assert losses(work) == losses(whole_run)
+    monkeypatch.setattr("bench.needle.train.take_step", failing)
+    refused(command(train, "--out", str(work)), said)
 
 
 @pytest.mark.usefixtures("tiny")
 def test_mistakes_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = command(train, "--out", str(work), "--minutes", "1")
-    assert result.exit_code == 2 and "--minutes" in result.stderr, result.output
     again = "python -m bench.needle.prepare"
     refused(command(train, "--out", str(work / "none")), f"no corpus in {work / 'none' / 'corpus'} (", again)
     refused(command(evaluate, "--model", str(work)), f"no needle model in {work}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from needle_runs import CPU, FILES
+from needle_runs import CPU, FILES, least_length
 
 from bench.needle.batches import Builder
 from bench.needle.prepare import Corpus, build_corpus, load_corpus
@@ -43,4 +43,4 @@ def test_what_a_stage_trains_on_fits_its_sequences(corpus: Corpus) -> None:
         assert stage.rows % len(stage.mixes_at(0)) == 0
         for mix in (mix for step in range(3) for mix, _ in stage.mixes_at(step)):
             assert mix.names <= 512
-            assert builder.least_length(mix) < 0.97 * stage.length
+            assert least_length(builder, mix) < 0.97 * stage.length

@@ -172,7 +172,7 @@ import flexprefill_fa
 print(flexprefill_fa.__file__, file=sys.stderr)
 command.load()()
 """
-    options = ("demo", "--tokens", "1536", "--needles", "4", "--device", "cpu", "--json")
+    options = ("demo", "--tokens", "1024", "--needles", "4", "--device", "cpu", "--json")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", script, *options],

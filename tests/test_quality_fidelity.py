@@ -63,7 +63,7 @@ def subject(folder: Path, length: int) -> Subject:
 
 @pytest.fixture(scope="module")
 def needle() -> Subject:
-    return subject(MODEL_DIR, 2048)
+    return subject(MODEL_DIR, 1536)
 
 
 @pytest.fixture(scope="module")

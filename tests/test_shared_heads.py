@@ -69,8 +69,8 @@ def test_it_keeps_what_one_of_the_heads_keeps(name: str, place: dict[str, Any]) 
 )
 def test_kernels_unite(name: str, chunk: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexprefill_fa.kernels.shared_heads.CHUNK", chunk)
-    query, key = blocky_qk(2, heads, 2, 330, 400, 16)
-    place = torch.tensor([0, 70]), torch.tensor([400, 313])
+    query, key = blocky_qk(2, heads, 2, 140, 330, 16)
+    place = torch.tensor([0, 70]), torch.tensor([330, 243])
     config = example(name)
     for all_partial in (False, True) if name == "flashprefill" else (False,):
         own = kernels_of(name)(query, key, *place, config, None, all_partial, True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from paged import paged_attention
+from stand_in_modules import PACKAGE, stand_in_modules
 from vllm_releases import V24, V33, Backend24, Backend33, Release
 
 
@@ -177,7 +178,7 @@ class FakeVllm:
 
     def of(self, name: str) -> Any:
         """A module of the integration, imported over the stand-ins."""
-        return importlib.import_module(f"{_PACKAGE}.{name}")
+        return importlib.import_module(f"{PACKAGE}.{name}")
 
     def choose(self, config: Any, **changes: Any) -> Any:
         """What vLLM's platform does for a layer with CUSTOM selected: validate, ask for the name, look it up."""
@@ -206,7 +207,6 @@ class FakeVllm:
         return kind(**{"block_size": block_size, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32, **changes})
 
 
-_PACKAGE = "flexprefill_fa.integrations"
 _MODULES = ("vllm_backend", "vllm_builder", "vllm_chooser", "vllm_impl")
 
 
@@ -285,23 +285,9 @@ def fake_vllm(release: Release = V24, parent: str | None = None) -> Iterator[Fak
         "vllm.compilation": {},
         "vllm.compilation.backends": {"model_tag": "backbone"},
     }
-    ours = [f"{_PACKAGE}.{name}" for name in _MODULES]
-    before = {name: sys.modules.pop(name, None) for name in [*contents, *ours]}
-    package: Any = importlib.import_module(_PACKAGE)
-    try:
-        for name, attributes in contents.items():
-            module = types.ModuleType(name)
-            vars(module).update(attributes)
-            sys.modules[name] = module
+    with stand_in_modules(contents, _MODULES):
         fake.module = fake.of("vllm_backend")
         yield fake
-    finally:
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-        for name in _MODULES:
-            vars(package).pop(name, None)
 
 
 def log_lines(caplog: Any) -> list[str]:

@@ -155,10 +155,6 @@ class Builder:
         tokens = torch.where(is_source, text.long().gather(1, reading), tokens)
         return Batch(**vars(common), tokens=tokens, places=torch.cat(places, 1), source=is_source)
 
-    def least_length(self, mix: Mix) -> int:
-        """The shortest sequence that holds a mix."""
-        return self._mixed(mix, self._draw(1, mix, Generator(self._text.device))).total + 1
-
     def _mixed(self, mix: Mix, units: list[_Units]) -> _Mixed:
         if mix in self._mixes:
             return self._mixes[mix]

@@ -11,14 +11,11 @@ import torch
 
 from bench.needle.network import Network
 from bench.needle.settings import NAMES, Settings
-from bench.tables import distinct, markdown_table
+from bench.tables import Column, Table, distinct, markdown_table, values
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.formats import CHAIN, EVALUATED, MOST
-from flexprefill_fa.tools.rows import Row, latest
-
-_CONDITIONS = ("model_sha256", "asked_sha256", "seed", "gpu", "torch", "python")
-"""What the rows of a table have in common."""
+from flexprefill_fa.tools.rows import Row
 
 _CARD = """\
 ---
@@ -88,7 +85,7 @@ def write_card(folder: Path, rows: Sequence[Row], settings: Settings, facts: dic
 
     Args:
         folder: of the model.
-        rows: its accuracies, see `bench.needle.run`.
+        rows: its accuracies.
         settings: of its training. facts: of its corpus.
     """
     with torch.device("meta"):
@@ -116,18 +113,13 @@ def write_card(folder: Path, rows: Sequence[Row], settings: Settings, facts: dic
 
 def accuracy_table(rows: Sequence[Row]) -> str:
     """A Markdown table of exact accuracies, a line for each task."""
-    lengths = sorted({row["length"] for row in rows})
-    found = {(row["task"], row["length"]): f"{row['exact']:.3f}" for row in rows}
-    header = ["task", *(f"{length:,} tokens" for length in lengths)]
-    return markdown_table(
-        header, [[task, *(found.get((task, length), "-") for length in lengths)] for task in EVALUATED]
-    )
+    return RUNS.grid(list(rows))
 
 
 def conditions_of(rows: Sequence[Row]) -> str:
     """Where the accuracies were measured; where versions, commits or dates differ, each is named."""
     words = {"gpu": "", "torch": "torch ", "python": "Python ", "commit": "commit ", "date": ""}
-    return ", ".join(f"{word}{values}" for name, word in words.items() if (values := distinct(rows, name)))
+    return ", ".join(f"{word}{found}" for name, word in words.items() if (found := distinct(rows, name)))
 
 
 def questions_of(rows: Sequence[Row]) -> str:
@@ -141,18 +133,38 @@ def questions_of(rows: Sequence[Row]) -> str:
     )
 
 
+def _columns(rows: list[Row]) -> list[Column]:
+    found = {(row["task"], row["length"]): f"{row['exact']:.3f}" for row in rows}
+    by_length: list[Column] = [
+        (f"{length:,} tokens", lambda task, length=length: found.get((task, length), "-"))
+        for length in values(rows, "length")
+    ]
+    return [("task", str), *by_length]
+
+
+def _caption(rows: list[Row]) -> str:
+    model = rows[0]["model_sha256"]
+    return (
+        f"**SHA-256 {model[:10]}**{' (`flexprefill_fa/tools/needle/model`)' if model == _shipped() else ''}: share of "
+        "whole answers that are right after dense prefill, bfloat16. Questions of each task: "
+        f"{questions_of(rows)}. {conditions_of(rows)}."
+    )
+
+
+def _shipped() -> str:
+    return model_sha256(MODEL_DIR)
+
+
+RUNS = Table(
+    group_by=("model_sha256", "asked_sha256", "seed", "gpu", "torch", "python"),
+    identity=("task", "length"),
+    lines=lambda rows: EVALUATED,
+    columns=_columns,
+    caption=_caption,
+)
+"""The accuracies of one model under one set of conditions."""
+
+
 def run_tables(rows: Iterable[Row]) -> str:
-    """The accuracies of each model that rows are of, the one of this checkout first and marked; the last rows count."""
-    tables: dict[tuple[object, ...], list[Row]] = {}
-    for row in latest(rows, lambda row: (*(row.get(name) for name in _CONDITIONS), row["task"], row["length"])):
-        tables.setdefault(tuple(row.get(name) for name in _CONDITIONS), []).append(row)
-    shipped = model_sha256(MODEL_DIR)
-    texts = []
-    for table in sorted(tables.values(), key=lambda table: table[0]["model_sha256"] != shipped):
-        model = table[0]["model_sha256"]
-        texts.append(
-            f"**SHA-256 {model[:10]}**{' (`flexprefill_fa/tools/needle/model`)' if model == shipped else ''}: share of "
-            "whole answers that are right after dense prefill, bfloat16. Questions of each task: "
-            f"{questions_of(table)}. {conditions_of(table)}.\n\n{accuracy_table(table)}"
-        )
-    return "\n\n".join(texts)
+    """The accuracies of each model that rows are of, the one of this checkout first and marked."""
+    return RUNS.markdown(sorted(rows, key=lambda row: row["model_sha256"] != _shipped()))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from bench.needle.batches import Batch, Builder
 from bench.needle.card import accuracy_table
 from bench.needle.network import Network, attention_kernel, load_release
 from bench.needle.prepare import encode
-from bench.needle.settings import FULL
+from bench.needle.settings import FULL, Settings
 from bench.terminal import one_line_errors
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.loading import resolve_device
@@ -30,11 +31,31 @@ from flexprefill_fa.tools.rows import Row, environment
 _TOKENS_AT_ONCE = 131072
 
 
-def accuracy_facts(model: Path, text: np.ndarray, seed: int, device: torch.device) -> Row:
-    """What rows say beside accuracies: which model they are of, what it was asked (text, seed), the conditions."""
-    asked = hashlib.sha256(repr(sorted(EVALUATED.items())).encode() + text.tobytes()).hexdigest()
-    facts = {"kind": "needle", "model_sha256": model_sha256(model), "asked_sha256": asked, "seed": seed}
-    return {**facts, "python": platform.python_version(), **environment(device)}
+def accuracies(model: Path, text: np.ndarray | None, settings: Settings, device: torch.device) -> Iterator[Row]:
+    """The dense accuracy of each task at the length of each goal.
+
+    Args:
+        model: its folder.
+        text: its tokens of held-out text; None for those of this Python.
+        settings: whose goals and seed count.
+        device: where it is measured.
+
+    Returns:
+        Rows that say which model they are of, what it was asked (text, seed), and the conditions.
+
+    Raises:
+        UsageError: for a folder without a needle model, or a GPU without the kernel that it takes.
+    """
+    with attention_kernel(device):
+        network, tokenizer = load_release(model, device)
+        text = encode(tokenizer, [ascii_text(file) for file in held_out_files()]) if text is None else text
+        asked = hashlib.sha256(repr(sorted(EVALUATED.items())).encode() + text.tobytes()).hexdigest()
+        facts = {"kind": "needle", "model_sha256": model_sha256(model), "asked_sha256": asked, "seed": settings.seed}
+        facts |= {"python": platform.python_version(), **environment(device)}
+        builder = Builder(tokenizer, text, device)
+        for goal in settings.goals:
+            for task in EVALUATED:
+                yield {**measure(network, builder, task, goal.length, goal.samples, settings.seed), **facts}
 
 
 @torch.no_grad()
@@ -82,17 +103,11 @@ def evaluate(
 
     Prints JSON lines, as `bench/results/needle.jsonl` holds them, and a table on stderr.
     """
+    rows = []
     with one_line_errors():
-        device = resolve_device("auto")
-        with attention_kernel(device):
-            network, tokenizer = load_release(model, device)
-            text = encode(tokenizer, [ascii_text(file) for file in held_out_files()])
-            builder, facts = Builder(tokenizer, text, device), accuracy_facts(model, text, 0, device)
-            rows = []
-            for goal in FULL.goals:
-                for task in EVALUATED:
-                    rows.append({**measure(network, builder, task, goal.length, goal.samples, 0), **facts})
-                    typer.echo(json.dumps(rows[-1]))
+        for row in accuracies(model, None, FULL, resolve_device("auto")):
+            rows.append(row)
+            typer.echo(json.dumps(row))
     typer.echo(accuracy_table(rows), err=True)
 
 

@@ -65,7 +65,6 @@ class Settings:
         heaped: of the sequences that end with their questions, those whose statements lie in heaps.
         seed: of the first weights and of every step's sequences.
         steps_per_row: of the curve, whose rows are means over them.
-        samples: questions per task of the evaluations between stages.
         goals: of the finished model's evaluation.
     """
 
@@ -82,7 +81,6 @@ class Settings:
     heaped: float = 0.5
     seed: int = 0
     steps_per_row: int = 20
-    samples: int = 32
 
     @property
     def steps(self) -> int:

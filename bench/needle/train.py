@@ -1,52 +1,95 @@
-"""`python -m bench.needle.train`: train the needle model, in pieces where need be, evaluate it and export it."""
+"""`python -m bench.needle.train`: train the needle model, export it and measure its accuracy."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
+from bench.needle.batches import Builder
 from bench.needle.card import accuracy_table, write_card
-from bench.needle.prepare import WORK, load_corpus
-from bench.needle.run import OutOfTime, Run
+from bench.needle.evaluate import accuracies
+from bench.needle.learning import make_optimizer, mean_row, take_step
+from bench.needle.network import Network, attention_kernel, export
+from bench.needle.prepare import WORK, Corpus, load_corpus
 from bench.needle.settings import FULL, Settings
 from bench.terminal import one_line_errors
 from flexprefill_fa.tools.loading import resolve_device
-from flexprefill_fa.tools.rows import Row
+from flexprefill_fa.tools.rows import Row, append
+
+
+def train_model(
+    settings: Settings, corpus: Corpus, folder: Path, device: torch.device, say: Callable[[str], object]
+) -> list[Row]:
+    """Train a model, write it to the folder 'model' in `folder`, and measure it.
+
+    Args:
+        settings: of the training. corpus: what it reads and is asked about.
+        folder: for the model, the curve of its losses and its accuracies, all made anew.
+        device: where it computes; on a GPU the layers are compiled.
+        say: shows a line.
+
+    Returns:
+        The accuracies.
+
+    Raises:
+        ValueError: where the loss is no number any more.
+        UsageError: for a GPU without the kernel that it takes.
+    """
+    curve, measured = folder / "curve.jsonl", folder / "accuracy.jsonl"
+    for path in (curve, measured):
+        path.unlink(missing_ok=True)
+    torch.manual_seed(settings.seed)
+    network = Network(settings.shape).to(device)
+    optimizer, training = make_optimizer(network, settings), Builder(corpus.tokenizer, corpus.train, device)
+    step, every, means = 0, settings.steps_per_row, {"loss": math.nan}
+    with attention_kernel(device):
+        for number, stage in enumerate(settings.stages):
+            end = step + stage.steps
+            say(f"stage {number}: steps {step} to {end}, {stage.rows} x {stage.length} tokens each")
+            if device.type == "cuda":
+                torch.compiler.reset()  # what was compiled for another length is of no more use
+                for layer in network.model.layers:
+                    layer.compile(dynamic=False)
+            while step < end:
+                steps = range(step, min(end, step - step % every + every))
+                means = mean_row([take_step(network, optimizer, training, settings, index) for index in steps])
+                step = steps.stop
+                if not math.isfinite(means["loss"]):
+                    raise ValueError(f"the loss is {means['loss']} at step {step}")
+                rate = settings.learning_rate(step - 1)
+                append(curve, {"step": step, "stage": number, "tokens": stage.length, "learning_rate": rate, **means})
+            say(f"step {step}: loss {means['loss']:.4f}")
+        export(network, corpus.folder, folder / "model")
+        rows = []
+        for row in accuracies(folder / "model", corpus.held_out, settings, device):
+            append(measured, row)
+            rows.append(row)
+            say(f"{row['task']} at {row['length']} tokens: {row['exact']:.3f} exact, {row['parts']} of the parts")
+    return rows
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="The work folder: corpus, checkpoint, curve, accuracies, model.")] = WORK,
-    minutes: Annotated[
-        float, typer.Option(min=3, help="Stop with a checkpoint before so many minutes are over.")
-    ] = math.inf,
+    out: Annotated[Path, typer.Option(help="The work folder: corpus, curve, accuracies, model.")] = WORK,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the first weights and of what is drawn.")] = 0,
 ) -> None:
     """Train the needle model on one GPU, measure its dense accuracy, and write it to the folder 'model' in --out.
 
-    A run that was stopped goes on from its checkpoint with the same command. Exits with 3 where --minutes ended it
-    before it was finished, and with 1 where the finished model misses an accuracy that it was to reach.
+    Exits with 1 where the finished model misses an accuracy that it was to reach.
     """
-    end = time.monotonic() + 60 * minutes
     with one_line_errors():
         settings = replace(FULL, seed=seed)
         device = resolve_device("cuda")
         corpus = load_corpus(out / "corpus")
-        run = Run(settings, corpus, out, device, end, typer.echo)
-        typer.echo(f"{settings.steps} steps; at step {run.step}")
-        try:
-            rows = run.finish()
-        except OutOfTime as stop:
-            typer.echo(f"stopped at step {run.step} of {settings.steps}: the same command goes on from there")
-            raise typer.Exit(3) from stop
-        write_card(run.model, rows, settings, corpus.facts)
+        rows = train_model(settings, corpus, out, device, typer.echo)
+        write_card(out / "model", rows, settings, corpus.facts)
     typer.echo(accuracy_table(rows))
-    typer.echo(f"the model is in {run.model}")
+    typer.echo(f"the model is in {out / 'model'}")
     if missed := missed_goals(settings, rows):
         again = "try another --seed, with a corpus in a folder of its own (--out)"
         typer.echo(f"error: {', '.join(missed)}; {again}", err=True)

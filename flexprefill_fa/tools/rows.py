@@ -167,22 +167,6 @@ def rows_before(path: Path) -> list[Row]:
         raise UsageError(f"cannot add rows to {path}: {first_line(error)}") from error
 
 
-def keep(path: Path, wanted: Callable[[Row], bool]) -> None:
-    """Leave out the rows that are not wanted, and a last one that was not written whole; no file stays without rows.
-
-    A stop in between leaves the rows as they were.
-
-    Raises:
-        OSError: if the file cannot be read or written.
-        ValueError: naming the line that is not a JSON object.
-    """
-    drop_unfinished(path)
-    if kept := [row for row in read(path) if wanted(row)]:
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-    else:
-        path.unlink(missing_ok=True)
-
-
 def read(path: Path) -> list[Row]:
     """The rows of a file, in its order; none where there is no file.
 
