@@ -62,6 +62,11 @@ def check_scale(scale: float | None, name: str = "scale") -> None:
         raise ValueError(f"{name} must be a positive finite number, got {scale}")
 
 
+def corrects_means(device: torch.device) -> bool:
+    """Whether mean correction runs there."""
+    return device.type != "cpu" or torch_version() >= CPU_MEAN_CORRECTION_TORCH
+
+
 def check_correction_kind(mean_correction: object) -> None:
     """True, False or "tilted"."""
     if not isinstance(mean_correction, bool) and mean_correction != "tilted":
@@ -74,7 +79,7 @@ def check_mean_correction(mean_correction: object, mask_mod: object, score_mod: 
     given = [name for name, mod in (("mask_mod", mask_mod), ("score_mod", score_mod)) if mod is not None]
     if mean_correction and given:
         raise ValueError(f"mean_correction cannot be combined with a {' or a '.join(given)}")
-    if mean_correction and device.type == "cpu" and torch_version() < CPU_MEAN_CORRECTION_TORCH:
+    if mean_correction and not corrects_means(device):
         raise ValueError(
             f"mean_correction on the CPU was tested with torch 2.13 and newer, got torch {torch.__version__}"
         )

@@ -26,7 +26,7 @@ from flexprefill_fa.autocast import as_sdpa_casts
 from flexprefill_fa.block_mask import both, item
 from flexprefill_fa.dense import attention_with_extras
 from flexprefill_fa.masks import StreamingLLMConfig
-from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM, check_query_key, check_value
+from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM, check_query_key, check_value, corrects_means
 
 from .hf_mask import MIN_QUERY_TOKENS, PromptMask
 from .hf_plan import PLAN_ATTRIBUTE, LayerPlan, LayerStatistics, SparseCall, default_plan
@@ -213,7 +213,10 @@ def _prefill(
     chosen = plan.config if asked else None
     if window is not None and not short:
         chosen = StreamingLLMConfig(sink=0, window=window, block_size=size)
-    if asked and plan.mean_correction and mask_mod is not None:
+    correction = plan.mean_correction if asked else False
+    if correction and not plan.insists and (mask_mod is not None or not corrects_means(query.device)):
+        correction = False
+    if correction and mask_mod is not None:
         raise ValueError(f"{_layer_name(module)}: mean_correction cannot be combined with packed sequences")
     request = dispatch.Request(
         scaling,
@@ -221,7 +224,7 @@ def _prefill(
         lengths,
         mask_mod,
         None if softcap is None else _capped(_score_caps(query, softcap)),
-        plan.mean_correction if asked else False,
+        correction,
         sinks,
         min_tokens=plan.min_prompt_tokens if asked else 1,
         settings=plan.settings if asked else None,

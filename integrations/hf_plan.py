@@ -70,6 +70,7 @@ class LayerPlan:
         min_prompt_tokens: prompts of fewer tokens run dense.
         statistics: None, "density" or "recall".
         mean_correction: whether dropped blocks count, and by which means.
+        insists: whether a call that cannot have the mean correction is refused; otherwise it goes without.
         window: of the layer, in tokens; for models that leave it to the mask.
 
     Attributes:
@@ -84,6 +85,7 @@ class LayerPlan:
         statistics: str | None,
         mean_correction: MeanCorrection = False,
         window: int | None = None,
+        insists: bool = True,
     ) -> None:
         self.config = config
         self.settings = None if config is None else config.settings()
@@ -91,6 +93,7 @@ class LayerPlan:
         self.statistics = statistics
         self.mean_correction: MeanCorrection = mean_correction
         self.window = window
+        self.insists = insists
         self.latest: LayerStatistics | None = None
         self.observer: Callable[[SparseCall], None] | None = None
 
@@ -255,7 +258,7 @@ def describe(model: PreTrainedModel, index: int, module: nn.Module, plan: LayerP
     if plan.config is None:
         return LayerDescription(index, "dense", "; ".join([AS_ASKED, *extras]))
     if plan.mean_correction:
-        extras.append("dropped blocks count by their means")
+        extras.append("dropped blocks count by their " + ("means" if plan.mean_correction is True else "tilted means"))
     why = "; ".join([WHOLE_PROMPT, *extras])
     return LayerDescription(index, "sparse", why, plan.config, plan.min_prompt_tokens)
 

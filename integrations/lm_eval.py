@@ -16,8 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from flexprefill_fa.choice import Choice, parse_choice
-from flexprefill_fa.masks import DEFAULT_SELECTOR
+from flexprefill_fa.choice import Choice, default_spec, parse_choice
 
 from .hf_check import check_some_sparse
 from .hf_plan import AS_ASKED
@@ -37,8 +36,8 @@ class FlexPrefillLM(_Base):
 
     Args:
         pretrained: a model folder, a name, or a `PreTrainedModel`, as for `HFLM`.
-        selector: "dense", `name` or `name:field=value+field=value`; mean_correction=true and
-            dense_layers=0/4 are fields of every selector.
+        selector: "dense", `name` or `name:field=value+field=value`; mean_correction=tilted (or true) and
+            dense_layers=0/4 are fields of every selector. Default: PeakPrefill with tilted means.
         options: of `HFLM`.
 
     Attributes:
@@ -49,8 +48,8 @@ class FlexPrefillLM(_Base):
         TypeError, ValueError: for a model that sparse prefill cannot serve.
     """
 
-    def __init__(self, pretrained: str | PreTrainedModel, selector: str = DEFAULT_SELECTOR, **options: Any) -> None:
-        choice = parse_choice(selector)
+    def __init__(self, pretrained: str | PreTrainedModel, selector: str | None = None, **options: Any) -> None:
+        choice = parse_choice(default_spec() if selector is None else selector)
         super().__init__(pretrained, **options)
         # Sorting requests by length encodes every prompt once more, and one run asks the same of several selectors.
         encode = super().tok_encode

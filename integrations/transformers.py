@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from torch import nn
 
@@ -75,7 +76,7 @@ def enable_sparse_prefill(
     *,
     dense_layers: Sequence[int] = (),
     min_prompt_tokens: int | None = None,
-    mean_correction: MeanCorrection = False,
+    mean_correction: MeanCorrection | Literal["auto"] | None = None,
     statistics: str | None = None,
 ) -> SparsePrefill:
     """Switch a model's prefill to sparse attention.
@@ -94,7 +95,8 @@ def enable_sparse_prefill(
         dense_layers: layers that stay dense, by index; negative ones count from the last.
         min_prompt_tokens: prompts (cached prefix included) of fewer tokens run dense; default: the longest prompt of
             which the selector keeps every block, plus 1; without a config at least 1,025.
-        mean_correction: let dropped blocks count, True or "tilted", see `sparse_prefill_attention`.
+        mean_correction: let dropped blocks count, True or "tilted", see `sparse_prefill_attention`; "auto": tilted,
+            where a layer, a prompt and the device can have it. Default: "auto" without a config, False with one.
         statistics: None, "density" to keep each layer's density, kept blocks and JS distance, or "recall" to also
             compute the recall (exact attention: slow).
 
@@ -106,7 +108,10 @@ def enable_sparse_prefill(
     """
     if min_prompt_tokens is not None:
         check_integer("min_prompt_tokens", min_prompt_tokens, 1)
-    check_correction_kind(mean_correction)
+    if mean_correction is None:
+        mean_correction = "auto" if config is None else False
+    if mean_correction != "auto":
+        check_correction_kind(mean_correction)
     if statistics not in (None, "density", "recall"):
         raise ValueError(f"statistics must be None, 'density' or 'recall', got {statistics!r}")
     inner = unwrap(model)
@@ -118,19 +123,25 @@ def enable_sparse_prefill(
             least = 1 if chosen is None else chosen.dense_tokens + 1
             least = max(least, SHORT_PROMPT + 1) if config is None else least
         window = layer_window(inner, index, layers[index])
-        plans[index] = LayerPlan(chosen, least, statistics, mean_correction, window)
-    if mean_correction:
-        _check_mean_correction(inner, layers, plans)
+        correction = "tilted" if mean_correction == "auto" else mean_correction
+        plans[index] = plan = LayerPlan(
+            chosen, least, statistics, correction, window, insists=mean_correction != "auto"
+        )
+        if plan.mean_correction and (why := _not_corrected(inner, index, layers[index], plan)):
+            if plan.insists:
+                raise ValueError(f"mean_correction cannot be combined with what layer {index} needs: {why}")
+            plan.mean_correction = False
     return SparsePrefill(inner, plans)
 
 
-def _check_mean_correction(model: PreTrainedModel, layers: dict[int, nn.Module], plans: dict[int, LayerPlan]) -> None:
-    for index, module in layers.items():
-        if plans[index].config is None or layer_window(model, index, module) is not None:
-            continue
-        layer = describe(model, index, module, plans[index])
-        if has_sinks(module) or (layer.runs == "sparse" and layer_softcap(model, module) is not None):
-            raise ValueError(f"mean_correction cannot be combined with what layer {index} needs: {layer.why}")
+def _not_corrected(model: PreTrainedModel, index: int, module: nn.Module, plan: LayerPlan) -> str | None:
+    """What keeps a sparse layer from mean correction."""
+    if plan.config is None or plan.window is not None:
+        return None
+    layer = describe(model, index, module, plan)
+    if has_sinks(module) or (layer.runs == "sparse" and layer_softcap(model, module) is not None):
+        return layer.why
+    return None
 
 
 class StatisticsCollection:

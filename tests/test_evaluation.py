@@ -183,7 +183,9 @@ def test_mistakes_are_told_in_one_line(short_model: Path, tmp_path: Path) -> Non
     assert_refused(evaluate(out, "--selector", "dense:alpha=1"), "no settings")
     assert_refused(evaluate(out, "--chat-template"), "chat template")
     assert_refused(evaluate(out, "--tasks", "openllm", *of_lm_eval("benchmarks")), "openllm", "one by one")
-    assert_refused(evaluate(out, "--selector", "flashprefill:mean_correction=2"), "true or false")
+    assert_refused(
+        evaluate(out, "--selector", "flashprefill:mean_correction=2"), "must be True, False or 'tilted', got 2"
+    )
     assert_refused(evaluate(out, "--selector", "flashprefill:dense_layers=1-2"), "such as 0/4, got '1-2'")
     assert_refused(evaluate(out, "--selector", "flashprefill:dense_layers=2", model=short_model), "0 to 1", "layer 2")
     both = ("--selector", "dense", "--selector", "flashprefill:dense_layers=0/1")

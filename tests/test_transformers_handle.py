@@ -180,15 +180,21 @@ def test_by_attn_implementation_alone(llama: PreTrainedModel) -> None:
 
 
 def test_without_a_config(llama: PreTrainedModel) -> None:
-    """The default selector, and it runs: blocks of a long prompt are dropped, and it shows."""
+    """The default selector with tilted means where layers can have them, and it runs: dropped blocks show."""
     dense = run(llama, 3000).logits
     with enable_sparse_prefill(llama, statistics="density") as handle:
         assert [layer.config for layer in describe_sparse_prefill(llama)] == [PeakPrefillConfig()] * 2
         sparse = run(llama, 3000).logits
         density = handle.statistics[0].density
+        assert "tilted means" in str(describe_sparse_prefill(llama))
+    with enable_sparse_prefill(llama, PeakPrefillConfig(), mean_correction="tilted"):
+        torch.testing.assert_close(run(llama, 3000).logits, sparse)
     with enable_sparse_prefill(llama, PeakPrefillConfig()):
-        assert torch.equal(run(llama, 3000).logits, sparse)
+        assert (run(llama, 3000).logits - sparse).abs().max() > 1e-4
     assert (density < 1).any() and (sparse - dense).abs().max() > 0.01
+    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SMALL)).eval()
+    with enable_sparse_prefill(gemma):
+        assert "tilted" not in str(describe_sparse_prefill(gemma))
 
 
 def test_save_pretrained_while_enabled(llama: PreTrainedModel, tmp_path: Path) -> None:
@@ -317,7 +323,7 @@ def test_mean_correction_changes_the_output_and_refuses_what_it_cannot_do(llama:
         with enable_sparse_prefill(llama, SPARSE, mean_correction=correction):
             errors.append(((run(llama).logits - dense).norm() / dense.norm()).item())
     assert errors[1] != pytest.approx(errors[0], rel=1e-3)
-    with pytest.raises(TypeError, match="mean_correction must be True or False, got int"):
+    with pytest.raises(ValueError, match="mean_correction must be True, False or 'tilted', got 1"):
         enable_sparse_prefill(llama, SPARSE, mean_correction=1)  # type: ignore[arg-type]
     gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SMALL)).eval()
     with pytest.raises(

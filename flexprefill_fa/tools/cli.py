@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
@@ -100,11 +100,14 @@ def demo(
     from flexprefill_fa.tools.demo import run_demo
 
     with one_line_errors():
-        config = _selector_config(selector, {"gamma": gamma, "tau": tau, "min_budget": min_budget})
+        settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget}
+        config = _selector_config(selector, settings)
         where, weights = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
+        correction = _correction(selector, settings)
         result = run_demo(
             config,
+            mean_correction=correction,
             tokens=tokens,
             needles=needles,
             seed=seed,
@@ -119,6 +122,7 @@ def demo(
     prompt = {"tokens": tokens, "needles": needles, "seed": seed, "key": result.key, "answer": result.expected}
     if as_json:
         report = {"kind": "demo", "prompt": prompt, **reporting.selector_settings(config), **conditions}
+        report["mean_correction"] = correction
         report |= environment(where)
         for name, answer in (("dense", dense), ("sparse", sparse)):
             fields = reporting.measurement_fields(answer.measurement)
@@ -167,8 +171,10 @@ def generate(
         if compare not in (None, "dense"):
             raise UsageError(f"compare must be dense, got {compare!r}")
         settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
-        config = _selector_config(selector, settings | {"block_size": block_size, "variant": variant})
+        settings |= {"block_size": block_size, "variant": variant}
+        config = _selector_config(selector, settings)
         where, weights = resolve_device(device), resolve_dtype(dtype)
+        correction = _correction(selector, settings)
         progress = WorkProgress()
         network, tokenizer, input_ids = _model_and_prompt(
             model, prompt_file, weights, where, progress, new_tokens=max_new_tokens
@@ -176,7 +182,16 @@ def generate(
         from flexprefill_fa.tools.generation import measure_dense, measure_sparse
 
         tokens = input_ids.shape[1]
-        sparse = measure_sparse(network, input_ids, config, max_new_tokens, progress, repeats=repeats, recall=recall)
+        sparse = measure_sparse(
+            network,
+            input_ids,
+            config,
+            max_new_tokens,
+            progress,
+            mean_correction=correction,
+            repeats=repeats,
+            recall=recall,
+        )
         dense = measure_dense(network, input_ids, max_new_tokens, progress, repeats=repeats) if compare else None
     sparse_text, dense_text = (
         str(tokenizer.decode(m.token_ids, skip_special_tokens=True)) if m else "" for m in (sparse, dense)
@@ -184,6 +199,7 @@ def generate(
     conditions = reporting.conditions(where, network.dtype)
     if as_json:
         report = {"model": model, "prompt": {"tokens": tokens}, **reporting.selector_settings(config), **conditions}
+        report["mean_correction"] = correction
         report["sparse"] = {"text": sparse_text, **reporting.measurement_fields(sparse)}
         if dense:
             report["dense"] = {"text": dense_text, **reporting.measurement_fields(dense)}
@@ -250,6 +266,12 @@ def _selector_config(selector: str | None, settings: dict[str, Any]) -> Any:
         if settings.get(field) is not None:
             raise UsageError(f"{field} is given twice, as an option and in selector {selector!r}")
     return make_config(name, **(settings | fields))
+
+
+def _correction(selector: str | None, settings: dict[str, Any]) -> Literal["auto", False]:
+    """Tilted means go with the default selector, and nothing with one that was chosen."""
+    chosen = selector is not None or any(value is not None for value in settings.values())
+    return False if chosen else "auto"
 
 
 def _model_and_prompt(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from flexprefill_fa.masks import Selector
+from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.tools.loading import UsageError, load_model
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.prompts import ANSWER_DIGITS, build_prompt, is_correct
@@ -44,6 +45,7 @@ def run_demo(
     device: torch.device,
     progress: WorkProgress,
     repeats: int = 1,
+    mean_correction: MeanCorrection | Literal["auto"] = False,
 ) -> DemoResult:
     """Hide `needles` numbers in `tokens` tokens of Python source and ask the needle model for one, twice.
 
@@ -54,6 +56,7 @@ def run_demo(
         device: where the model runs.
         progress: shows the work.
         repeats: number of timed prefills for each answer.
+        mean_correction: as for `enable_sparse_prefill`.
 
     Raises:
         UsageError: without transformers, or when the needles do not fit.
@@ -76,7 +79,16 @@ def run_demo(
     new_tokens = ANSWER_DIGITS
     measurements = (
         measure_dense(model, input_ids, new_tokens, progress, repeats=repeats),
-        measure_sparse(model, input_ids, config, new_tokens, progress, repeats=repeats, recall=True),
+        measure_sparse(
+            model,
+            input_ids,
+            config,
+            new_tokens,
+            progress,
+            mean_correction=mean_correction,
+            repeats=repeats,
+            recall=True,
+        ),
     )
     texts = [str(tokenizer.decode(measurement.token_ids)) for measurement in measurements]
     dense, sparse = (

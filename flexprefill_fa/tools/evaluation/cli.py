@@ -12,8 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexprefill_fa.choice import DENSE, parse_choice
-from flexprefill_fa.masks import DEFAULT_SELECTOR
+from flexprefill_fa.choice import DENSE, default_spec, parse_choice
 from flexprefill_fa.tools.loading import (
     UsageError,
     first_line,
@@ -40,8 +39,8 @@ def evaluate(
     selector: Annotated[
         list[str] | None,
         typer.Option(
-            help="dense, or name:field=value+field=value, where mean_correction=true and dense_layers=0/4 are fields "
-            f"too. May be repeated; default: dense and {DEFAULT_SELECTOR}."
+            help="dense, or name:field=value+field=value, where mean_correction=tilted and dense_layers=0/4 are fields "
+            f"too. May be repeated; default: dense and {default_spec()}."
         ),
     ] = None,
     lengths: Annotated[
@@ -84,7 +83,7 @@ def evaluate(
         from flexprefill_fa.tools.evaluation.harness import Tasks, require_lm_eval
 
         require_lm_eval()
-        choices = dict.fromkeys(parse_choice(spec) for spec in (selector or [DENSE, DEFAULT_SELECTOR]))
+        choices = dict.fromkeys(parse_choice(spec) for spec in (selector or [DENSE, default_spec()]))
         numbers = tuple(sorted({token_count(item.strip()) for item in lengths.split(",")}))
         where, precision = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)

@@ -14,8 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from flexprefill_fa.choice import Choice, parse_choice
-from flexprefill_fa.masks import DEFAULT_SELECTOR
+from flexprefill_fa.choice import Choice, default_spec, parse_choice
 from flexprefill_fa.tools.fidelity import memory
 from flexprefill_fa.tools.fidelity.findings import Aims, Findings
 from flexprefill_fa.tools.fidelity.plot import draw, require_matplotlib
@@ -47,8 +46,8 @@ def fidelity(
     selector: Annotated[
         list[str] | None,
         typer.Option(
-            help="name or name:field=value+field=value, where mean_correction=true and dense_layers=0/4 are fields "
-            f"too. May be repeated; default: {DEFAULT_SELECTOR}."
+            help="name or name:field=value+field=value, where mean_correction=tilted and dense_layers=0/4 are fields "
+            f"too. May be repeated; default: {default_spec()}."
         ),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of text, comma-separated.")] = "4096",
@@ -109,7 +108,7 @@ def fidelity(
             typer.echo(json.dumps(row))
 
     with one_line_errors():
-        choices = _choices(selector or [DEFAULT_SELECTOR], mean_correction, dense_layers)
+        choices = _choices(selector or [default_spec()], mean_correction, dense_layers)
         numbers = _numbers(lengths, skip)
         aims = Aims(target_kl, dense_layers == "auto")
         aims.check(choices, numbers)
