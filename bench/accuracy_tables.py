@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -10,6 +11,8 @@ from bench.tables import Column, Table, bold, distinct, method, values, versions
 from flexprefill_fa.choice import DENSE
 from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.tools.evaluation import ACCURACY_KIND
+from flexprefill_fa.tools.fidelity.knobs import knob_fields
+from flexprefill_fa.tools.reporting import changed_settings
 from flexprefill_fa.tools.rows import Row
 
 MARGIN = 0.02
@@ -121,7 +124,7 @@ def _task_caption(rows: Sequence[Row]) -> str:
     return (
         f"**{title_of(row)}** ({row['metric']}), {row['samples']} samples a cell, {_drawing(row)}, "
         f"model {_model(row)}. Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
-        f"{row['gpu']}, {row['dtype']}, {versions(rows)}, transformers {distinct(rows, 'transformers')}, "
+        f"{distinct(rows, 'gpu')}, {row['dtype']}, {versions(rows)}, transformers {distinct(rows, 'transformers')}, "
         f"lm-eval {distinct(rows, 'lm_eval')}, commit {distinct(rows, 'commit')}, "
         f"{distinct([row['timing'] for row in rows], 'date')}.{timed if measured else ''}"
     )
@@ -202,18 +205,26 @@ SUMMARY = Table(
 """How well each selector does on average, and where it does worst, by model and conditions."""
 
 
+REAL_TASKS = dataclasses.replace(TASKS, group_by=tuple(name for name in TASKS.group_by if name != "gpu"))
+"""Of real models, whose prefills nobody timed: on whatever GPU they were asked."""
+
+
+def _usual_knob(row: Row) -> bool:
+    return not changed_settings(row["selector"], row["settings"]).keys() & set(knob_fields(row["selector"]))
+
+
 class RealAnswers:
     """Mean accuracy of real models over tasks, by model, selector and length."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        self._rows = [row for group in TASKS.groups(rows) for row in group]
+        self._rows = [row for group in REAL_TASKS.groups(rows) for row in group]
 
     def lengths(self, model_sha256: str) -> list[int]:
         """Lengths in tokens at which a model was asked."""
         return [length for length in values(self._of(model_sha256), "length") if length is not None]
 
     def text(self, model_sha256: str, selector: str = DENSE, correction: MeanCorrection = False) -> str:
-        """Mean accuracy at each length, of the setting that was asked most; a dash where not all tasks were asked.
+        """Mean accuracy at each length, of the selector's usual knob; a dash where not all tasks were asked.
 
         Empty where none was.
         """
@@ -221,9 +232,7 @@ class RealAnswers:
         mine = [row for row in rows if (row["selector"], row["mean_correction"]) == (selector, correction)]
         if not mine:
             return ""
-        settings = [str(row["settings"]) for row in mine]
-        asked = max(dict.fromkeys(settings), key=settings.count)
-        mine = [row for row in mine if str(row["settings"]) == asked]
+        mine = [row for row in mine if selector == DENSE or _usual_knob(row)]
         return " / ".join(self._mean(mine, rows, length) for length in self.lengths(model_sha256))
 
     def _of(self, model_sha256: str) -> list[Row]:

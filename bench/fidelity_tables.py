@@ -68,13 +68,14 @@ def _subject(group: Sequence[Row], what: str) -> str:
     chunk = "" if row["chunk"] is None else f", in chunks of {row['chunk']:,}"
     return (
         f"**{row['model']}** (SHA-256 {row['model_sha256'][:10]}) on the text '{row['text']}': {what} {row['dtype']}, "
-        f"{row['gpu']}{chunk}, torch {distinct(group, 'torch')}, transformers {distinct(group, 'transformers')}, "
+        f"{distinct(group, 'gpu')}{chunk}, torch {distinct(group, 'torch')}, "
+        f"transformers {distinct(group, 'transformers')}, "
         f"commit {distinct(group, 'commit')}."
     )
 
 
 _GROUPS = Table(
-    group_by=("model", "model_sha256", "text", "skip", "dtype", "device", "gpu", "chunk"),
+    group_by=("model", "model_sha256", "text", "skip", "dtype", "device", "chunk"),
     identity=("length", "selector", "settings", "mean_correction", "dense_layers"),
     where=lambda row: not row["dense_layers"],
     columns=lambda group: [

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.accuracy_tables import ANSWERS, SUMMARY, TASKS
+from bench.accuracy_tables import ANSWERS, REAL_TASKS, SUMMARY, TASKS
 from bench.fidelity_tables import fidelity_summary, leaderboards, single_settings, sweeps
 from bench.needle.card import run_tables
 from bench.paths import ROOT
@@ -61,7 +61,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "fidelity": (leaderboards, ("fidelity.jsonl", "attention.jsonl", ANSWERS)),
     "fidelity-settings": (single_settings, ("fidelity.jsonl",)),
     "fidelity-summary": (fidelity_summary, ("fidelity.jsonl",)),
-    "ruler": (TASKS.markdown, (ANSWERS,)),
+    "ruler": (REAL_TASKS.markdown, (ANSWERS,)),
     "peers": (PEERS.markdown, ("peers.jsonl",)),
     "given": (GIVEN.markdown, ("peers.jsonl",)),
     "demo": (demo_table, ("demo.jsonl",)),

@@ -147,7 +147,8 @@ def method(row: Row) -> str:
     if row["selector"] == row.get("implementation"):  # a method that is not here
         return row["selector"]
     told = [f"{name} {value}" for name, value in changed_settings(row["selector"], row["settings"]).items()]
-    told += ["mean correction"] if row.get("mean_correction") else []
+    if correction := row.get("mean_correction"):
+        told.append("mean correction" if correction is True else f"{correction} means")
     if dense := row.get("dense_layers"):
         told.append(f"layer{'s' if len(dense) > 1 else ''} {', '.join(map(str, dense))} dense")
     return ", ".join([row["selector"], *told])

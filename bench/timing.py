@@ -115,13 +115,13 @@ class Stopwatch:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=stream):
-                call()
+                result = call()
         except torch.OutOfMemoryError:
             raise
         except Exception:  # each kernel library has its own way of refusing a capture
             torch.cuda.synchronize(self.device)
             return None
-        return graph
+        return graph if _holds(graph, result) else None
 
     def _events(self, call: Callable[[], object], count: int, timed_by: str) -> Times:
         assert self._flush is not None
@@ -134,6 +134,15 @@ class Stopwatch:
             end.record()
         torch.cuda.synchronize(self.device)
         return summarise([start.elapsed_time(end) for start, end in pairs], timed_by)
+
+
+def _holds(graph: torch.cuda.CUDAGraph, result: object) -> bool:
+    """Whether a replay computes the result anew: a kernel on another stream than the captured one is in no graph."""
+    if not isinstance(result, torch.Tensor) or not result.is_floating_point():
+        return True
+    result.fill_(torch.nan)
+    graph.replay()
+    return not bool(result.isnan().all())
 
 
 class Timer:
