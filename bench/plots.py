@@ -141,13 +141,15 @@ def draw_accuracy(rows: list[Row], path: Path) -> None:
 
 
 def draw_fidelity(rows: list[Row], path: Path) -> None:
-    """KL against density on source code, axes for each model and length."""
-    found = [row for group in sweeps(rows) for row in group if row["text"] == _KL_TEXT]
+    """KL against density on source code, plain and with tilted means, axes for each model and length."""
+    shown = (row for row in rows if row["text"] == _KL_TEXT and row["mean_correction"] is not True)
+    found = [row for group in sweeps(shown) for row in group]
     panels: dict[str, list[Row]] = {}
     for row in sorted(found, key=lambda row: (row["model"], row["length"])):
         panels.setdefault(f"{row['model']}, {row['length']:,} tokens", []).append(row)
     row = found[0]
-    save_panels(panels, f"Real models on the text '{_KL_TEXT}', {row['gpu']}, {row['dtype']}", path)
+    gpus = ", ".join(dict.fromkeys(row["gpu"] for rows in panels.values() for row in rows))
+    save_panels(panels, f"Real models on the text '{_KL_TEXT}', {gpus}, {row['dtype']}", path)
 
 
 DRAW = {
