@@ -224,7 +224,7 @@ class RealAnswers:
         return [length for length in values(self._of(model_sha256), "length") if length is not None]
 
     def text(self, model_sha256: str, selector: str = DENSE, correction: MeanCorrection = False) -> str:
-        """Mean accuracy at each length, of the selector's usual knob; a dash where not all tasks were asked.
+        """Mean accuracy at each length, of the selector's usual knob; a dash where not all its tasks were asked.
 
         Empty where none was.
         """
@@ -233,7 +233,15 @@ class RealAnswers:
         if not mine:
             return ""
         mine = [row for row in mine if selector == DENSE or _usual_knob(row)]
-        return " / ".join(self._mean(mine, rows, length) for length in self.lengths(model_sha256))
+        means = [self._mean(mine, rows, length) for length in self.lengths(model_sha256)]
+        return "-" if set(means) == {"-"} else " / ".join(means)
+
+    def tasks(self, model_sha256: str) -> str:
+        """How many tasks were asked at each length."""
+        rows = [row for row in self._of(model_sha256) if row["selector"] == DENSE]
+        return " / ".join(
+            str(len({row["task"] for row in rows if row["length"] == length})) for length in self.lengths(model_sha256)
+        )
 
     def _of(self, model_sha256: str) -> list[Row]:
         return [row for row in self._rows if row["model_sha256"] == model_sha256]

@@ -150,13 +150,16 @@ class _Leaderboard:
             group,
             f"density needed for a KL to dense attention of {', '.join(f'{target:g}' for target in TARGETS)} nats, "
             f"mean over the positions after the first {group[0]['skip']}, read between the settings of a sweep; - "
-            "where the sweep does not reach it. Bold: the least.",
+            "where the sweep does not span it. Bold: the least.",
         )
         sha = group[0]["model_sha256"]
         if not self.answers.lengths(sha):
             return told
         dense = self.answers.text(sha) or "-"
-        return f"{told} Answers: mean accuracy on the RULER tasks below, of one setting; dense {dense}."
+        return (
+            f"{told} Answers: mean accuracy on {self.answers.tasks(sha)} RULER tasks, below, of the selector's usual "
+            f"knob; dense {dense}."
+        )
 
 
 def _selector(name: str) -> str:

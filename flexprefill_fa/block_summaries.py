@@ -71,7 +71,7 @@ def _later_means(query: Tensor, start: Tensor, end: Tensor, grid: Grid) -> Tenso
     real = ((position >= start) & (position < end))[:, None, :, None]
     fill = (0, 0, 0, grid.q_blocks * grid.block_size - grid.q_len)
     shape = (grid.q_blocks, grid.block_size)
-    sums = F.pad(query.float() * real, fill).unflatten(2, shape).sum(3)  # [B, Hq, nq, D]
+    sums = F.pad(query.float().where(real, 0.0), fill).unflatten(2, shape).sum(3)  # [B, Hq, nq, D]
     counts = F.pad(real, fill).unflatten(2, shape).sum(3)  # [B, 1, nq, 1]
     total, number = (F.pad(x.flip(2).cumsum(2).flip(2), (0, 0, 0, 1)) for x in (sums, counts))
     block = torch.arange(grid.kv_blocks, device=query.device)

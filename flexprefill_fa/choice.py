@@ -7,11 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from flexprefill_fa.masks import DEFAULT_SELECTOR, get_selector
+from flexprefill_fa.masks import get_selector
 from flexprefill_fa.mean_correction import MeanCorrection
-from flexprefill_fa.validation import check_correction_kind, corrects_means
+from flexprefill_fa.validation import check_correction_kind
 
 DENSE = "dense"
 """The name of attention over every causal block, where selectors are named."""
@@ -55,12 +53,6 @@ def make_config(selector: str, **options: Any) -> Any:
         return kind(**given)
     except (ValueError, TypeError) as error:
         raise ChoiceError(str(error)) from error
-
-
-def default_spec() -> str:
-    """What is measured where nothing is chosen: the default selector, with tilted means where they run."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return f"{DEFAULT_SELECTOR}:mean_correction=tilted" if corrects_means(device) else DEFAULT_SELECTOR
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from flexprefill_fa.autocast import as_sdpa_casts
 from flexprefill_fa.block_mask import both, item
 from flexprefill_fa.dense import attention_with_extras
 from flexprefill_fa.masks import StreamingLLMConfig
-from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM, check_query_key, check_value, corrects_means
+from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM, check_query_key, check_value
 
 from .hf_mask import MIN_QUERY_TOKENS, PromptMask
 from .hf_plan import PLAN_ATTRIBUTE, LayerPlan, LayerStatistics, SparseCall, default_plan
@@ -214,10 +214,11 @@ def _prefill(
     if window is not None and not short:
         chosen = StreamingLLMConfig(sink=0, window=window, block_size=size)
     correction = plan.mean_correction if asked else False
-    if correction and not plan.insists and (mask_mod is not None or not corrects_means(query.device)):
-        correction = False
     if correction and mask_mod is not None:
-        raise ValueError(f"{_layer_name(module)}: mean_correction cannot be combined with packed sequences")
+        if not plan.insists:
+            correction = False
+        else:
+            raise ValueError(f"{_layer_name(module)}: mean_correction cannot be combined with packed sequences")
     request = dispatch.Request(
         scaling,
         starts,

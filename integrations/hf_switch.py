@@ -66,6 +66,12 @@ class SparsePrefill:
                 del _on[module]
 
     @property
+    def corrected(self) -> bool:
+        """Whether dropped blocks count in every layer that runs a selector."""
+        chosen = [plan for plan in self._plans.values() if plan.config is not None and plan.window is None]
+        return bool(chosen) and all(plan.mean_correction for plan in chosen)
+
+    @property
     def statistics(self) -> dict[int, LayerStatistics]:
         """Layer index -> statistics of that layer's latest sparse prefill; empty before the first."""
         return {index: plan.latest for index, plan in self._plans.items() if plan.latest is not None}

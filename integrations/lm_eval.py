@@ -16,16 +16,28 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from flexprefill_fa.choice import Choice, default_spec, parse_choice
+from flexprefill_fa.choice import Choice, parse_choice
+from flexprefill_fa.masks import DEFAULT_SELECTOR, get_selector
 
 from .hf_check import check_some_sparse
 from .hf_plan import AS_ASKED
-from .transformers import SparsePrefill, collect_statistics, describe_sparse_prefill, enable_sparse_prefill
+from .transformers import (
+    SparsePrefill,
+    collect_statistics,
+    default_correction,
+    describe_sparse_prefill,
+    enable_sparse_prefill,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CACHED_PROMPTS = 1024  # of 4 bytes a token
+
+
+def default_choice(model: PreTrainedModel) -> Choice:
+    """What runs where nothing is chosen: PeakPrefill, with tilted means if all of the model's sparse layers can."""
+    return Choice(get_selector(DEFAULT_SELECTOR)(), default_correction(model))
 
 
 _Base: Any = HFLM  # its decorator hides its type
@@ -37,7 +49,7 @@ class FlexPrefillLM(_Base):
     Args:
         pretrained: a model folder, a name, or a `PreTrainedModel`, as for `HFLM`.
         selector: "dense", `name` or `name:field=value+field=value`; mean_correction=tilted (or true) and
-            dense_layers=0/4 are fields of every selector. Default: PeakPrefill with tilted means.
+            dense_layers=0/4 are fields of every selector. Default: `default_choice`.
         options: of `HFLM`.
 
     Attributes:
@@ -49,15 +61,16 @@ class FlexPrefillLM(_Base):
     """
 
     def __init__(self, pretrained: str | PreTrainedModel, selector: str | None = None, **options: Any) -> None:
-        choice = parse_choice(default_spec() if selector is None else selector)
+        asked = None if selector is None else parse_choice(selector)
         super().__init__(pretrained, **options)
+        model: Any = self.model
         # Sorting requests by length encodes every prompt once more, and one run asks the same of several selectors.
         encode = super().tok_encode
         self._encoded = functools.lru_cache(_CACHED_PROMPTS)(lambda *text, **more: array("i", encode(*text, **more)))
         self._sparse: SparsePrefill | None = None
         self._densities: list[Tensor] = []
         self._masks_zeros = False
-        self.use(choice)
+        self.use(default_choice(model) if asked is None else asked)
 
     def use(self, choice: Choice) -> None:
         """Read prompts in another way from now on. Forgets the densities.

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
 from torch import nn
 
 from flexprefill_fa.mean_correction import MeanCorrection
-from flexprefill_fa.validation import check_correction_kind, check_integer
+from flexprefill_fa.validation import check_correction_kind, check_integer, corrects_means
 
 from .hf_attention import flexprefill_attention
 from .hf_compile import CompiledPrefill, compile_prefill
@@ -58,6 +59,7 @@ __all__ = [
     "StatisticsCollection",
     "collect_statistics",
     "compile_prefill",
+    "default_correction",
     "describe_sparse_prefill",
     "enable_sparse_prefill",
     "observe_sparse_prefill",
@@ -141,7 +143,21 @@ def _not_corrected(model: PreTrainedModel, index: int, module: nn.Module, plan: 
     layer = describe(model, index, module, plan)
     if has_sinks(module) or (layer.runs == "sparse" and layer_softcap(model, module) is not None):
         return layer.why
-    return None
+    device = next(module.parameters()).device
+    return None if corrects_means(device) else f"the CPU, where it needs torch 2.13, got torch {torch.__version__}"
+
+
+def default_correction(model: nn.Module) -> Literal["tilted", False]:
+    """What goes with PeakPrefill where nothing is chosen, for the whole model.
+
+    Returns:
+        "tilted" if every layer that runs sparse can have it.
+
+    Raises:
+        TypeError, ValueError: for a model that cannot be served.
+    """
+    with enable_sparse_prefill(model) as handle:
+        return "tilted" if handle.corrected else False
 
 
 class StatisticsCollection:

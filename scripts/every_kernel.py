@@ -78,8 +78,9 @@ def launch_every_kernel(device: torch.device, parts: Sequence[Part] = PARTS) -> 
             for config in itertools.islice(configs(size), 4):
                 kernels_of(config.name)(query, key, *padding, config, None, False, True)
         selection = select_blocks(query, key, FlashPrefillConfig(0.9, 0, 1, 0, size), starts=place[0], lengths=place[1])
-        for norm in (0.0, -300.0):  # the second: dropped blocks outweigh the kept ones, and rows are made again
-            correct(query, key, value, *_attended(query, norm), selection.lists, padding[0], padding[1], 0.1, size)
+        for norm, tilted in ((0.0, True), (-300.0, False)):  # -300: dropped blocks outweigh the kept ones
+            attended = (*_attended(query, norm), selection.lists, *padding)
+            correct(query, key, value, *attended, 0.1, size, tilted)
 
 
 def _attended(query: Tensor, norm: float) -> tuple[Tensor, Tensor]:

@@ -172,7 +172,7 @@ def test_round_trip(results: Path) -> None:
 def test_demo_prints_a_row_that_renders(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = (LayerReport(0, 0.3, 0.95, 0.85),)
     answers = Answer("0123456", True, Measurement([1], 3.0)), Answer("0", False, Measurement([1], 1.5, 7.0, layers))
-    result = DemoResult("#word", "0123456", torch.float32, *answers)
+    result = DemoResult("#word", "0123456", torch.float32, *answers, False)
     monkeypatch.setattr("flexprefill_fa.tools.demo.run_demo", lambda *_, **__: result)
     printed = json.loads(CliRunner().invoke(flexprefill, ["demo", "--device", "cpu", "--json"]).stdout)
     assert printed["kind"] == "demo" and printed["commit"] == commit()

@@ -59,7 +59,7 @@ def canned(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Result]:
         layers = tuple(LayerReport(layer, 0.1 * layer, 0.9, 0.8) for layer in range(3))
         dense = Answer("0123456", True, Measurement([1, 2], 3.0))
         sparse = Answer(sparse_text, sparse_text == "0123456", Measurement([1, 2], 1.5, 7.25, layers))
-        result = DemoResult("#word", "0123456", torch.float32, dense, sparse)
+        result = DemoResult("#word", "0123456", torch.float32, dense, sparse, False)
         monkeypatch.setattr("flexprefill_fa.tools.demo.run_demo", lambda *_, **__: result)
         return run("demo", "--device", "cpu")
 

@@ -179,16 +179,17 @@ def test_the_kernel_reads_nothing_unwritten(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.skipif(HAS_GPU, reason="with a GPU the kernel runs there, see below")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shift", [-300.0, 0.0, 300.0])
-def test_rows_that_keep_nothing(shift: float) -> None:
+def test_rows_that_keep_nothing(shift: float, kind: MeanCorrection) -> None:
     """Their means alone count, at whatever scores: an emptied row block has no norm to be relative to."""
     query, key = structured_qk(1, 2, 1, 400, 400, 32, seed=2)
     query[..., 0], key[..., 0] = 1.0, shift * 32**0.5
     value = torch.randn_like(key)
     selection = select_blocks(query, key, SMALL)
     selection.kv_num_blocks[:, :, 4] = selection.full_kv_num_blocks[:, :, 4] = 0
-    expected = by_masked_scores(query, key, value, selection)[0]
-    assert relative_error(corrected_by_kernel(query, key, value, selection), expected, torch.ones(1)) < 1e-4
+    expected = by_masked_scores(query, key, value, selection, kind)[0]
+    assert relative_error(corrected_by_kernel(query, key, value, selection, kind), expected, torch.ones(1)) < 1e-4
 
 
 def opposed(length: int, head_dim: int, last: int) -> tuple[Tensor, Tensor]:
@@ -235,6 +236,20 @@ def test_one_call_for_a_padded_batch(size: int, kind: MeanCorrection) -> None:
     assert relative_error(out, expected, real) < 1e-5
     plain = sparse_prefill_attention(query, key, value, config, backend="CPU", **place)
     assert relative_error(plain, expected, real) > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padded_queries_may_be_anything(kind: MeanCorrection, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = structured_qk(1, 2, 1, 300, 300, 32, seed=4)
+    value = torch.randn_like(key)
+    place: dict[str, Any] = {"starts": [90], "lengths": [210], "mean_correction": kind}
+    expected = sparse_prefill_attention(query, key, value, SMALL, **place)
+    query[:, :, :90] = torch.nan
+    out = sparse_prefill_attention(query, key, value, SMALL, **place)
+    torch.testing.assert_close(out[:, :, 90:], expected[:, :, 90:])
+    with torch.compiler.set_stance("force_eager"):
+        out = sparse_prefill_attention(query, key, value, SMALL, **place)
+    torch.testing.assert_close(out[:, :, 90:], expected[:, :, 90:], atol=1e-5, rtol=1e-4)
 
 
 def test_more_than_one_block_of_means() -> None:

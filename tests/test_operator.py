@@ -56,10 +56,11 @@ def test_opcheck_select(arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(SELECT, arguments)
 
 
-def test_opcheck_with_means() -> None:
+@pytest.mark.parametrize("tilted", [False, True])
+def test_opcheck_with_means(tilted: bool) -> None:
     query, key = structured_qk(2, 4, 2, 300, 300, 16)
     lists = select_blocks(query, key, FlexPrefillConfig(gamma=0.5, min_budget=64, block_size=64)).lists
-    arguments = (query, key, torch.randn_like(key), *lists, int32(0, 77), int32(300, 200), 64)
+    arguments = (query, key, torch.randn_like(key), *lists, int32(0, 77), int32(300, 200), None, 64, tilted)
     torch.library.opcheck(torch.ops.flexprefill_fa.with_means.default, arguments)
 
 

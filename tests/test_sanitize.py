@@ -42,7 +42,7 @@ def test_every_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", recorded)
     script.launch_every_kernel(torch.device("cpu"))
     expected = kernels_in_the_source()
-    assert len(expected) == 25 and launched == expected
+    assert len(expected) == 27 and launched == expected
 
 
 def test_without_a_sanitizer_it_says_so(tmp_path: Path) -> None:

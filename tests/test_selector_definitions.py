@@ -288,7 +288,7 @@ def test_a_rule_may_return_any_strides() -> None:
     """The lists are what the operator promised torch.compile, and the blocks are computed."""
 
     @dataclass(frozen=True)
-    class Mine(Selector, name="strided"):
+    class Mine(Selector, name="strided_result"):
         def keep(self, element: Element) -> Tensor:
             grid = element.grid
             return torch.zeros(grid.q_blocks, grid.kv_blocks, element.heads, dtype=torch.bool).permute(2, 0, 1)

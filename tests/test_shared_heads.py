@@ -55,7 +55,8 @@ def test_it_keeps_what_one_of_the_heads_keeps(name: str, place: dict[str, Any]) 
         select_blocks(query, key, config, **place) for config in (example(name), share_heads(example(name)))
     )
     assert torch.equal(shared.to_dense(), united(alone, 3))
-    assert not torch.equal(shared.to_dense(), alone.to_dense()) and shared.density().min() < 1
+    differ = bool((alone.to_dense() != alone.to_dense()[:, :1]).any())  # a rule may keep the same for all heads
+    assert torch.equal(shared.to_dense(), alone.to_dense()) is not differ and shared.density().min() < 1
     check_laws(shared, share_heads(example(name)))
     assert shared.kv_num_blocks.shape == (2, 6, 10), "FlexAttention wants lists of every query head"
     for report, values in alone.diagnostics.items():

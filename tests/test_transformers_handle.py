@@ -24,6 +24,7 @@ from flexprefill_fa import (
 from flexprefill_fa.integrations.transformers import (
     NAME,
     collect_statistics,
+    default_correction,
     describe_sparse_prefill,
     enable_sparse_prefill,
 )
@@ -195,6 +196,18 @@ def test_without_a_config(llama: PreTrainedModel) -> None:
     gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SMALL)).eval()
     with enable_sparse_prefill(gemma):
         assert "tilted" not in str(describe_sparse_prefill(gemma))
+    assert (default_correction(llama), default_correction(gemma)) == ("tilted", False)
+
+
+def test_an_old_torch_on_the_cpu_goes_without_mean_correction(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    assert default_correction(llama) is False
+    with pytest.raises(
+        ValueError, match=r"mean_correction cannot be combined .* needs torch 2\.13, got torch 2\.11\.0"
+    ):
+        enable_sparse_prefill(llama, SPARSE, mean_correction="tilted")
 
 
 def test_save_pretrained_while_enabled(llama: PreTrainedModel, tmp_path: Path) -> None:
@@ -354,7 +367,7 @@ def test_other_models_are_refused() -> None:
 
 def test_settings_that_are_refused(llama: PreTrainedModel) -> None:
     before = state(llama)
-    with pytest.raises(TypeError, match=r"config must be a selector config such as FlexPrefillConfig.*, got float"):
+    with pytest.raises(TypeError, match=r"config must be a selector config such as PeakPrefillConfig.*, got float"):
         enable_sparse_prefill(llama, 0.9)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"config must map layer indices to selector configs, got the keys \['gamma'\]"):
         enable_sparse_prefill(llama, {"gamma": 0.9})  # type: ignore[arg-type]

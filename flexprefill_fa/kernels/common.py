@@ -14,7 +14,7 @@ from torch import Tensor
 # Lengths, and what follows from them, vary from call to call; specialising on them would compile a kernel for each.
 LENGTHS = [
     "q_len", "kv_len", "offset", "length", "blocks", "q_blocks", "kv_blocks", "tiles", "splits", "all_rows", "least",
-    "most", "dense_tokens", "lines", "line", "first_width", "width", "step",
+    "most", "dense_tokens", "lines", "line", "first_width", "width", "step", "first_block",
 ]  # fmt: skip
 LOG2E = 1.4426950408889634
 

@@ -73,7 +73,9 @@ def check_selector(config: object) -> None:
     """A selector's config, or a TypeError that says what was expected."""
     if not isinstance(config, Selector):
         got = config.__name__ if isinstance(config, type) else type(config).__name__
-        raise TypeError(f"config must be a selector config such as FlexPrefillConfig(), got {got}")
+        raise TypeError(
+            f"config must be a selector config such as PeakPrefillConfig() or get_selector('peakprefill')(), got {got}"
+        )
 
 
 class Selector:

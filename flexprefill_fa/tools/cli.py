@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -32,6 +32,7 @@ from flexprefill_fa.tools.rows import environment
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from flexprefill_fa.mean_correction import MeanCorrection
     from flexprefill_fa.tools.demo import Answer
     from flexprefill_fa.tools.generation import Measurement
 
@@ -54,7 +55,8 @@ Selector = Annotated[
     str | None,
     typer.Option(
         help="Which selector chooses the blocks: name, or name:field=value+field=value; default: "
-        f"{masks.DEFAULT_SELECTOR}, or flexprefill where an option of its own is given.",
+        f"{masks.DEFAULT_SELECTOR} with tilted means where the model can have them, or flexprefill where an option of "
+        "its own is given.",
         show_default=False,
     ),
 ]
@@ -104,10 +106,9 @@ def demo(
         config = _selector_config(selector, settings)
         where, weights = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
-        correction = _correction(selector, settings)
         result = run_demo(
             config,
-            mean_correction=correction,
+            mean_correction=False if _chosen(selector, settings) else "auto",
             tokens=tokens,
             needles=needles,
             seed=seed,
@@ -122,7 +123,7 @@ def demo(
     prompt = {"tokens": tokens, "needles": needles, "seed": seed, "key": result.key, "answer": result.expected}
     if as_json:
         report = {"kind": "demo", "prompt": prompt, **reporting.selector_settings(config), **conditions}
-        report["mean_correction"] = correction
+        report["mean_correction"] = result.mean_correction
         report |= environment(where)
         for name, answer in (("dense", dense), ("sparse", sparse)):
             fields = reporting.measurement_fields(answer.measurement)
@@ -174,13 +175,13 @@ def generate(
         settings |= {"block_size": block_size, "variant": variant}
         config = _selector_config(selector, settings)
         where, weights = resolve_device(device), resolve_dtype(dtype)
-        correction = _correction(selector, settings)
         progress = WorkProgress()
         network, tokenizer, input_ids = _model_and_prompt(
             model, prompt_file, weights, where, progress, new_tokens=max_new_tokens
         )
         from flexprefill_fa.tools.generation import measure_dense, measure_sparse
 
+        correction = _correction(_chosen(selector, settings), network)
         tokens = input_ids.shape[1]
         sparse = measure_sparse(
             network,
@@ -239,7 +240,8 @@ def inspect_heads(
     """
     with one_line_errors():
         settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
-        config = _selector_config(selector, settings | {"block_size": block_size, "variant": variant})
+        settings |= {"block_size": block_size, "variant": variant}
+        config = _selector_config(selector, settings)
         where, weights = resolve_device(device), resolve_dtype(dtype)
         check_out(out, prompt_file)
         progress = WorkProgress()
@@ -247,8 +249,10 @@ def inspect_heads(
         from flexprefill_fa.tools.inspection.collect import inspect_prefill
         from flexprefill_fa.tools.inspection.page import render
 
-        found = inspect_prefill(network, input_ids, config, progress)
+        correction = _correction(_chosen(selector, settings), network)
+        found = inspect_prefill(network, input_ids, config, progress, correction)
         about = reporting.inspection_facts(model, prompt_file, config, reporting.conditions(where, network.dtype))
+        about["mean correction"] = str(correction or "none")
         page = render(found, about)
         write_atomically(out, page)
     typer.echo(
@@ -268,10 +272,16 @@ def _selector_config(selector: str | None, settings: dict[str, Any]) -> Any:
     return make_config(name, **(settings | fields))
 
 
-def _correction(selector: str | None, settings: dict[str, Any]) -> Literal["auto", False]:
-    """Tilted means go with the default selector, and nothing with one that was chosen."""
-    chosen = selector is not None or any(value is not None for value in settings.values())
-    return False if chosen else "auto"
+def _chosen(selector: str | None, settings: dict[str, Any]) -> bool:
+    """Whether a selector was; tilted means go with the default one alone."""
+    return selector is not None or any(value is not None for value in settings.values())
+
+
+def _correction(chosen: bool, network: PreTrainedModel) -> MeanCorrection:
+    from flexprefill_fa.integrations.transformers import default_correction
+
+    with one_line_errors():
+        return False if chosen else default_correction(network)
 
 
 def _model_and_prompt(

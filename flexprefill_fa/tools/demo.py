@@ -26,13 +26,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The key that was asked for, the number hidden under it, the two answers, and the dtype they were computed in."""
+    """The key that was asked for, the number hidden under it, the two answers, and how they were computed."""
 
     key: str
     expected: str
     dtype: torch.dtype
     dense: Answer
     sparse: Answer
+    mean_correction: MeanCorrection
 
 
 def run_demo(
@@ -56,7 +57,7 @@ def run_demo(
         device: where the model runs.
         progress: shows the work.
         repeats: number of timed prefills for each answer.
-        mean_correction: as for `enable_sparse_prefill`.
+        mean_correction: as for `enable_sparse_prefill`; "auto": what goes with the default selector.
 
     Raises:
         UsageError: without transformers, or when the needles do not fit.
@@ -67,6 +68,7 @@ def run_demo(
         model, tokenizer = load_model(MODEL_DIR, dtype, device)
     from tokenizers import Tokenizer
 
+    from flexprefill_fa.integrations.transformers import default_correction
     from flexprefill_fa.tools.generation import measure_dense, measure_sparse
 
     try:
@@ -77,6 +79,8 @@ def run_demo(
         raise UsageError(str(error)) from error
     input_ids = torch.tensor([prompt.token_ids], device=device)
     new_tokens = ANSWER_DIGITS
+    if mean_correction == "auto":
+        mean_correction = default_correction(model)
     measurements = (
         measure_dense(model, input_ids, new_tokens, progress, repeats=repeats),
         measure_sparse(
@@ -95,4 +99,4 @@ def run_demo(
         Answer(text, is_correct(text, prompt.answer), measurement)
         for text, measurement in zip(texts, measurements, strict=True)
     )
-    return DemoResult(prompt.key, prompt.answer, dtype, dense, sparse)
+    return DemoResult(prompt.key, prompt.answer, dtype, dense, sparse, mean_correction)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def measure_sparse(
     max_new_tokens: int,
     progress: WorkProgress,
     *,
-    mean_correction: MeanCorrection | Literal["auto"] = False,
+    mean_correction: MeanCorrection = False,
     dense_layers: Sequence[int] = (),
     repeats: int = 1,
     recall: bool = False,

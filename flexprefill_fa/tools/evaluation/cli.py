@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexprefill_fa.choice import DENSE, default_spec, parse_choice
+from flexprefill_fa.choice import Choice, parse_choice
+from flexprefill_fa.masks import DEFAULT_SELECTOR
 from flexprefill_fa.tools.loading import (
     UsageError,
     first_line,
@@ -40,7 +41,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="dense, or name:field=value+field=value, where mean_correction=tilted and dense_layers=0/4 are fields "
-            f"too. May be repeated; default: dense and {default_spec()}."
+            f"too. May be repeated; default: dense, and {DEFAULT_SELECTOR} with tilted "
+            "means where the model can have them."
         ),
     ] = None,
     lengths: Annotated[
@@ -83,7 +85,7 @@ def evaluate(
         from flexprefill_fa.tools.evaluation.harness import Tasks, require_lm_eval
 
         require_lm_eval()
-        choices = dict.fromkeys(parse_choice(spec) for spec in (selector or [DENSE, default_spec()]))
+        choices = dict.fromkeys(parse_choice(spec) for spec in selector or ())
         numbers = tuple(sorted({token_count(item.strip()) for item in lengths.split(",")}))
         where, precision = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
@@ -95,13 +97,13 @@ def evaluate(
             network, tokenizer = load_model(model, precision, where)
         if chat_template and not tokenizer.chat_template:
             raise UsageError(f"--chat-template needs a tokenizer with a chat template, that of {model} has none")
-        from flexprefill_fa.integrations.lm_eval import FlexPrefillLM
+        from flexprefill_fa.integrations.lm_eval import FlexPrefillLM, default_choice
         from flexprefill_fa.tools.evaluation.cells import Evaluation, EvaluationPlan, count_cells
 
         plan = EvaluationPlan(
             lengths=numbers,
             samples=samples,
-            choices=tuple(choices),
+            choices=tuple(choices) or (Choice(None), default_choice(network)),
             seed=seed,
             chat_template=chat_template,
             measured_prompts=measured_prompts,

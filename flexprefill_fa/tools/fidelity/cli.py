@@ -14,7 +14,8 @@ import torch
 import typer
 from rich.console import Console
 
-from flexprefill_fa.choice import Choice, default_spec, parse_choice
+from flexprefill_fa.choice import Choice, parse_choice
+from flexprefill_fa.masks import DEFAULT_SELECTOR
 from flexprefill_fa.tools.fidelity import memory
 from flexprefill_fa.tools.fidelity.findings import Aims, Findings
 from flexprefill_fa.tools.fidelity.plot import draw, require_matplotlib
@@ -47,7 +48,8 @@ def fidelity(
         list[str] | None,
         typer.Option(
             help="name or name:field=value+field=value, where mean_correction=tilted and dense_layers=0/4 are fields "
-            f"too. May be repeated; default: {default_spec()}."
+            f"too. May be repeated; default: {DEFAULT_SELECTOR} with tilted "
+            "means where the model can have them."
         ),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of text, comma-separated.")] = "4096",
@@ -108,7 +110,7 @@ def fidelity(
             typer.echo(json.dumps(row))
 
     with one_line_errors():
-        choices = _choices(selector or [default_spec()], mean_correction, dense_layers)
+        choices = _choices(selector or [DEFAULT_SELECTOR], mean_correction, dense_layers)
         numbers = _numbers(lengths, skip)
         aims = Aims(target_kl, dense_layers == "auto")
         aims.check(choices, numbers)
@@ -132,8 +134,11 @@ def fidelity(
         console.print(f"memory: {needed.text()}", markup=False, soft_wrap=True)
         with progress.task("loading the model"):
             network, _ = load_model(model, precision, where, device_map)
+        from flexprefill_fa.integrations.transformers import default_correction
         from flexprefill_fa.tools.fidelity.cells import Conditions, Fidelity
 
+        if selector is None and not mean_correction:
+            choices = [dataclasses.replace(one, mean_correction=default_correction(network)) for one in choices]
         with progress.task("reading the weights for their hash"):
             conditions = Conditions(skip, chunk, recall)
             runner = Fidelity(network, model, model_name(model), texts, conditions, before, finished)
@@ -185,6 +190,8 @@ def _choices(specs: Sequence[str], mean_correction: bool, dense_layers: str | No
             raise UsageError("selector dense is what all others are compared with: it is measured in any case")
         if layers is not None and choice.dense_layers:
             raise UsageError(f"dense layers are given twice, as an option and in selector {spec!r}")
+        if mean_correction and choice.mean_correction == "tilted":
+            raise UsageError(f"mean correction is given twice, as an option and in selector {spec!r}")
         choice = dataclasses.replace(
             choice,
             mean_correction=choice.mean_correction or mean_correction,

@@ -22,6 +22,7 @@ from flexprefill_fa.integrations.transformers import (
     observe_sparse_prefill,
 )
 from flexprefill_fa.masks import PeakPrefillConfig, Selector
+from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.tools.generation import generate_greedily, refusal_in_one_line
 from flexprefill_fa.tools.inspection.maps import KINDS, MAP_BYTES, LayerMaps, blocks_per_cell, layer_maps
 from flexprefill_fa.tools.inspection.peaks import PARTS, block_peaks
@@ -80,7 +81,13 @@ class Inspection:
         return statistics.fmean(head.recall for head in self.heads)
 
 
-def inspect_prefill(model: PreTrainedModel, input_ids: Tensor, config: Selector, progress: WorkProgress) -> Inspection:
+def inspect_prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    config: Selector,
+    progress: WorkProgress,
+    mean_correction: MeanCorrection = False,
+) -> Inspection:
     """Look at every sparse layer while the model prefills a prompt, as `flexprefill generate` does.
 
     Each layer sees what the sparse layers below it computed; its recall and its attention map are those of exact
@@ -91,6 +98,7 @@ def inspect_prefill(model: PreTrainedModel, input_ids: Tensor, config: Selector,
         input_ids: int64 `[1, n]`.
         config: a selector's config.
         progress: shows the work.
+        mean_correction: as for `enable_sparse_prefill`.
 
     Raises:
         UsageError: if the integration refuses the model, none of its layers runs sparse, or the prompt is so short that
@@ -101,7 +109,7 @@ def inspect_prefill(model: PreTrainedModel, input_ids: Tensor, config: Selector,
     maps: dict[int, LayerMaps] = {}
     peaks: dict[int, bytes] = {}
     with refusal_in_one_line():
-        handle = enable_sparse_prefill(model, config)
+        handle = enable_sparse_prefill(model, config, mean_correction=mean_correction)
     with handle, collect_statistics(model) as found:
         with refusal_in_one_line():
             check_some_sparse(model)
