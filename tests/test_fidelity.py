@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def test_rows_say_what_a_plain_comparison_says(tmp_path: Path, needle_model: Pre
     again = fidelity(out, *specs, "--lengths", str(LONGER))
     assert again.exit_code == 0 and out.read_bytes() == before, "nothing is measured twice"
     assert "alpha=0.2" in again.stdout, "the table shows what was there"
+    assert re.search(r"(\d+) of \1 rows were in \S+ already", again.stdout)
 
 
 def test_without_a_selector(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def commit(root: Path = CHECKOUT) -> str:
             return "unknown"  # an installed package inside another project's checkout
         head = _git(root, "rev-parse", "--short=10", "HEAD")
         dirty = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *_MEASURED)
+        dirty = dirty or _git(root, "ls-files", "--others", "--exclude-standard", "--", "*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{head}-dirty" if dirty else head

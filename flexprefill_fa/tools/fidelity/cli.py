@@ -166,6 +166,11 @@ def fidelity(
     shown = open_console(stderr=as_json)
     if runner.rows:
         shown.print(table(runner.rows))
+    if old := len(runner.rows) - len(rows):
+        changed = (
+            "; if code that is not committed has changed, delete them" if "-dirty" in runner.rows[0]["commit"] else ""
+        )
+        shown.print(f"{old} of {len(runner.rows)} rows were in {out} already{changed}", markup=False, soft_wrap=True)
     for advice in findings.advice:
         shown.print(advice.text(), markup=False, soft_wrap=True)
         if as_json:
