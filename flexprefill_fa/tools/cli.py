@@ -137,7 +137,7 @@ def demo(
             f"{tokens} tokens of Python source with {needles} hidden numbers; {result.key} is {result.expected}."
         )
         answers = {"dense": _verdict(dense), "sparse": _verdict(sparse)}
-        title = _title(conditions)
+        title = f"{reporting.selector_text(config, result.mean_correction)}, {_title(conditions)}"
         console.print(reporting.result_table(title, sparse.measurement, dense.measurement, answers))
         _print_layers(console, sparse.measurement, tokens, config)
     raise typer.Exit(0 if both_right else 1)
@@ -210,7 +210,8 @@ def generate(
         return
     typer.echo(sparse_text)
     console = Console(stderr=True, highlight=False)
-    console.print(reporting.result_table(f"{tokens} tokens, {_title(conditions)}", sparse, dense))
+    title = f"{tokens} tokens, {reporting.selector_text(config, correction)}, {_title(conditions)}"
+    console.print(reporting.result_table(title, sparse, dense))
     _print_layers(console, sparse, tokens, config)
     if dense:
         same = sparse.token_ids == dense.token_ids

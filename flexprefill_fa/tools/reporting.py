@@ -15,6 +15,7 @@ from rich.text import Text
 
 from flexprefill_fa import __version__
 from flexprefill_fa.masks import get_selector
+from flexprefill_fa.mean_correction import MeanCorrection
 
 if TYPE_CHECKING:
     from flexprefill_fa.tools.generation import Measurement
@@ -48,6 +49,12 @@ def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 def selector_settings(config: Any) -> dict[str, Any]:
     """The name of a selector and its config's fields."""
     return {"selector": config.name, **dataclasses.asdict(config)}
+
+
+def selector_text(config: Any, correction: MeanCorrection) -> str:
+    """A selector, and what is not usual about it."""
+    row = {"selector": config.name, "settings": dataclasses.asdict(config), "dense_layers": []}
+    return f"{config.name} {settings_text(row | {'mean_correction': correction})}".strip()
 
 
 def inspection_facts(model: str, prompt_file: str, config: Any, conditions: dict[str, Any]) -> dict[str, str]:
