@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 from torch.nn import functional as F
@@ -54,6 +55,7 @@ def kl_of(dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
     return F.kl_div(sparse, dense, log_target=True, reduction="none").sum(-1)
 
 
+@needs.mean_correction
 def test_rows_say_what_a_plain_comparison_says(tmp_path: Path, needle_model: PreTrainedModel) -> None:
     out, picture = tmp_path / "rows.jsonl", tmp_path / "plot.png"
     other = {"kind": "accuracy", "task": "vt"}  # other rows may stand in the same file
@@ -192,6 +194,7 @@ def test_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert [second] == but_timing(read(alone)) and first["dense_loss"] != second["dense_loss"]
 
 
+@needs.mean_correction
 def test_everything_kept_is_dense(tmp_path: Path) -> None:
     """In bf16 too, and spread over devices, of which there is one here."""
     out = tmp_path / "rows.jsonl"

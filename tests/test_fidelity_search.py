@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
+import needs
 import pytest
 import torch
 from hf_models import tiny_model
@@ -220,6 +221,7 @@ SPECS = [
 
 
 @pytest.mark.parametrize("spec", SPECS)
+@needs.mean_correction
 def test_python_lines_do_what_they_say(spec: str) -> None:
     choice = parse_choice(spec)
     model = tiny_model("llama")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import needs
 import pytest
 import torch
 from oracle import causal_oracle, relative_error
@@ -101,6 +102,7 @@ def make(case: tuple) -> tuple[Tensor, Tensor, Tensor, BlockSelection]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0].name}-{c[1]}-{c[2]}")
+@needs.mean_correction
 def test_on_the_cpu_it_is_what_the_definition_says(case: tuple, kind: MeanCorrection) -> None:
     query, key, value, selection = make(case)
     expected = by_definition(query, key, value, selection, 32**-0.5, kind)
@@ -213,6 +215,7 @@ def test_dropped_blocks_that_outweigh_all_kept_ones() -> None:
     assert relative_error(got, by_definition(query, key, value, selection, 32**-0.5), torch.ones(1)) < 1e-5
 
 
+@needs.mean_correction
 def test_rows_that_drop_nothing_are_unchanged() -> None:
     query, key = structured_qk(1, 2, 1, 300, 300, 32, seed=1)
     value = torch.randn_like(key)
@@ -224,6 +227,7 @@ def test_rows_that_drop_nothing_are_unchanged() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [64, 128])
+@needs.mean_correction
 def test_one_call_for_a_padded_batch(size: int, kind: MeanCorrection) -> None:
     config = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=64, block_size=size)
     query, key = structured_qk(2, 4, 2, 600, 600, 32, seed=5)
@@ -239,6 +243,7 @@ def test_one_call_for_a_padded_batch(size: int, kind: MeanCorrection) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@needs.mean_correction
 def test_padded_queries_may_be_anything(kind: MeanCorrection, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = structured_qk(1, 2, 1, 300, 300, 32, seed=4)
     value = torch.randn_like(key)
@@ -252,6 +257,7 @@ def test_padded_queries_may_be_anything(kind: MeanCorrection, monkeypatch: pytes
     torch.testing.assert_close(out[:, :, 90:], expected[:, :, 90:], atol=1e-5, rtol=1e-4)
 
 
+@needs.mean_correction
 def test_more_than_one_block_of_means() -> None:
     query, key = structured_qk(1, 2, 1, 130, 5000, 32, seed=6)
     value = torch.randn_like(key)
@@ -260,6 +266,7 @@ def test_more_than_one_block_of_means() -> None:
     assert relative_error(out, by_masked_scores(query, key, value, selection)[0], torch.ones(1)) < 1e-5
 
 
+@needs.mean_correction
 def test_one_call_selects_and_corrects() -> None:
     query, key, value, selection = make(CASES[0])
     out = sparse_prefill_attention(query, key, value, SMALL, mean_correction=True)
@@ -270,6 +277,7 @@ def test_one_call_selects_and_corrects() -> None:
     assert relative_error(scaled, by_definition(query, key, value, kept, 0.5), torch.ones(1)) < 1e-5
 
 
+@needs.mean_correction
 def test_it_lowers_the_error() -> None:
     """On heads whose dropped blocks hold a good part of the attention."""
     query, key = structured_qk(1, 4, 2, 700, 700, 32, seed=3)

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import needs
 import pytest
 import quality_checks
 import torch
@@ -82,11 +83,13 @@ def test_columns(name: str, layers: list[Layer]) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@needs.mean_correction
 def test_selection(name: str, layers: list[Layer]) -> None:
     assert selection_problems(layers, SETTINGS[name]) == []
 
 
 @pytest.mark.parametrize("name", NEEDLE_SETTINGS)
+@needs.mean_correction
 def test_needles(
     name: str, needle_model: PreTrainedModel, needle_tokenizer: Tokenizer, prompts: list[NeedlePrompt]
 ) -> None:
@@ -259,6 +262,7 @@ def test_missing_columns_are_noticed(name: str, layers: list[Layer], monkeypatch
 
 
 @pytest.mark.parametrize("item", [0, 1], ids=["keys", "values"])
+@needs.mean_correction
 def test_wrong_means_are_noticed(item: int, layers: list[Layer], monkeypatch: pytest.MonkeyPatch) -> None:
     functions: dict[Any, Callable[..., Any]] = with_means._backend_fns  # what graphs compiled before call too
     (device,) = functions
@@ -289,6 +293,7 @@ def test_needles_outside_the_window_are_lost(
 
 
 @pytest.mark.parametrize("name", ["flexprefill", "flashprefill-corrected"])
+@needs.mean_correction
 def test_needles_whose_block_is_dropped_are_lost(
     name: str,
     needle_model: PreTrainedModel,

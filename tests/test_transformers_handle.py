@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 import transformers
@@ -180,6 +181,7 @@ def test_by_attn_implementation_alone(llama: PreTrainedModel) -> None:
         llama.set_attn_implementation("sdpa")
 
 
+@needs.mean_correction
 def test_without_a_config(llama: PreTrainedModel) -> None:
     """The default selector with tilted means where layers can have them, and it runs: dropped blocks show."""
     dense = run(llama, 3000).logits
@@ -329,6 +331,7 @@ def test_statistics_are_collected_on_request(llama: PreTrainedModel, tmp_path: P
     assert len(first.table().splitlines()) == 3  # title, names, layer 0
 
 
+@needs.mean_correction
 def test_mean_correction_changes_the_output_and_refuses_what_it_cannot_do(llama: PreTrainedModel) -> None:
     dense = run(llama).logits
     errors = []
