@@ -96,7 +96,7 @@ def parse_choice(spec: str) -> Choice:
         raise ChoiceError(f"dense_layers must be layer indices such as 0/4, got {dense_layers!r} in selector {spec!r}")
     try:
         check_correction_kind(correction)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ChoiceError(f"{error} in selector {spec!r}") from error
     layers = tuple(sorted({int(layer) for layer in dense_layers.split("/") if layer}))
     return Choice(make_config(name, **options), correction, layers)

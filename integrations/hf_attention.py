@@ -215,10 +215,9 @@ def _prefill(
         chosen = StreamingLLMConfig(sink=0, window=window, block_size=size)
     correction = plan.mean_correction if asked else False
     if correction and mask_mod is not None:
-        if not plan.insists:
-            correction = False
-        else:
+        if plan.insists:
             raise ValueError(f"{_layer_name(module)}: mean_correction cannot be combined with packed sequences")
+        correction = False
     request = dispatch.Request(
         scaling,
         starts,

@@ -51,6 +51,15 @@ def test_json_report(options: tuple[str, ...], settings: dict[str, Any]) -> None
     assert settings.items() <= report.items()
 
 
+def test_a_model_that_is_refused_is_the_users_mistake() -> None:
+    pytest.importorskip("transformers")
+    from flexprefill_fa.tools.generation import usual_correction
+    from flexprefill_fa.tools.loading import UsageError
+
+    with pytest.raises(UsageError, match="Linear"):
+        usual_correction(torch.nn.Linear(1, 1))  # pyright: ignore[reportArgumentType]
+
+
 @pytest.fixture
 def canned(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Result]:
     """Run `flexprefill demo` with a made-up result whose sparse answer is given."""

@@ -32,7 +32,6 @@ from flexprefill_fa.tools.rows import environment
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from flexprefill_fa.mean_correction import MeanCorrection
     from flexprefill_fa.tools.demo import Answer
     from flexprefill_fa.tools.generation import Measurement
 
@@ -179,9 +178,9 @@ def generate(
         network, tokenizer, input_ids = _model_and_prompt(
             model, prompt_file, weights, where, progress, new_tokens=max_new_tokens
         )
-        from flexprefill_fa.tools.generation import measure_dense, measure_sparse
+        from flexprefill_fa.tools.generation import measure_dense, measure_sparse, usual_correction
 
-        correction = _correction(_chosen(selector, settings), network)
+        correction = False if _chosen(selector, settings) else usual_correction(network)
         tokens = input_ids.shape[1]
         sparse = measure_sparse(
             network,
@@ -247,10 +246,11 @@ def inspect_heads(
         check_out(out, prompt_file)
         progress = WorkProgress()
         network, _, input_ids = _model_and_prompt(model, prompt_file, weights, where, progress)
+        from flexprefill_fa.tools.generation import usual_correction
         from flexprefill_fa.tools.inspection.collect import inspect_prefill
         from flexprefill_fa.tools.inspection.page import render
 
-        correction = _correction(_chosen(selector, settings), network)
+        correction = False if _chosen(selector, settings) else usual_correction(network)
         found = inspect_prefill(network, input_ids, config, progress, correction)
         about = reporting.inspection_facts(model, prompt_file, config, reporting.conditions(where, network.dtype))
         about["mean correction"] = str(correction or "none")
@@ -276,13 +276,6 @@ def _selector_config(selector: str | None, settings: dict[str, Any]) -> Any:
 def _chosen(selector: str | None, settings: dict[str, Any]) -> bool:
     """Whether a selector was; tilted means go with the default one alone."""
     return selector is not None or any(value is not None for value in settings.values())
-
-
-def _correction(chosen: bool, network: PreTrainedModel) -> MeanCorrection:
-    from flexprefill_fa.integrations.transformers import default_correction
-
-    with one_line_errors():
-        return False if chosen else default_correction(network)
 
 
 def _model_and_prompt(

@@ -68,8 +68,7 @@ def run_demo(
         model, tokenizer = load_model(MODEL_DIR, dtype, device)
     from tokenizers import Tokenizer
 
-    from flexprefill_fa.integrations.transformers import default_correction
-    from flexprefill_fa.tools.generation import measure_dense, measure_sparse
+    from flexprefill_fa.tools.generation import measure_dense, measure_sparse, usual_correction
 
     try:
         prompt = build_prompt(
@@ -80,7 +79,7 @@ def run_demo(
     input_ids = torch.tensor([prompt.token_ids], device=device)
     new_tokens = ANSWER_DIGITS
     if mean_correction == "auto":
-        mean_correction = default_correction(model)
+        mean_correction = usual_correction(model)
     measurements = (
         measure_dense(model, input_ids, new_tokens, progress, repeats=repeats),
         measure_sparse(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from flexprefill_fa.integrations.hf_check import check_some_sparse
-from flexprefill_fa.integrations.transformers import enable_sparse_prefill
+from flexprefill_fa.integrations.transformers import default_correction, enable_sparse_prefill
 from flexprefill_fa.masks import Selector
 from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.tools.loading import UsageError, first_line
@@ -142,6 +142,16 @@ def refusal_in_one_line() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise UsageError(first_line(error)) from error
+
+
+def usual_correction(model: PreTrainedModel) -> MeanCorrection:
+    """`default_correction`, for commands.
+
+    Raises:
+        UsageError: if the integration refuses the model.
+    """
+    with refusal_in_one_line():
+        return default_correction(model)
 
 
 def _timed(

@@ -99,11 +99,15 @@ def evaluate(
             raise UsageError(f"--chat-template needs a tokenizer with a chat template, that of {model} has none")
         from flexprefill_fa.integrations.lm_eval import FlexPrefillLM, default_choice
         from flexprefill_fa.tools.evaluation.cells import Evaluation, EvaluationPlan, count_cells
+        from flexprefill_fa.tools.generation import refusal_in_one_line
 
+        if not choices:
+            with refusal_in_one_line():
+                choices = dict.fromkeys((Choice(None), default_choice(network)))
         plan = EvaluationPlan(
             lengths=numbers,
             samples=samples,
-            choices=tuple(choices) or (Choice(None), default_choice(network)),
+            choices=tuple(choices),
             seed=seed,
             chat_template=chat_template,
             measured_prompts=measured_prompts,

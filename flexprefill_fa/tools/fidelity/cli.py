@@ -134,11 +134,12 @@ def fidelity(
         console.print(f"memory: {needed.text()}", markup=False, soft_wrap=True)
         with progress.task("loading the model"):
             network, _ = load_model(model, precision, where, device_map)
-        from flexprefill_fa.integrations.transformers import default_correction
         from flexprefill_fa.tools.fidelity.cells import Conditions, Fidelity
+        from flexprefill_fa.tools.generation import usual_correction
 
         if selector is None and not mean_correction:
-            choices = [dataclasses.replace(one, mean_correction=default_correction(network)) for one in choices]
+            correction = usual_correction(network)
+            choices = [dataclasses.replace(one, mean_correction=correction) for one in choices]
         with progress.task("reading the weights for their hash"):
             conditions = Conditions(skip, chunk, recall)
             runner = Fidelity(network, model, model_name(model), texts, conditions, before, finished)
