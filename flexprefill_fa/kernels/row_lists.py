@@ -16,6 +16,38 @@ def row_geometry(start, end, row_block, offset, kv_len, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _whole(block, start, end, row_first, BLOCK: tl.constexpr, ALL_PARTIAL: tl.constexpr):
+    """Whether a block lies wholly below the causal boundary and is wholly real."""
+    if ALL_PARTIAL:
+        return block < 0
+    return (block * BLOCK + BLOCK - 1 <= row_first) & (block * BLOCK >= start) & (block * BLOCK + BLOCK <= end)
+
+
+@triton.jit
+def write_block(
+    block, written, start, end, row_first, target, blocks, partial_indices, full_indices, BLOCK: tl.constexpr,
+    ALL_PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """`write_blocks` of one block, which is kept."""
+    full = _whole(block, start, end, row_first, BLOCK, ALL_PARTIAL)
+    tl.store(full_indices + target * blocks + (written & 0xFFFF), block, mask=full)
+    tl.store(partial_indices + target * blocks + (written >> 16), block, mask=full == 0)
+    return written + tl.where(full, 1, 1 << 16)
+
+
+@triton.jit
+def write_whole_blocks(keep, block, written, target, blocks, partial_indices, full_indices, ALL_PARTIAL: tl.constexpr):
+    """`write_blocks` of blocks that lie wholly below the causal boundary and are wholly real."""
+    number = keep.to(tl.int32)
+    before = tl.cumsum(number, 0) - number
+    if ALL_PARTIAL:
+        tl.store(partial_indices + target * blocks + (written >> 16) + before, block, mask=keep)
+        return written + (tl.sum(number, 0) << 16)
+    tl.store(full_indices + target * blocks + (written & 0xFFFF) + before, block, mask=keep)
+    return written + tl.sum(number, 0)
+
+
+@triton.jit
 def write_blocks(
     keep,  # [N] bool
     block,  # [N] int32, consecutive
@@ -35,9 +67,7 @@ def write_blocks(
     Full list: blocks wholly below the causal boundary and wholly real; partial list: the rest. Both counts share one
     number, so that one scan places both.
     """
-    full = keep & (block * BLOCK + BLOCK - 1 <= row_first) & (block * BLOCK >= start) & (block * BLOCK + BLOCK <= end)
-    if ALL_PARTIAL:
-        full = keep & (block < 0)
+    full = keep & _whole(block, start, end, row_first, BLOCK, ALL_PARTIAL)
     partial = keep & (full == 0)
     number = full.to(tl.int32) | (partial.to(tl.int32) << 16)
     place = written + tl.cumsum(number, 0) - number

@@ -22,7 +22,7 @@ from torch import Tensor
 from flexprefill_fa.grid import Grid
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range
 from flexprefill_fa.kernels.outputs import row_constants
-from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_blocks
+from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_block, write_blocks, write_whole_blocks
 from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
 from flexprefill_fa.masks.peakprefill.kernels.representatives import Representatives
 
@@ -142,10 +142,9 @@ def _rows_kernel(
     biases += kv_row * tiles * (R * T)
     written = 0
     if (own_end > 0) & (base < own):
-        written = write_blocks(
-            lane < 1, base + lane, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices,
-            BLOCK, ALL_PARTIAL,
-        )  # fmt: skip
+        written = write_block(
+            base, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices, BLOCK, ALL_PARTIAL
+        )
     if (own_end > 0) & (base + 1 < own):  # there are blocks to decide on
         position = row_first + tl.arange(0, BLOCK)
         real = (position >= start) & (position <= row_last)
@@ -184,16 +183,23 @@ def _rows_kernel(
             block = tile * T + lane
             inside = (block > base) & (block < own)
             shares = tl.exp2(_tile_scores(queries, vectors, biases, tile, factor, inside, R, T) - whole[:, None])
-            written = write_blocks(
-                inside & (tl.max(shares, 0) >= peak), block, written, start, end, row_first, target, kv_blocks,
-                partial_indices, full_indices, BLOCK, ALL_PARTIAL,
+            written = write_whole_blocks(
+                inside & (tl.max(shares, 0) >= peak), block, written, target, kv_blocks, partial_indices, full_indices,
+                ALL_PARTIAL,
             )  # fmt: skip
-    for first in range(own, own_end, T):
-        block = first + lane
-        written = write_blocks(
-            block < own_end, block, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices,
-            BLOCK, ALL_PARTIAL,
-        )  # fmt: skip
+    if is_last:
+        for first in range(own, own_end, T):
+            block = first + lane
+            written = write_blocks(
+                block < own_end, block, written, start, end, row_first, target, kv_blocks, partial_indices,
+                full_indices, BLOCK, ALL_PARTIAL,
+            )  # fmt: skip
+    else:
+        for block in range(own, own_end):
+            written = write_block(
+                block, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices, BLOCK,
+                ALL_PARTIAL,
+            )  # fmt: skip
     finish_row(
         written, target, kv_blocks, partial_counts, partial_indices, full_counts, full_indices, WIDTH, ZERO_TAILS
     )
