@@ -31,14 +31,17 @@ def best_dense(rows: Sequence[Row], backend: str) -> dict[int, Row]:
     return found
 
 
-def _line(amounts: Sequence[float], milliseconds: Sequence[float]) -> tuple[float, float]:
-    """(launch, ms per amount), not negative, with the least relative error."""
-    weights = 1 / numpy.asarray(milliseconds)
-    matrix = numpy.stack([weights, numpy.asarray(amounts) * weights], axis=1)
-    launch, slope = numpy.linalg.lstsq(matrix, numpy.ones(len(weights)), rcond=None)[0]
-    if launch < 0:
-        launch, slope = 0.0, float((matrix[:, 1] @ numpy.ones(len(weights))) / (matrix[:, 1] @ matrix[:, 1]))
-    return float(launch), float(slope)
+def _costs(milliseconds: Sequence[float], *amounts: Sequence[float]) -> list[float]:
+    """Launch and ms for one of each amount, none negative, with the least relative error."""
+    columns = numpy.stack([numpy.ones(len(milliseconds)), *map(numpy.asarray, amounts)], 1)
+    columns = columns / numpy.asarray(milliseconds)[:, None]
+    found, used = numpy.zeros(columns.shape[1]), numpy.arange(columns.shape[1])
+    while True:
+        found[:] = 0
+        found[used] = numpy.linalg.lstsq(columns[:, used], numpy.ones(len(columns)), rcond=None)[0]
+        if found.min() >= 0:
+            return found.tolist()
+        used = used[used != found.argmin()]
 
 
 def fit_rates(rows: Sequence[Row], selector: str, backend: str, longest: int) -> Rates:
@@ -68,18 +71,21 @@ def fit_rates(rows: Sequence[Row], selector: str, backend: str, longest: int) ->
     lengths = {row["length"] for row in sparse} & {row["length"] for row in dense}
     if len(lengths) < 2:
         raise ValueError(f"a fit needs dense and {backend} rows of two lengths, got {sorted(lengths)}")
-    dense_launch, dense_slope = _line([_flop(row) for row in dense], [row["total_ms"] for row in dense])
-    select_launch, select_slope = _line(
-        [row["length"] * row["batch"] * row["heads"] for row in sparse], [row["select_ms"] for row in sparse]
+    dense_launch, dense_slope = _costs([row["total_ms"] for row in dense], [_flop(row) for row in dense])
+    select_launch, select_slope, select_flop = _costs(
+        [row["select_ms"] for row in sparse],
+        [row["length"] * row["batch"] * row["heads"] for row in sparse],
+        [_flop(row) for row in sparse],
     )
-    attend_launch, attend_slope = _line(
-        [row["density"] * _flop(row) for row in sparse], [row["total_ms"] - row["select_ms"] for row in sparse]
+    attend_launch, attend_slope = _costs(
+        [row["total_ms"] - row["select_ms"] for row in sparse], [row["density"] * _flop(row) for row in sparse]
     )
     return Rates(
         dense_launch_ms=round(dense_launch, 4),
         dense_tflops=round(1e-9 / dense_slope, 1),
         select_launch_ms=round(select_launch, 4),
         select_ns=round(select_slope * 1e6, 4),
+        select_share=round(select_flop / dense_slope, 5),
         attend_launch_ms=round(attend_launch, 4),
         attend_tflops=round(1e-9 / attend_slope, 1),
     )

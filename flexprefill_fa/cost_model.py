@@ -1,7 +1,8 @@
 """Whether a prompt is long enough to gain from sparsity: predicted times of both paths, from measured rates.
 
     dense ms  = launch + FLOP / rate                    FLOP = 4 D x causal pairs x heads, of the fastest dense kernel
-    sparse ms = select launch + select per key x keys x heads + attend launch + density x FLOP / sparse rate
+    sparse ms = select launch + select per key x keys x heads + select share x FLOP / rate
+                + attend launch + density x FLOP / sparse rate
 
 The density is not known before the selection has run, and reading it back would make the host wait; so the model takes
 the density that the selector's config expects at this length. Only whole prompts without padding are asked for: dense
@@ -29,6 +30,7 @@ class Rates:
         dense_launch_ms, dense_tflops: of the fastest dense kernel beside it.
         select_launch_ms: what a selection costs however short the prompt is.
         select_ns: selection time per key and query head.
+        select_share: what a selection computes for every query and block, as a share of dense attention.
         attend_launch_ms, attend_tflops: of sparse attention over the kept blocks.
     """
 
@@ -38,12 +40,15 @@ class Rates:
     select_ns: float
     attend_launch_ms: float
     attend_tflops: float
+    select_share: float = 0.0
 
 
 # By compute capability, selector, backend and head dim; for half precision and blocks of 128 tokens.
 RATES: dict[tuple[tuple[int, int], str, str, int], Rates] = {
     ((9, 0), "flexprefill", "FLASH", 128): Rates(0.021, 647.8, 0.058, 0.4668, 0.0176, 655.4),
     ((9, 0), "flexprefill", "TRITON", 128): Rates(0.0193, 600.3, 0.058, 0.4668, 0.0251, 421.2),
+    ((9, 0), "peakprefill", "FLASH", 128): Rates(0.021, 647.8, 0.0175, 0.6242, 0.0068, 365.1, 0.04322),
+    ((9, 0), "peakprefill", "TRITON", 128): Rates(0.0193, 600.3, 0.0175, 0.6242, 0.0109, 236.0, 0.04069),
 }
 
 
@@ -60,6 +65,7 @@ def predicted_ms(
     flop = causal_flop(batch=batch, heads=heads, head_dim=head_dim, tokens=tokens)
     dense = rates.dense_launch_ms + flop / rates.dense_tflops / 1e9
     select = rates.select_launch_ms + rates.select_ns * batch * heads * tokens / 1e6
+    select += rates.select_share * flop / rates.dense_tflops / 1e9
     attend = rates.attend_launch_ms + density * flop / rates.attend_tflops / 1e9
     return dense, select + attend
 

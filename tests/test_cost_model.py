@@ -11,7 +11,7 @@ import torch
 from bench.fit import best_dense
 from bench.paths import RESULTS
 from bench.tune import best_tiles
-from flexprefill_fa import FlexPrefillConfig, get_selector
+from flexprefill_fa import FlexPrefillConfig, PeakPrefillConfig, get_selector
 from flexprefill_fa.backends import TRITON_TILES
 from flexprefill_fa.cost_model import RATES, predicted_ms, prefers_dense
 from flexprefill_fa.tools.rows import Row, read
@@ -52,6 +52,13 @@ def test_expected_density_falls_with_the_length_and_respects_the_budgets() -> No
     kept = sum(min(row + 1, always) for row in range(blocks))
     expected = kept / (blocks * (blocks + 1) / 2)
     assert math.isclose(FlexPrefillConfig(min_budget=2048).expected_density(blocks * 128), max(expected, 0.34))
+
+
+def test_a_lower_peak_is_expected_to_keep_more() -> None:
+    densities = [PeakPrefillConfig().expected_density(tokens) for tokens in LENGTHS]
+    assert densities == sorted(densities, reverse=True) and all(0 < density <= 1 for density in densities)
+    assert PeakPrefillConfig(peak=0.05).expected_density(16384) == pytest.approx(0.2)
+    assert PeakPrefillConfig(peak=0.001).expected_density(4096) == 1.0
 
 
 def test_nothing_is_predicted_where_nothing_was_measured() -> None:

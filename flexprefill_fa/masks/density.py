@@ -1,6 +1,7 @@
 """What share of the causal blocks a selector may be expected to keep, before it has run."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 # Mean densities of language models' heads at the published settings, as other work reports them.
@@ -16,14 +17,14 @@ _USUAL_DENSITY = (
 )
 
 
-def usual_density(tokens: int) -> float:
-    """What dynamic selectors come to at this prompt length; constant beyond the ends of the table."""
+def usual_density(tokens: int, densities: Sequence[tuple[int, float]] = _USUAL_DENSITY) -> float:
+    """What dynamic selectors come to at this prompt length; constant beyond the ends of the table (tokens, density)."""
     at = math.log2(max(tokens, 1))
-    points = [(math.log2(length), math.log2(density)) for length, density in _USUAL_DENSITY]
+    points = [(math.log2(length), math.log2(density)) for length, density in densities]
     for (x0, y0), (x1, y1) in pairwise(points):
         if at <= x1:
             return 2.0 ** (y0 + (y1 - y0) * max(at - x0, 0.0) / (x1 - x0))
-    return _USUAL_DENSITY[-1][1]
+    return densities[-1][1]
 
 
 def fixed_density(blocks: int, per_row: int, full_rows: int = 0) -> float:
