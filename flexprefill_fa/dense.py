@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flexprefill_fa.backends import compute_capability, flash_problem, kernel_options, resolve_backend
 from flexprefill_fa.block_mask import needs_position
+from flexprefill_fa.flash import flash_causal
 from flexprefill_fa.grid import real_ranges
 from flexprefill_fa.region import run_attend_causal
 from flexprefill_fa.validation import check_query_key, check_scale, check_value
@@ -18,22 +20,24 @@ from flexprefill_fa.validation import check_query_key, check_scale, check_value
 MAX_DENSE_MASK_TOKENS = 8192
 _ROWS_AT_ONCE = 512  # queries whose scores `attention_with_extras` holds
 _BLOCK_SIZE = 128  # of FlexAttention's all-causal mask
-_FLASH_TOKENS = 2048  # prompts from which FLASH is taken
+_FLASH_TOKENS = 2048  # prompts from which flash-attn-4 is taken
 _SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
-DENSE_KERNELS = ("sdpa", *_SDPA, "FLASH", "TRITON", "CPU")
+DENSE_KERNELS = ("sdpa", *_SDPA, "flash_attn_4", "FLASH", "TRITON", "CPU")
 
 
 def fastest_dense(query: Tensor) -> str:
     """The dense causal kernel to take for a whole prompt `[B, Hq, L, D]`, by name.
 
-    FLASH where it runs and the prompt is long enough to be worth its launch; else PyTorch's choice. On Hopper cuDNN is
-    about as fast as FLASH, but plans for some 40 ms at each new length. A traced model, where the length is unknown,
-    takes PyTorch's choice.
+    flash-attn-4 where it runs and the prompt is long enough to be worth its launch; else PyTorch's choice. On Hopper
+    cuDNN is about as fast, but plans for some 40 ms at each new length. A traced model, where the length is unknown,
+    takes PyTorch's choice, and so does a mode that sees every operator: it sees none of flash-attn-4's.
     """
     if not query.is_cuda or torch.compiler.is_dynamo_compiling() or query.shape[2] < _FLASH_TOKENS:
         return "sdpa"
+    if is_in_torch_dispatch_mode():
+        return "sdpa"
     measured = compute_capability(query.device.index) == (9, 0)
-    return "FLASH" if measured and flash_problem(query, _BLOCK_SIZE) is None else "sdpa"
+    return "flash_attn_4" if measured and flash_problem(query, _BLOCK_SIZE) is None else "sdpa"
 
 
 def dense_mask_fits(
@@ -160,8 +164,8 @@ def causal_attention(
 
     Args:
         query: `[B, Hq, L, D]`. key, value: `[B, Hkv, L, D]`.
-        kernel: "sdpa" (PyTorch's choice), "sdpa_flash" or "sdpa_cudnn"; "FLASH", "TRITON" or "CPU" for FlexAttention
-            over every causal block.
+        kernel: "sdpa" (PyTorch's choice), "sdpa_flash" or "sdpa_cudnn"; "flash_attn_4"; "FLASH" (the same kernel),
+            "TRITON" or "CPU" for FlexAttention over every causal block.
         scale: score scale, default 1/sqrt(D).
 
     Returns:
@@ -192,6 +196,10 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, kernel: str, sc
             raise ValueError(f"kernel={kernel!r} needs a CUDA GPU, got tensors on {query.device}")
         with sdpa_kernel(_SDPA[kernel]):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+    if kernel == "flash_attn_4":
+        if problem := flash_problem(query, _BLOCK_SIZE):
+            raise ValueError(f"kernel='flash_attn_4' cannot run: {problem}")
+        return flash_causal(query, key, value, scale)
     resolved = resolve_backend(kernel, query, _BLOCK_SIZE)
     options = kernel_options(resolved, query, key, _BLOCK_SIZE)
     return run_attend_causal(query, key, value, block_size=_BLOCK_SIZE, scale=scale, options=options)

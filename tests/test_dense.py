@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import causal_oracle, relative_error
 from workloads import structured_qk
 
@@ -13,6 +17,7 @@ from flexprefill_fa import (
     FlexPrefillConfig,
     PrefillGraph,
     block_sparse_attention,
+    flash,
     select_blocks,
     sparse_prefill_attention,
 )
@@ -42,9 +47,47 @@ def test_kernels_that_cannot_run_say_why() -> None:
         causal_attention(query, key, value, "sdpa_cudnn")
     with pytest.raises(ValueError, match=r"FLASH.*needs a CUDA GPU"):
         causal_attention(query, key, value, "FLASH")
+    with pytest.raises(ValueError, match=r"flash_attn_4.*needs a CUDA GPU"):
+        causal_attention(query, key, value, "flash_attn_4")
     with pytest.raises(ValueError, match="as many queries as keys, got 60 and 100"):
         causal_attention(query[:, :, :60], key, value)
     assert fastest_dense(query) == "sdpa"
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "heads", "odd strides", "odd start"])
+def test_flash_attn_4_is_given_rows_that_it_can_read(
+    layout: str, with_lse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for its function, which is called as its version 4.0.0b10 is and copies nothing by itself."""
+    given: list[torch.Tensor] = []
+
+    def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: Any, causal: bool) -> Any:
+        given.extend((q, k, v))
+        for x in given:
+            assert x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and not any(s % 8 for s in x.stride()[:-1])
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+        return (out.transpose(1, 2), None) if with_lse else out.transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(flash_attn_func=flash_attn_func))
+    flash._flash_attn_func.cache_clear()
+
+    def lay(x: torch.Tensor) -> torch.Tensor:
+        wide = {"odd strides": 33, "odd start": 40}.get(layout, 32)
+        memory = torch.zeros(*x.shape[:2], x.shape[2], wide, dtype=torch.bfloat16)
+        if layout == "rows":
+            memory = memory.transpose(1, 2).contiguous().transpose(1, 2)
+        view = memory[..., 1:33] if layout == "odd start" else memory[..., :32]
+        return view.copy_(x)
+
+    tensors = [lay(x) for x in inputs(300)]
+    found = flash.flash_causal(tensors[0], tensors[1], tensors[2], 0.3)
+    flash._flash_attn_func.cache_clear()
+    assert torch.equal(found, F.scaled_dot_product_attention(*tensors, is_causal=True, scale=0.3, enable_gqa=True))
+    copied = [x.data_ptr() != y.data_ptr() for x, y in zip(tensors, given, strict=True)]
+    assert copied == [layout.startswith("odd")] * 3
 
 
 def test_attention_over_a_selection_follows_the_selection() -> None:
