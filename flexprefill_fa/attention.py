@@ -8,6 +8,7 @@ from torch import Tensor
 from flexprefill_fa import dispatch
 from flexprefill_fa.autocast import as_sdpa_casts
 from flexprefill_fa.block_mask import check_layout
+from flexprefill_fa.calls import kind_of, known, remember
 from flexprefill_fa.masks.selector import Selector, check_selector
 from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.region import Call, run_attend
@@ -62,17 +63,26 @@ def sparse_prefill_attention(
     Raises:
         ValueError, TypeError: for arguments that do not fit, inputs that require grad, or a backend that cannot run.
     """
-    check_selector(config)
-    check_query_key(query, key)
-    check_value(key, value)
-    check_scale(scale)
-    check_mean_correction(mean_correction, mask_mod, score_mod, query.device)
-    query, key, value = as_sdpa_casts(query, key, value)
-    starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
-    request = dispatch.Request(
-        scale, starts, lengths, mask_mod, score_mod, mean_correction, dense=dense, backend=backend
-    )
-    out, selection, _ = dispatch.attend(query, key, value, config, request)
+    options = (scale, mean_correction, dense, backend, starts is None, lengths is None)
+    alone = mask_mod is None and score_mod is None
+    kind = kind_of(query, key, value, config, options) if alone else None
+    prepared = known(kind)
+    if prepared is None:
+        check_selector(config)
+        check_query_key(query, key)
+        check_value(key, value)
+        check_scale(scale)
+        check_mean_correction(mean_correction, mask_mod, score_mod, query.device)
+        query, key, value = as_sdpa_casts(query, key, value)
+    if starts is not None or lengths is not None:
+        starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
+    if prepared is None:
+        request = dispatch.Request(
+            scale, starts, lengths, mask_mod, score_mod, mean_correction, dense=dense, backend=backend
+        )
+        prepared = dispatch.prepare(query, key, config, request)
+        remember(kind, prepared)
+    out, selection, _ = dispatch.run(prepared, query, key, value, starts, lengths)
     return (out, selection()) if return_selection else out
 
 

@@ -143,27 +143,25 @@ def _is_dense(query: Tensor, key: Tensor, selector: Selector, request: Request, 
     return prefers_dense(query, key, selector, backend)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, selector: Selector | None, request: Request, block_size: int = 128
-) -> tuple[Tensor, Callable[[], BlockSelection], bool]:
-    """Attention as `decide` plans it, on checked arguments.
+@dataclass(frozen=True)
+class Prepared:
+    """All that is decided about a call before it runs; the same for calls that are alike, see `calls.py`.
 
-    Args:
-        query, key, selector, request, block_size: as for `decide`. value: `[B, Hkv, Lkv, D]`.
-
-    Returns:
-        `[B, Hq, Lq, D]`; what makes the selection that was computed; and whether it is the selector's.
+    Attributes:
+        plan: how it is computed. call: what goes with the tensors into the attention.
+        settings: those of the plan's selector, where there is one.
     """
+
+    plan: Plan
+    call: Call
+    settings: Tensor | None
+
+
+def prepare(query: Tensor, key: Tensor, selector: Selector | None, request: Request, block_size: int = 128) -> Prepared:
+    """A call as `decide` plans it; arguments and errors as there."""
     plan = decide(query, key, selector, request, block_size)
-    starts, lengths = request.starts, request.lengths
-    size = block_size if selector is None else selector.block_size
-    if plan.selector is None:
-        _say("dense attention", query, key)
-        out = dense_attention(query, key, value, starts, lengths, request.scale, request.mask_mod)
-        return out, lambda: every_block(query, key, size, starts, lengths), False
-    _say(f"{'sparse' if plan.sparse else 'dense'} attention by {plan.backend}", query, key)
     call = Call(
-        size,
+        block_size if selector is None else selector.block_size,
         request.scale,
         request.mask_mod,
         request.score_mod,
@@ -171,11 +169,43 @@ def attend(
         request.mean_correction if plan.sparse else False,
         request.sinks,
     )
-    chosen = plan.selector
-    settings = request.settings if plan.sparse and request.settings is not None else chosen.settings()
-    out, found = run_select_and_attend(query, key, value, starts, lengths, chosen.operator(), settings, call)
-    names, partial = chosen.diagnostics, request.mask_mod is not None
+    if plan.selector is None:
+        return Prepared(plan, call, None)
+    at_hand = request.settings if plan.sparse else None
+    return Prepared(plan, call, plan.selector.settings() if at_hand is None else at_hand)
+
+
+Found = tuple[Tensor, Callable[[], BlockSelection], bool]
+"""`[B, Hq, Lq, D]`; what makes the selection that was computed; and whether it is the selector's."""
+
+
+def run(
+    prepared: Prepared, query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, lengths: Tensor | None
+) -> Found:
+    """Attention as it was prepared for tensors like these, on checked arguments."""
+    plan, call = prepared.plan, prepared.call
+    size, chosen = call.block_size, plan.selector
+    if chosen is None:
+        _say("dense attention", query, key)
+        out = dense_attention(query, key, value, starts, lengths, call.scale, call.mask_mod)
+        return out, lambda: every_block(query, key, size, starts, lengths), False
+    _say(f"{'sparse' if plan.sparse else 'dense'} attention by {plan.backend}", query, key)
+    assert prepared.settings is not None  # `prepare` gives a selector its settings
+    out, found = run_select_and_attend(query, key, value, starts, lengths, chosen.operator(), prepared.settings, call)
+    names, partial = chosen.diagnostics, call.mask_mod is not None
     return out, lambda: BlockSelection.of(found, names, query, key, size, starts, lengths, partial), plan.sparse
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, selector: Selector | None, request: Request, block_size: int = 128
+) -> Found:
+    """Attention as `decide` plans it, on checked arguments.
+
+    Args:
+        query, key, selector, request, block_size: as for `decide`. value: `[B, Hkv, Lkv, D]`.
+    """
+    prepared = prepare(query, key, selector, request, block_size)
+    return run(prepared, query, key, value, request.starts, request.lengths)
 
 
 def _say(what: str, query: Tensor, key: Tensor) -> None:

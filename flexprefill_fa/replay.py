@@ -140,7 +140,7 @@ def _key(x: Any, tensors: list[Tensor]) -> Any:
     raise _Unknown
 
 
-def _nothing_watches() -> bool:
+def nothing_watches() -> bool:
     """Whether no mode or transform sees the call's operators, and torch.compile stands as it does by default."""
     return (
         torch._C._len_torch_function_stack() == 0
@@ -167,7 +167,7 @@ class Replayed:
         """The region on these arguments."""
         tensors: list[Tensor] = []
         key = None
-        if _nothing_watches():
+        if nothing_watches():
             with contextlib.suppress(_Unknown):
                 key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _key((arguments, named), tensors)
         if key is None:

@@ -66,8 +66,8 @@ def test_flash_attn_4_is_given_rows_that_it_can_read(
         given.extend((q, k, v))
         for x in given:
             assert x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and not any(s % 8 for s in x.stride()[:-1])
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True)
         return (out.transpose(1, 2), None) if with_lse else out.transpose(1, 2)
 
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
@@ -82,10 +82,11 @@ def test_flash_attn_4_is_given_rows_that_it_can_read(
         view = memory[..., 1:33] if layout == "odd start" else memory[..., :32]
         return view.copy_(x)
 
-    tensors = [lay(x) for x in inputs(300)]
-    found = flash.flash_causal(tensors[0], tensors[1], tensors[2], 0.3)
+    query, key, value = tensors = [lay(x) for x in inputs(300)]
+    found = flash.flash_causal(query, key, value, 0.3)
     flash._flash_attn_func.cache_clear()
-    assert torch.equal(found, F.scaled_dot_product_attention(*tensors, is_causal=True, scale=0.3, enable_gqa=True))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    assert torch.equal(found, expected)
     copied = [x.data_ptr() != y.data_ptr() for x, y in zip(tensors, given, strict=True)]
     assert copied == [layout.startswith("odd")] * 3
 

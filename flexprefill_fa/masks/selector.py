@@ -69,6 +69,11 @@ def selector_names() -> list[str]:
     return sorted(name for name in _REGISTRY if not name.endswith(SHARED_HEADS))
 
 
+def is_registered(kind: type) -> bool:
+    """Whether it is a selector, and the one that its name means now."""
+    return issubclass(kind, Selector) and _REGISTRY.get(getattr(kind, "name", "")) is kind
+
+
 def check_selector(config: object) -> None:
     """A selector's config, or a TypeError that says what was expected."""
     if not isinstance(config, Selector):
@@ -188,7 +193,7 @@ class Selector:
         """The fields as float64 on the CPU, without the block size, for `operator`."""
         if not getattr(self, "__dataclass_params__").frozen:  # noqa: B009  # which no type checker knows
             raise TypeError(f"{type(self).__name__} must be a frozen dataclass: put @dataclass(frozen=True) above it")
-        if _REGISTRY.get(self.name) is not type(self):
+        if not is_registered(type(self)):
             raise ValueError(f"{type(self).__name__} was defined again since this config was made: make a new one")
         check_block_size(self.block_size)
         return as_settings(self, self._fields)
