@@ -6,6 +6,7 @@ from flexprefill_fa import masks
 from flexprefill_fa.attention import block_sparse_attention, sparse_prefill_attention
 from flexprefill_fa.composition import intersection, union
 from flexprefill_fa.cuda_graphs import PrefillGraph
+from flexprefill_fa.graph_cache import release_graphs
 from flexprefill_fa.masks import (
     FlashPrefillConfig,
     FlexPrefillConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "create_vertical_slash_block_mask",
     "get_selector",
     "intersection",
+    "release_graphs",
     "select_blocks",
     "selector_names",
     "sparse_prefill_attention",

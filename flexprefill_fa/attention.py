@@ -1,6 +1,7 @@
 """Sparse prefill attention in one call: select, build the BlockMask, run compiled FlexAttention."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,8 @@ from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.region import Call, run_attend
 from flexprefill_fa.selection import BlockSelection, check_selection
 from flexprefill_fa.validation import check_mean_correction, check_padding, check_query_key, check_scale, check_value
+
+GRAPH = ("never", "auto")
 
 
 def sparse_prefill_attention(
@@ -30,6 +33,7 @@ def sparse_prefill_attention(
     mean_correction: MeanCorrection = False,
     dense: str = "auto",
     backend: str = "auto",
+    graph: str = "never",
     return_selection: bool = False,
 ) -> Any:
     """Causal attention over the key blocks that a selector keeps.
@@ -55,6 +59,10 @@ def sparse_prefill_attention(
         dense: "auto", or "never" to insist on the selector's blocks.
         backend: the kernel, "TRITON", "FLASH" or "CPU"; "auto" takes the fastest one that runs, also for dense
             attention.
+        graph: "auto" to capture sparse calls that come again as CUDA graphs, see `graph_cache.py`; the output is the
+            caller's own. Without one go calls on the CPU, while torch.compile traces or a graph is captured, under
+            autocast or a mode, with a mask_mod or score_mod, with return_selection, of more than 16,384 keys, and what
+            cannot be captured.
         return_selection: also return the `BlockSelection` that was computed; where attention ran dense, every block.
 
     Returns:
@@ -63,6 +71,8 @@ def sparse_prefill_attention(
     Raises:
         ValueError, TypeError: for arguments that do not fit, inputs that require grad, or a backend that cannot run.
     """
+    if graph not in GRAPH:
+        raise ValueError(f"graph must be one of {GRAPH}, got {graph!r}")
     options = (scale, mean_correction, dense, backend, starts is None, lengths is None)
     alone = mask_mod is None and score_mod is None
     kind = kind_of(query, key, value, config, options) if alone else None
@@ -82,7 +92,19 @@ def sparse_prefill_attention(
         )
         prepared = dispatch.prepare(query, key, config, request)
         remember(kind, prepared)
-    out, selection, _ = dispatch.run(prepared, query, key, value, starts, lengths)
+    if graph == "auto" and kind is not None:
+        from flexprefill_fa.graph_cache import GRAPHS  # which needs this function
+
+        if prepared.plan.sparse and not return_selection:
+            place = {"starts": starts, "lengths": lengths}
+            how = {"scale": scale, "mean_correction": mean_correction, "dense": dense, "backend": backend}
+            out = GRAPHS.replay(kind, query, key, value, config, place, how)
+            if out is not None:
+                return out
+        run = partial(dispatch.run, prepared, query, key, value, starts, lengths)
+        out, selection, _ = GRAPHS.give_way(run)
+    else:
+        out, selection, _ = dispatch.run(prepared, query, key, value, starts, lengths)
     return (out, selection()) if return_selection else out
 
 
