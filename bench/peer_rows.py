@@ -80,6 +80,7 @@ class PeerBenchmark(LengthBenchmark):
         """What is `measured`, as one row; what was known before an error stays."""
         row: Row = {**self.conditions, "path": "peer", "selector": selector, "settings": settings}
         row |= {"backend": None, "kernel": None, **peer.identity(folder), "peer_version": None}
+        self.watch.captures = peer.on_current_stream
         try:
             with foreign_code(folder):
                 for found in measured():

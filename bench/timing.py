@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from flexprefill_fa.tools.rows import Row, environment
 WARM_UPS = 2
 LEAST_REPEATS = 3
 _LEAST_FLUSH_BYTES = 256 * 2**20  # long enough to hide the launches that are queued behind it
+_QUEUED = 5  # eager calls that are queued together
+_MOST_FLUSHES = 500  # before them: a GPU's queue holds some thousand launches
 
 
 def described(kind: str, device: torch.device, dtype: torch.dtype, **fields: Any) -> Row:
@@ -55,12 +58,16 @@ class Stopwatch:
         device: where the calls run.
         repeats: measurements of each time.
         seconds: fewer repeats (at least `LEAST_REPEATS`) where they would take longer than this.
+
+    Attributes:
+        captures: whether `graph` may try to capture a call.
     """
 
     def __init__(self, device: torch.device, repeats: int, seconds: float) -> None:
         self.device = device
         self.repeats = repeats
         self.seconds = seconds
+        self.captures = True
         self._flush: torch.Tensor | None = None
         if device.type == "cuda":
             cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -75,16 +82,17 @@ class Stopwatch:
     def graph(self, call: Callable[[], object]) -> Times:
         """GPU time of the call alone with a cold L2 cache, by replay of a CUDA graph; wall time on a CPU.
 
-        A call that cannot be captured is timed by events around the eager call, which then include gaps between its
-        kernels; `timed_by` says so.
+        A call that cannot be captured, or whose kernels are in no graph, is timed by events around eager calls, which
+        are queued behind other work for as long as the CPU takes for them. `timed_by` says whether it was ahead of the
+        GPU throughout; else gaps between a call's kernels are in its time.
         """
         if self._flush is None:
             return self.eager(call)
         count = self._warm_up(call)
-        captured = self._capture(call)
+        captured = self._capture(call) if self.captures else None
         if captured is None:
-            return self._events(call, count, "CUDA events")
-        times = self._events(captured.replay, count, "CUDA graph")
+            return self._queued(call, count)
+        times = summarise(self._events(captured.replay, count)[0], "CUDA graph")
         captured.reset()
         return times
 
@@ -112,7 +120,7 @@ class Stopwatch:
             call()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(graph, stream=stream):
                 result = call()
@@ -121,19 +129,39 @@ class Stopwatch:
         except Exception:  # each kernel library has its own way of refusing a capture
             torch.cuda.synchronize(self.device)
             return None
+        finally:
+            torch.cuda.set_stream(before)  # a capture that cannot be ended leaves its own, which events would be on
         return graph if _holds(graph, result) else None
 
-    def _events(self, call: Callable[[], object], count: int, timed_by: str) -> Times:
+    def _events(self, call: Callable[[], object], count: int, flushes: int = 0) -> tuple[list[float], bool]:
+        """Milliseconds of calls behind that many flushes, and whether all was queued before the first had begun."""
         assert self._flush is not None
         call()
         pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
+        for _ in range(flushes):
+            self._flush.zero_()
         for start, end in pairs:
             self._flush.zero_()
             start.record()
             call()
             end.record()
+        ahead = not pairs[0][0].query()
         torch.cuda.synchronize(self.device)
-        return summarise([start.elapsed_time(end) for start, end in pairs], timed_by)
+        return [start.elapsed_time(end) for start, end in pairs], ahead
+
+    def _queued(self, call: Callable[[], object], count: int) -> Times:
+        """Times of eager calls, a few at a time behind enough flushes to hide what the CPU takes to launch them."""
+        assert self._flush is not None
+        flush_ms = statistics.median(self._events(self._flush.zero_, LEAST_REPEATS)[0])
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        call()
+        host_ms = (time.perf_counter() - start) * 1e3
+        flushes = min(math.ceil(2 * _QUEUED * host_ms / flush_ms), _MOST_FLUSHES)  # twice: the CPU's times vary
+        parts = [self._events(call, min(_QUEUED, count - first), flushes) for first in range(0, count, _QUEUED)]
+        ahead = all(part[1] for part in parts)
+        taken = [milliseconds for part in parts for milliseconds in part[0]]
+        return summarise(taken, "CUDA events, queued" if ahead else "CUDA events")
 
 
 def _holds(graph: torch.cuda.CUDAGraph, result: object) -> bool:

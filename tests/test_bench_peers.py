@@ -372,6 +372,19 @@ def test_other_blocks_than_those_given_are_an_error(package: Path, tmp_path: Pat
     assert "error" not in flash
 
 
+def test_a_peer_on_another_stream_is_not_captured(
+    measured: tuple[PeerBenchmark, list[dict[str, Any]]], package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, captures = measured[0].watch, []
+    eager = watch.eager
+    monkeypatch.setattr(watch, "graph", lambda call: captures.append(watch.captures) or eager(call))
+    for there in (True, False, True):
+        (row,) = taken(measured[0], package, (dataclasses.replace(FLASH_PEER, on_current_stream=there),))
+        assert "error" not in row and set(captures) == {there}
+        captures.clear()
+    assert [name for name, peer in ADAPTERS.items() if not peer.on_current_stream] == ["spargeattn"]
+
+
 def test_no_row_of_ours_comes_after_a_peer(package: Path, tmp_path: Path) -> None:
     """A peer may leave anything changed, such as the default dtype that the next length's inputs are drawn in."""
     write(package, flex="import torch\n\ntorch.set_default_dtype(torch.float64)\n" + FLEX)

@@ -51,6 +51,8 @@ class Peer:
         adapter: module, queries, keys and values `[B, L, H, D]`, settings of the selector -> its call.
         attend: module, queries, keys, values, kept blocks bool `[B, H, nq, nk]` of 128 tokens, which the query heads
             of a kv head share -> its attention over those; None where it takes no blocks.
+        on_current_stream: whether all its kernels are launched on torch's current stream. One that is not runs while
+            the others are captured, on what they have not written yet: such a peer is timed without a graph.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Peer:
     function: str
     adapter: Callable[[ModuleType, Tensor, Tensor, Tensor, Any], Call]
     attend: Callable[[ModuleType, Tensor, Tensor, Tensor, Tensor], Attend] | None = None
+    on_current_stream: bool = True
 
     @property
     def file(self) -> Path:

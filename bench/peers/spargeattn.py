@@ -1,4 +1,7 @@
-"""github.com/thu-ml/SpargeAttn: block means and their likeness, attention in int8 and fp8."""
+"""github.com/thu-ml/SpargeAttn: block means and their likeness, attention in int8 and fp8.
+
+Its attention is launched on CUDA's default stream, whichever is torch's current one.
+"""
 
 from __future__ import annotations
 
@@ -40,4 +43,12 @@ def _attend(module: ModuleType, query: Tensor, key: Tensor, value: Tensor, kept:
     return run
 
 
-PEER = Peer("SpargeAttn", None, "spas_sage_attn.core", "spas_sage2_attn_meansim_cuda", _call, _attend)
+PEER = Peer(
+    "SpargeAttn",
+    None,
+    "spas_sage_attn.core",
+    "spas_sage2_attn_meansim_cuda",
+    _call,
+    _attend,
+    on_current_stream=False,
+)
