@@ -54,11 +54,11 @@ class PrefillGraph:
             raise ValueError("a PrefillGraph returns the output alone, got return_selection=True")
         if arguments.get("graph", "never") != "never":
             raise ValueError(f"a PrefillGraph is a graph already, got graph={arguments['graph']!r}")
-        self._made_for = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
+        padding = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
         self._config, self._settings = config, _fields(config)
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode is written there alone
             self._inputs = (query.detach().clone(), key.detach().clone(), value.detach().clone())
-            self._place = tuple(None if x is None else x.clone() for x in self._made_for)
+            self._made_for, self._place = ([None if x is None else x.clone() for x in padding] for _ in range(2))
             # The graph reads what this call reads, at the same addresses: both live as long as the graph.
             place = {"starts": self._place[0], "lengths": self._place[1]}
             self._call = partial(sparse_prefill_attention, *self._inputs, config, **place, **arguments)

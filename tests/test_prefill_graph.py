@@ -59,7 +59,7 @@ def test_padding_of_a_replay_is_its_own() -> None:
         graph(*given, starts=[0, 100])
     with pytest.raises(ValueError, match=r"lengths must be in \[1, 700\]"):
         graph(*given, lengths=torch.tensor([701, 1]))
-    example = torch.tensor([700, 300])
+    example = torch.tensor([700, 300], dtype=torch.int32)
     graph = PrefillGraph(*given, config(), lengths=example)
     example.fill_(1)
     expected = sparse_prefill_attention(*given, config(), lengths=[700, 300])
