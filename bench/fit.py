@@ -19,11 +19,11 @@ def _flop(row: Row) -> int:
 def best_dense(rows: Sequence[Row], backend: str) -> dict[int, Row]:
     """The fastest dense row of each length that "auto" could take beside a backend.
 
-    It takes TRITON only where FLASH cannot run, so FLASH does not count beside it.
+    It takes TRITON only where FLASH cannot run, so flash-attn-4's kernel does not count beside it.
     """
     found: dict[int, Row] = {}
     for row in rows:
-        possible = row["kernel"] != "FLASH" or backend == "FLASH"
+        possible = row["kernel"] not in ("FLASH", "flash_attn_4") or backend == "FLASH"
         if row["path"] == "dense" and row["selector"] is None and "total_ms" in row and possible:
             known = found.get(row["length"])
             if known is None or row["total_ms"] < known["total_ms"]:

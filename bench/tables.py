@@ -16,6 +16,7 @@ KERNEL_NAMES = {
     "sdpa": "SDPA",
     "sdpa_flash": "SDPA flash",
     "sdpa_cudnn": "SDPA cuDNN",
+    "flash_attn_4": "flash-attn-4",
     "FLASH": "FlexAttention FLASH",
     "TRITON": "FlexAttention TRITON",
     "CPU": "FlexAttention CPU",
