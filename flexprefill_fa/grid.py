@@ -17,6 +17,11 @@ def cdiv(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n, for n >= 1. Triton's own takes 3 us on the host."""
+    return 1 << (n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Grid:
     """Block grid of one attention call: lengths and block size in tokens."""

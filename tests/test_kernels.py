@@ -16,6 +16,7 @@ from oracle_flexprefill import oracle_select
 from workloads import random_qk, structured_qk
 
 from flexprefill_fa import BlockSelection, FlexPrefillConfig
+from flexprefill_fa.grid import next_power_of_2
 from flexprefill_fa.masks.flexprefill import reference
 from flexprefill_fa.masks.last_queries import first_of
 from flexprefill_fa.masks.selector import select_plain
@@ -195,3 +196,10 @@ def test_kernels_compile_for_a_smaller_gpu() -> None:
     assert len({row["kernel"] for row in rows}) == 27
     too_large = [row for row in rows if row["shared"] > 163 * 1024]
     assert not too_large
+
+
+def test_powers_of_two_are_tritons() -> None:
+    import triton
+
+    for n in (*range(1, 300), 2**31 - 1, 2**31):
+        assert next_power_of_2(n) == triton.next_power_of_2(n)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid
+from flexprefill_fa.grid import Grid, next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
 from flexprefill_fa.kernels.pooling import block_mean
 
@@ -131,7 +131,7 @@ def summaries(
     keys, values = (torch.empty(*shape, dim, dtype=key.dtype, device=key.device) for _ in range(2))
     bias = torch.empty(shape, dtype=torch.float32, device=key.device)
     later = bias
-    width = max(16, triton.next_power_of_2(dim))
+    width = max(16, next_power_of_2(dim))
     with on_device(key):
         if tilted:
             means = block_mean(query, ranges, grid.offset, grid.block_size)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexprefill_fa.grid import next_power_of_2
+
 # Lengths, and what follows from them, vary from call to call; specialising on them would compile a kernel for each.
 LENGTHS = [
     "q_len", "kv_len", "offset", "length", "blocks", "q_blocks", "kv_blocks", "tiles", "splits", "all_rows", "least",
@@ -50,7 +52,7 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 def head_slices(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """(width, count) of the slices in which a score tile reads the head dim, so that the tiles fit in shared memory."""
-    padded = max(16, triton.next_power_of_2(head_dim))
+    padded = max(16, next_power_of_2(head_dim))
     width = min(padded, 32 if dtype == torch.float32 else 128 if padded <= 128 else 64)
     return width, padded // width
 

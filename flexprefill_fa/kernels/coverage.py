@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import cdiv
+from flexprefill_fa.grid import cdiv, next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, on_device, programs_at_once
 from flexprefill_fa.kernels.digits import (
     DIGIT_BITS,
@@ -232,7 +232,7 @@ def coverage(
     place = (length, line, lines, first_width)
     counts, cuts = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
     tile, warps = (SHORT_TILE, SHORT_WARPS) if length <= SHORT else (TILE, WARPS)
-    line_tile = min(tile, triton.next_power_of_2(line))
+    line_tile = min(tile, next_power_of_2(line))
     constants = {"ALL": active is None, "LINE_TILE": line_tile, "TILE": tile, "num_warps": warps}
     if active is None:
         active = counts  # not read
@@ -249,7 +249,7 @@ def coverage(
         sums = torch.empty(digits, rows, splits, WAYS.value, dtype=torch.float32, device=device)
         above, ties = (torch.empty(rows, splits, dtype=torch.int32, device=device) for _ in range(2))
         totals = torch.empty(rows, splits, dtype=torch.float32, device=device)
-        wide = triton.next_power_of_2(splits)
+        wide = next_power_of_2(splits)
         for step in range(digits + 1):
             _digit_kernel[(splits, rows)](
                 scores, active, thresholds, values, sums, *place, step, KEEP_CROSSING=keep_crossing, SPLITS=wide,

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import cdiv
+from flexprefill_fa.grid import cdiv, next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, head_slices, on_device, programs_at_once, real_range
 
 MAX_SPLITS = 64
@@ -288,7 +288,7 @@ def last_query_scores(query: Tensor, key: Tensor, ranges: Tensor, block_size: in
         )  # fmt: skip
         _combine_kernel[(rows,)](
             ranges, partial[0], partial[1], lse, heads, offset, splits, BLOCK=block_size,
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=next_power_of_2(splits),
         )  # fmt: skip
 
         at_once = heads_at_once(groups)

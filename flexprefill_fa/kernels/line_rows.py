@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid
+from flexprefill_fa.grid import Grid, next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, bits_of, on_device, real_range
 from flexprefill_fa.kernels.coverage import Prefix, in_prefix
 from flexprefill_fa.kernels.outputs import row_constants
@@ -118,6 +118,6 @@ def write_line_rows(
         _line_rows_kernel[(grid.q_blocks, batch * heads)](
             ranges, aware, chosen, *pooled_arguments(pooled_scores, pooled, aware), *lists, heads, grid.offset,
             grid.kv_len, grid.q_blocks, grid.kv_blocks, dense_tokens, DENSE=dense, HAS_AWARE=pooled is not None,
-            CHUNK=min(CHUNK, triton.next_power_of_2(grid.kv_blocks)), num_warps=4,
+            CHUNK=min(CHUNK, next_power_of_2(grid.kv_blocks)), num_warps=4,
             **row_constants(grid, all_partial, zero_tails),
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import cdiv
+from flexprefill_fa.grid import cdiv, next_power_of_2
 from flexprefill_fa.kernels.block_summaries import summaries
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range, unit_stride
 from flexprefill_fa.kernels.kept_map import kept_map
@@ -237,7 +237,7 @@ def correct(
         _correct_kernel[(batch * heads * pieces,)](
             query, *found, kept, ranges, out, lse, result, *query.stride()[:3], *out.stride()[:3],
             *result.stride()[:3], pieces, heads, heads // found[0].shape[1], q_len, grid.offset, grid.q_blocks,
-            grid.kv_blocks, scale * LOG2E, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK=block_size,
+            grid.kv_blocks, scale * LOG2E, D=dim, BLOCK_D=max(16, next_power_of_2(dim)), BLOCK=block_size,
             LIMIT=14 if query.dtype == torch.float16 else 100, **options,
         )  # fmt: skip
     return result

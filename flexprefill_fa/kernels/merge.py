@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexprefill_fa.grid import next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
 from flexprefill_fa.kernels.last_query import LastQueryScores
 
@@ -94,7 +95,7 @@ def merge_parts(
         _merge_kernel[(blocks + 1, rows)](
             parts.vertical, parts.slash, parts.carry, parts.mean_query, mean_key, ranges, tokens, per_block[0],
             per_block[1], per_block[2], heads, heads // kv_heads, kv_len, blocks, parts.tiles, rows, scale, D=dim,
-            BLOCK_D=triton.next_power_of_2(dim), BLOCK=block_size, KEYS=parts.carry.shape[2],
+            BLOCK_D=next_power_of_2(dim), BLOCK=block_size, KEYS=parts.carry.shape[2],
             ROWS=parts.group_rows, num_warps=4,
         )  # fmt: skip
     return HeadScores(tokens, per_block[0], per_block[1], per_block[2])

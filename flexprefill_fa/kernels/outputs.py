@@ -1,10 +1,9 @@
 """Around a selector's kernels: its inputs as the kernels take them, and the lists that they fill."""
 
 import torch
-import triton
 from torch import Tensor
 
-from flexprefill_fa.grid import MAX_BLOCKS, Grid, real_ranges
+from flexprefill_fa.grid import MAX_BLOCKS, Grid, next_power_of_2, real_ranges
 from flexprefill_fa.kernels.common import unit_stride, unpadded_ranges
 
 
@@ -41,7 +40,7 @@ def row_constants(grid: Grid, all_partial: bool, zero_tails: bool) -> dict[str, 
     """Constants of the kernels that write rows."""
     return {
         "BLOCK": grid.block_size,
-        "WIDTH": triton.next_power_of_2(grid.kv_blocks),
+        "WIDTH": next_power_of_2(grid.kv_blocks),
         "ALL_PARTIAL": all_partial,
         "ZERO_TAILS": zero_tails,
     }

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import cdiv
+from flexprefill_fa.grid import cdiv, next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
 
 
@@ -80,7 +80,7 @@ def block_mean(
             offset,
             blocks,
             D=dim,
-            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_D=next_power_of_2(dim),
             BLOCK=block_size,
             ALL=active is None,
         )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid
+from flexprefill_fa.grid import Grid, next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range, unpadded_ranges
 from flexprefill_fa.kernels.kept_map import kept_map
 from flexprefill_fa.kernels.outputs import empty_lists, prepare, row_constants
@@ -106,6 +106,6 @@ def _unite(
     with on_device(kept):
         _unite_kernel[(grid.q_blocks, batch * kv_heads)](
             ranges, kept, *lists, kv_heads, groups, grid.offset, grid.kv_len, grid.q_blocks,
-            grid.kv_blocks, CHUNK=min(CHUNK, triton.next_power_of_2(grid.kv_blocks)),
+            grid.kv_blocks, CHUNK=min(CHUNK, next_power_of_2(grid.kv_blocks)),
             **row_constants(grid, all_partial, zero_tails),
         )  # fmt: skip

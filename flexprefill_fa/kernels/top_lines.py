@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexprefill_fa.grid import next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, bits_of, on_device, real_range, top_of_row
 
 
@@ -91,6 +92,6 @@ def choose(
     with on_device(column_sums):
         _choose_kernel[(rows, 2)](
             column_sums, diagonal_sums, counts, aware, ranges, kept, heads, blocks, least, most,
-            TOKENS=budget is not None, BLOCK=block_size, WIDTH=triton.next_power_of_2(blocks), num_warps=8,
+            TOKENS=budget is not None, BLOCK=block_size, WIDTH=next_power_of_2(blocks), num_warps=8,
         )  # fmt: skip
     return kept

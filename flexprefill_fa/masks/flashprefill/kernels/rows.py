@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid
+from flexprefill_fa.grid import Grid, next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
 from flexprefill_fa.kernels.outputs import row_constants
 from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_blocks
@@ -93,6 +93,6 @@ def write_rows(
             ranges, scores, best_scores, *lists, first_line, lists[0].shape[1], grid.offset, grid.kv_len, grid.q_blocks,
             grid.kv_blocks, max(math.log2(config.alpha), LOWEST), min(config.sink_blocks, grid.kv_blocks),
             min(config.window_blocks, grid.kv_blocks), min(config.last_full_blocks, grid.q_blocks),
-            CHUNK=min(CHUNK, triton.next_power_of_2(grid.kv_blocks)), num_warps=4,
+            CHUNK=min(CHUNK, next_power_of_2(grid.kv_blocks)), num_warps=4,
             **row_constants(grid, all_partial, zero_tails),
         )  # fmt: skip

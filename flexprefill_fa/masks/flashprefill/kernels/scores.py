@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid
+from flexprefill_fa.grid import Grid, cdiv, next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range
 from flexprefill_fa.kernels.pooling import block_mean
 from flexprefill_fa.kernels.row_lists import row_geometry
@@ -193,11 +193,11 @@ def pooled_keys(key: Tensor, ranges: Tensor, block_size: int, scale: float) -> P
     scale = max(scale * LOG2E, SMALLEST_FACTOR)
     if key.dtype != torch.float32:
         return PooledKeys(mean_key.view(1, rows, dim), ranges, kv_heads, scale)
-    padded = max(16, triton.next_power_of_2(dim))
+    padded = max(16, next_power_of_2(dim))
     parts = torch.empty(2, rows, padded, dtype=torch.float16, device=key.device)
     factors = torch.empty(rows, dtype=torch.float32, device=key.device)
     with on_device(key):
-        _split_kernel[(triton.cdiv(rows, SPLIT_ROWS),)](
+        _split_kernel[(cdiv(rows, SPLIT_ROWS),)](
             mean_key, parts, factors, rows, scale, D=dim, BLOCK_D=padded, ROWS=SPLIT_ROWS, num_warps=4
         )
     return PooledKeys(parts, factors, kv_heads, scale)
@@ -223,6 +223,6 @@ def block_scores(
         _scores_kernel[(scores.shape[0],)](
             query, keys.parts, keys.factors, ranges, scores, best_scores, *query.stride()[:3], first_line, heads,
             heads // keys.kv_heads, grid.offset, grid.kv_len, grid.q_blocks, grid.kv_blocks, rows, keys.scale, D=dim,
-            BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK=grid.block_size, TWO_PARTS=parts == 2,
+            BLOCK_D=max(16, next_power_of_2(dim)), BLOCK=grid.block_size, TWO_PARTS=parts == 2,
             **tile_options(dim, parts == 2),
         )  # fmt: skip

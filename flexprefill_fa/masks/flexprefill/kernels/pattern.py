@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexprefill_fa.grid import next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, denormal_exp, on_device, real_range
 
 
@@ -92,6 +93,6 @@ def head_pattern(
     with on_device(logits):
         _pattern_kernel[(rows,)](
             logits, columns, ranges, distance, aware, thresholds, heads, offset, blocks, dense_tokens, tau, rounded,
-            gamma - rounded, BLOCK=block_size, WIDTH=triton.next_power_of_2(blocks), PUBLISHED=published, num_warps=8,
+            gamma - rounded, BLOCK=block_size, WIDTH=next_power_of_2(blocks), PUBLISHED=published, num_warps=8,
         )  # fmt: skip
     return distance, aware, thresholds

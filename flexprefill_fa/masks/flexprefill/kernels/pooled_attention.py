@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexprefill_fa.grid import cdiv, next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range
 
 
@@ -111,7 +112,7 @@ def pooled_attention(
     scores = torch.empty(batch * heads, q_blocks, kv_blocks, dtype=torch.float32, device=mean_query.device)
     with on_device(mean_query):
         options = tile_options(dim, q_blocks)
-        _pooled_attention_kernel[(triton.cdiv(q_blocks, options["ROWS"]), batch * heads)](
+        _pooled_attention_kernel[(cdiv(q_blocks, options["ROWS"]), batch * heads)](
             mean_query,
             mean_key,
             ranges,
@@ -125,7 +126,7 @@ def pooled_attention(
             kv_blocks,
             scale,
             D=dim,
-            BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            BLOCK_D=max(16, next_power_of_2(dim)),
             BLOCK=block_size,
             num_stages=2,
             **options,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid, cdiv
+from flexprefill_fa.grid import Grid, cdiv, next_power_of_2
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range
 from flexprefill_fa.masks.peakprefill.config import MOST_REPRESENTATIVES, PeakPrefillConfig
 from flexprefill_fa.masks.peakprefill.representatives import CLUSTER_STEPS, QUERY_STEP, count_of
@@ -263,9 +263,9 @@ def represent(
 ) -> Representatives:
     """The same as the plain `representatives`, of a batch; undefined for blocks without a real key."""
     batch, kv_heads, _, dim = key.shape
-    groups, padded = query.shape[1] // kv_heads, max(16, triton.next_power_of_2(dim))
+    groups, padded = query.shape[1] // kv_heads, max(16, next_power_of_2(dim))
     count = count_of(config, grid.kv_len)
-    most = triton.next_power_of_2(count)
+    most = next_power_of_2(count)
     width = tile_width(padded, key.element_size())
     tiles = cdiv(grid.kv_blocks, width // most)
     rows = batch * kv_heads * tiles * width
