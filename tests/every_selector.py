@@ -70,7 +70,7 @@ def check_laws(selection: BlockSelection, config: Any) -> None:
         inside = torch.arange(1, indices.shape[-1]) < count[..., None]
         assert (indices.diff(dim=-1)[inside] > 0).all()
     kind = type(config)
-    if kind.always is Selector.always and kind.pattern is Selector.pattern:
+    if kind.always is Selector.always and kind.clauses is Selector.clauses and kind.pattern is Selector.pattern:
         block = torch.arange(grid.kv_blocks)
         row = grid.offset + torch.arange(grid.q_blocks)[:, None] * grid.block_size
         last = (row + grid.block_size).clamp(max=grid.kv_len) - 1

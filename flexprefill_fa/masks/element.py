@@ -145,10 +145,17 @@ class Element:
         every = torch.ones(grid.q_blocks, grid.kv_blocks, dtype=torch.bool, device=self.device)
         return every.tril((grid.offset - grid.query_pad + size - 1) // size)
 
+    def first_block(self) -> Tensor:
+        """bool `[1, nk]`: the first block."""
+        return torch.arange(self.grid.kv_blocks, device=self.device)[None] == 0
+
+    def own_positions(self) -> Tensor:
+        """bool `[nq, nk]`: the blocks of the positions of a query block."""
+        return self.visible().triu((self.grid.offset - self.grid.query_pad) // self.grid.block_size)
+
     def first_and_diagonal(self) -> Tensor:
-        """bool `[nq, nk]`: the first block, and those of the positions of a query block."""
-        grid = self.grid
-        blocks = self.visible().triu((grid.offset - grid.query_pad) // grid.block_size)
+        """bool `[nq, nk]`: both, in fewer launches than by themselves."""
+        blocks = self.own_positions()
         blocks[:, 0].fill_(True)
         return blocks
 

@@ -18,6 +18,7 @@ from flexprefill_fa.grid import MAX_BLOCKS, Grid, cdiv, real_ranges, unmasked_bl
 from flexprefill_fa.masks.density import usual_density
 from flexprefill_fa.masks.element import Element, element_of
 from flexprefill_fa.masks.settings import Travelling, as_settings, of_settings, travelling_fields
+from flexprefill_fa.masks.shares import BlockShares
 from flexprefill_fa.selection import index_lists
 from flexprefill_fa.validation import check_block_size
 
@@ -130,7 +131,7 @@ class Selector:
             raise ValueError(f"a selector's name must be lower case letters, digits and _, got {name!r}")
         if not register:  # for what stands in a selector's place and has an operator of its own
             return
-        inherited = "triton" not in vars(cls) and {"keep", "always", "pattern"} & set(vars(cls))
+        inherited = "triton" not in vars(cls) and {"keep", "always", "clauses", "pattern"} & set(vars(cls))
         if inherited:  # kernels of another rule
             cls.triton = None
         other = _REGISTRY.get(name)  # a module may be loaded again, and a notebook's cell run again
@@ -169,8 +170,21 @@ class Selector:
         raise NotImplementedError(f"{type(self).__name__} must define keep(element)")
 
     def always(self, element: Element) -> Tensor:
-        """bool `[nq, nk]`: blocks that are kept whatever the rule says. The first one, and a row's own positions."""
-        return element.first_and_diagonal()
+        """bool `[nq, nk]`: blocks that are kept whatever the rule says, those of all `clauses`."""
+        if type(self).clauses is Selector.clauses:
+            return element.first_and_diagonal()
+        return functools.reduce(torch.logical_or, self.clauses(element).values())
+
+    def clauses(self, element: Element) -> dict[str, Tensor]:
+        """The parts of `always` by their names, bool `[nq or 1, nk or 1]`: the first block, and a row's own positions.
+
+        Of a selector with a `pattern`, which adds nothing to it: the parts of that. Blocks of the future do not matter.
+        """
+        return {"first block": element.first_block(), "own positions": element.own_positions()}
+
+    def block_shares(self, element: Element) -> BlockShares | None:
+        """What the rule compares with its threshold, for `flexprefill inspect`; None where it has no such number."""
+        return None
 
     def pattern(self, grid: Grid, ranges: Tensor) -> Tensor | None:
         """For rules that look at no query and no key: bool `[B, nq, nk]`, all that is kept; None: ask `keep`.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexprefill_fa.grid import Grid, cdiv
 from flexprefill_fa.masks.density import fixed_density
+from flexprefill_fa.masks.element import Element
 from flexprefill_fa.masks.selector import Selector
 from flexprefill_fa.validation import check_block_size, check_integer
 
@@ -54,8 +55,18 @@ class StreamingLLMConfig(Selector, name="streaming_llm"):
         """Blocks with a real query q and a real key k <= q with k < start + sink or q - k < window."""
         start = ranges[:, 0].long()[:, None, None]
         row_first = grid.offset + torch.arange(grid.q_blocks, device=ranges.device)[:, None] * grid.block_size
-        first_query = torch.maximum(row_first, start)  # [B, nq, 1], of the row's real ones
-        block_first = torch.arange(grid.kv_blocks, device=ranges.device) * grid.block_size  # [nk]
-        block_last = block_first + grid.block_size - 1
+        sink, window = self._parts(torch.maximum(row_first, start), start, grid.kv_blocks)
+        return sink | window
+
+    def clauses(self, element: Element) -> dict[str, Tensor]:
+        """The two of them."""
+        first_query = element.row_first.clamp(min=element.grid.offset)[:, None]
+        parts = self._parts(first_query, element.grid.key_pad, element.grid.kv_blocks)
+        return dict(zip(("sink", "window"), parts, strict=True))
+
+    def _parts(self, first_query: Tensor, start: Tensor | int, blocks: int) -> tuple[Tensor, Tensor]:
+        """Sink and window, bool `[..., nq or 1, nk]`; from positions: each row's first real query, the first key."""
+        block_first = torch.arange(blocks, device=first_query.device) * self.block_size  # [nk]
+        block_last = block_first + self.block_size - 1
         sink = (block_first < start + self.sink) & (self.sink > 0)
-        return sink | (block_last > first_query - self.window)  # up to the diagonal: the rows' windows overlap
+        return sink, block_last > first_query - self.window  # up to the diagonal: the rows' windows overlap

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flexprefill_fa.grid import cdiv
@@ -9,6 +10,7 @@ from flexprefill_fa.masks.density import fixed_density, usual_density
 from flexprefill_fa.masks.element import Element
 from flexprefill_fa.masks.flashprefill import reference
 from flexprefill_fa.masks.selector import Selector
+from flexprefill_fa.masks.shares import BlockShares
 from flexprefill_fa.validation import check_block_size, check_integer, check_number
 
 
@@ -68,6 +70,17 @@ class FlashPrefillConfig(Selector, name="flashprefill"):
         scores = reference.block_scores(element)
         return (scores > 0) & (scores >= scores.amax(-1, keepdim=True) * self.alpha)
 
-    def always(self, element: Element) -> Tensor:
+    def clauses(self, element: Element) -> dict[str, Tensor]:
         """Sink blocks, window blocks, last rows."""
-        return reference.always_kept(element, self)
+        block = torch.arange(element.grid.kv_blocks, device=element.device)
+        return {
+            "sink blocks": (block < self.sink_blocks)[None],
+            "window": element.diagonal()[0][:, None] - block < self.window_blocks,
+            "last query blocks": element.last_rows(self.last_full_blocks),
+        }
+
+    def block_shares(self, element: Element) -> BlockShares:
+        """Scores beside the best one of their row."""
+        scores = reference.block_scores(element)
+        best = scores.amax(-1, keepdim=True)
+        return BlockShares((scores / best).nan_to_num(nan=0.0), "of the best block's score", "alpha")

@@ -20,7 +20,7 @@ from torch import Tensor
 from flexprefill_fa.masks.element import Element
 
 if TYPE_CHECKING:
-    from flexprefill_fa.masks.flashprefill.config import FlashPrefillConfig
+    pass
 
 
 def block_scores(element: Element) -> Tensor:
@@ -45,10 +45,3 @@ def block_scores(element: Element) -> Tensor:
         best = highest.amax(-1, keepdim=True)
         parts.append(total * (highest - best.masked_fill(best == float("-inf"), 0.0)).exp())
     return torch.cat(parts, 1)
-
-
-def always_kept(element: Element, config: FlashPrefillConfig) -> Tensor:
-    """bool [nq, nk], before the causal rule: sink blocks, window blocks, last rows."""
-    block = torch.arange(element.grid.kv_blocks, device=element.device)
-    window = element.diagonal()[0][:, None] - block < config.window_blocks
-    return (block < config.sink_blocks) | window | element.last_rows(config.last_full_blocks)

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from flexprefill_fa.masks.density import usual_density
 from flexprefill_fa.masks.element import Element
 from flexprefill_fa.masks.peakprefill import reference
 from flexprefill_fa.masks.selector import Selector
+from flexprefill_fa.masks.shares import BlockShares
 from flexprefill_fa.validation import check_block_size, check_integer, check_number
 
 MOST_REPRESENTATIVES = 16
@@ -86,6 +86,10 @@ class PeakPrefillConfig(Selector, name="peakprefill"):
         """Blocks with a share of `peak` for some row, see `reference`."""
         return reference.peak_shares(element, self) >= self.peak
 
-    def always(self, element: Element) -> Tensor:
+    def clauses(self, element: Element) -> dict[str, Tensor]:
         """The first block, a row's own positions, the last rows."""
-        return torch.logical_or(super().always(element), element.last_rows(self.last_full_blocks))
+        return {**super().clauses(element), "last query blocks": element.last_rows(self.last_full_blocks)}
+
+    def block_shares(self, element: Element) -> BlockShares:
+        """The largest share that a row gives each block, see `reference`."""
+        return reference.block_shares(element, self)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flexprefill_fa.masks.element import Element
 from flexprefill_fa.masks.peakprefill.representatives import representatives
+from flexprefill_fa.masks.shares import BlockShares
 
 if TYPE_CHECKING:
     from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
@@ -30,6 +31,23 @@ def peak_shares(element: Element, config: PeakPrefillConfig) -> Tensor:
     """X, fp32 `[H, nq, nk]`; 0 for blocks that no real query of I sees."""
     seen = representatives(element, config)
     return torch.cat([shares.amax(2).exp() for _, shares in log_shares(element, *seen)], 1)
+
+
+def block_shares(element: Element, config: PeakPrefillConfig) -> BlockShares:
+    """X, the row with that share, and the representative through which it sees the block."""
+    vectors, bias = representatives(element, config)
+    block, own = torch.arange(element.grid.kv_blocks, device=element.device), element.diagonal()[0]
+    parts = []
+    for rows, shares in log_shares(element, vectors, bias):
+        share, row = shares.max(2)  # [H, rows, nk]
+        scores = [
+            representative_scores(element, rows, vectors, bias, i).gather(2, row[:, :, None])[:, :, 0]
+            for i in range(vectors.shape[2])
+        ]
+        by_keys = (block == 0) | (block >= own[rows, None])  # [rows, nk]
+        parts.append((share.exp(), row, (torch.stack(scores).argmax(0) + 1).masked_fill(by_keys, 0)))
+    share, row, representative = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return BlockShares(share, "of one query's attention", "peak", row, representative)
 
 
 def log_shares(element: Element, vectors: Tensor, bias: Tensor) -> Iterator[tuple[slice, Tensor]]:
