@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexprefill_fa import FlexPrefillConfig
 from flexprefill_fa.integrations.transformers import LayerDescription
 from flexprefill_fa.tools.inspection.collect import HeadReport, Inspection
 from flexprefill_fa.tools.inspection.maps import KINDS, MAP_BYTES, LayerMaps, blocks_per_cell
@@ -45,12 +46,12 @@ def read_maps(page: str, layer: int, heads: int) -> Tensor:
 def synthetic(layers: int, heads: int, blocks: int) -> Inspection:
     """Random numbers and maps of noise, which no compression makes smaller."""
     rng = random.Random(0)
-    group = blocks_per_cell(blocks, heads, MAP_BYTES / layers)
+    group = blocks_per_cell(blocks, heads * len(KINDS), MAP_BYTES / layers)
     cells = -(-blocks // group)
     size = heads * len(KINDS) * cells * (cells + 1) // 2
     return Inspection(
         tokens=blocks * 128,
-        block_size=128,
+        config=FlexPrefillConfig(),
         layers=tuple(LayerDescription(layer, "sparse", "it attends to the whole prompt") for layer in range(layers)),
         heads=tuple(
             HeadReport(layer, head, rng.choice(("query_aware", "vertical_slash")), *(rng.random() for _ in range(3)))

@@ -232,7 +232,7 @@ def test_levels_of_shares() -> None:
 @pytest.mark.parametrize("blocks", [1, 9, 64, 256, 257, 1024, 8192])
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 8), (32, 32), (80, 64), (126, 128)])
 def test_maps_keep_to_the_page_limit(blocks: int, layers: int, heads: int) -> None:
-    group = blocks_per_cell(blocks, heads, MAP_BYTES / layers)
+    group = blocks_per_cell(blocks, heads * 3, MAP_BYTES / layers)
     cells = -(-blocks // group)
     assert cells <= MAX_CELLS
     assert layers * heads * 3 * cells * (cells + 1) / 2 * 4 / 3 <= MAP_BYTES

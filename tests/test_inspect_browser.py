@@ -6,10 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from inspect_pages import find_browser, opened, read_data, synthetic
 from test_inspect import OPTIONS, inspect, prompt  # noqa: F401 (a fixture)
 
+from flexprefill_fa import FlashPrefillConfig, PeakPrefillConfig
+from flexprefill_fa.tools.inspection.collect import inspect_prefill
 from flexprefill_fa.tools.inspection.page import render
+from flexprefill_fa.tools.inspection.place import Place
+from flexprefill_fa.tools.inspection.why import explain_place
+from flexprefill_fa.tools.progress import WorkProgress
 
 # The colours of a canvas that the page has drawn, white left out.
 COLOURS = """canvas => {
@@ -80,9 +87,39 @@ def test_the_needle_models_page(prompt: Path, tmp_path: Path) -> None:  # noqa: 
         # The pointer on a cell says what it is.
         page.locator("#detail-maps canvas").nth(1).hover(position={"x": 10, "y": 150})
         page.wait_for_selector("#tip:not([hidden])")
-        assert page.locator("#tip").inner_text().startswith("queries ")
+        assert page.locator("#tip").inner_text().startswith("queries 1,")
+        assert page.locator("#tip").inner_text().splitlines()[1] in ("not kept", "kept: the rule", "kept: first block")
         page.click("#fields button[data-field=density]")
         assert len(page.locator("#heat").evaluate(COLOURS)) > 20
+
+
+@pytest.mark.parametrize(
+    "config", [PeakPrefillConfig(per_block=3), FlashPrefillConfig(sink_blocks=1, window_blocks=2, last_full_blocks=1)]
+)
+def test_the_pointer_and_the_text_say_the_same(config: Any, needle_model: Any, tmp_path: Path) -> None:
+    find_browser()
+    input_ids = torch.randint(1, 2000, (1, 1200), generator=torch.Generator().manual_seed(0))
+    out = tmp_path / "report.html"
+    out.write_text(render(inspect_prefill(needle_model, input_ids, config, WorkProgress()), {"model": "x"}), "utf-8")
+    said: set[str] = set()
+    with opened(out) as page:
+        for head, row, column in ((6, 8, 0), (6, 8, 3), (6, 8, 6), (6, 8, 8), (1, 9, 4), (3, 7, 2), (3, 7, 5)):
+            page.click(f"#heads tr:nth-child({8 * 3 + head + 1})")
+            assert page.locator("#detail-title").inner_text() == f"Layer 3, head {head}"
+            page.wait_for_selector("#detail-maps canvas[data-drawn=missed]")
+            canvas = page.locator("#detail-maps canvas").first
+            side = canvas.bounding_box()["width"] / 10
+            page.mouse.move(0, 0)
+            page.wait_for_selector("#tip", state="hidden")
+            canvas.hover(position={"x": (column + 0.5) * side, "y": (row + 0.5) * side})
+            page.wait_for_selector("#tip:not([hidden])")
+            place = Place(3, head, row, column)
+            (line,) = explain_place(needle_model, input_ids, config, WorkProgress(), False, place)
+            words = line.partition("key block")[2].split(") ", 1)[1].split("; ")
+            assert page.locator("#tip").inner_text().splitlines()[1:3] == words
+            said |= {words[0], words[1].partition(": ")[2]}
+    assert {"not kept", "kept: first block" if config.name == "peakprefill" else "kept: sink blocks"} <= said
+    assert len({words for words in said if words.startswith(("at least", "below"))}) == 2
 
 
 def test_eighty_layers_of_sixty_four_heads(tmp_path: Path) -> None:

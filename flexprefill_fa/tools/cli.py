@@ -17,6 +17,7 @@ from flexprefill_fa.tools import reporting
 from flexprefill_fa.tools.evaluation.cli import evaluate
 from flexprefill_fa.tools.fidelity.cli import fidelity
 from flexprefill_fa.tools.inspection.output import check_out, write_atomically
+from flexprefill_fa.tools.inspection.place import parse_place
 from flexprefill_fa.tools.loading import (
     UsageError,
     load_model,
@@ -223,7 +224,15 @@ def generate(
 def inspect_heads(
     model: Model,
     prompt_file: PromptFile,
-    out: Annotated[Path, typer.Option(help="The page to write, such as report.html.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write, such as report.html.")] = None,
+    why: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="Print why key blocks are kept: LAYER,HEAD,QUERY_BLOCK for all that a query block keeps, or "
+            "LAYER,HEAD,QUERY_BLOCK,KEY_BLOCK; all counted from 0.",
+        ),
+    ] = None,
     selector: Selector = None,
     gamma: Gamma = None,
     tau: Tau = None,
@@ -234,23 +243,33 @@ def inspect_heads(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Show what every layer and head keeps of a prompt, and what it misses, in one HTML page.
+    """Show what every layer and head keeps of a prompt, and what it misses, in one HTML page; or why, as text.
 
     The page holds everything it shows and loads nothing. Exact attention is computed beside sparse prefill: slow.
     """
     with one_line_errors():
+        if out is None and why is None:
+            raise UsageError("inspect needs --out for a page, --why for text, or both")
+        place = None if why is None else parse_place(why)
         settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
         settings |= {"block_size": block_size, "variant": variant}
         config = _selector_config(selector, settings)
         where, weights = resolve_device(device), resolve_dtype(dtype)
-        check_out(out, prompt_file)
+        if out is not None:
+            check_out(out, prompt_file)
         progress = WorkProgress()
         network, _, input_ids = _model_and_prompt(model, prompt_file, weights, where, progress)
         from flexprefill_fa.tools.generation import usual_correction
         from flexprefill_fa.tools.inspection.collect import inspect_prefill
         from flexprefill_fa.tools.inspection.page import render
+        from flexprefill_fa.tools.inspection.why import explain_place
 
         correction = False if _chosen(selector, settings) else usual_correction(network)
+        if place is not None:
+            for line in explain_place(network, input_ids, config, progress, correction, place):
+                typer.echo(line)
+        if out is None:
+            return
         found = inspect_prefill(network, input_ids, config, progress, correction)
         about = reporting.inspection_facts(model, prompt_file, config, reporting.conditions(where, network.dtype))
         about["mean correction"] = str(correction or "none")

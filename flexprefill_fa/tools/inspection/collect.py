@@ -12,21 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexprefill_fa.exact import block_mass
-from flexprefill_fa.integrations.hf_check import check_some_sparse
-from flexprefill_fa.integrations.transformers import (
-    LayerDescription,
-    SparseCall,
-    collect_statistics,
-    describe_sparse_prefill,
-    enable_sparse_prefill,
-    observe_sparse_prefill,
-)
-from flexprefill_fa.masks import PeakPrefillConfig, Selector
+from flexprefill_fa.integrations.transformers import LayerDescription, SparseCall
+from flexprefill_fa.masks import Selector
 from flexprefill_fa.mean_correction import MeanCorrection
-from flexprefill_fa.tools.generation import generate_greedily, refusal_in_one_line
-from flexprefill_fa.tools.inspection.maps import KINDS, MAP_BYTES, LayerMaps, blocks_per_cell, layer_maps
-from flexprefill_fa.tools.inspection.peaks import PARTS, block_peaks
-from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.inspection.maps import MAP_BYTES, LayerMaps, blocks_per_cell, layer_maps
+from flexprefill_fa.tools.inspection.reasons import ReasonMaps, find_reasons, map_count, reason_maps
+from flexprefill_fa.tools.inspection.watch import Look, watch_prefill
 from flexprefill_fa.tools.progress import WorkProgress
 
 
@@ -56,19 +47,19 @@ class Inspection:
 
     Attributes:
         tokens: of the prompt.
-        block_size: tokens per block.
+        config: the selector's.
         layers: what each layer of the model does in this prompt, and why.
         heads: of the sparse layers.
         maps: by layer, of the sparse layers.
-        peaks: by layer, where PeakPrefill runs and a cell of the maps is one block: `Peaks.data`.
+        reasons: by layer, where a cell of the maps is one block.
     """
 
     tokens: int
-    block_size: int
+    config: Selector
     layers: tuple[LayerDescription, ...]
     heads: tuple[HeadReport, ...]
     maps: dict[int, LayerMaps]
-    peaks: dict[int, bytes] = dataclasses.field(default_factory=dict)
+    reasons: dict[int, ReasonMaps] = dataclasses.field(default_factory=dict)
 
     @property
     def density(self) -> float:
@@ -104,54 +95,38 @@ def inspect_prefill(
         UsageError: if the integration refuses the model, none of its layers runs sparse, or the prompt is so short that
             it runs dense.
     """
-    tokens = input_ids.shape[1]
     recall: dict[int, list[float]] = {}
     maps: dict[int, LayerMaps] = {}
-    peaks: dict[int, bytes] = {}
-    with refusal_in_one_line():
-        handle = enable_sparse_prefill(model, config, mean_correction=mean_correction)
-    with handle, collect_statistics(model) as found:
-        with refusal_in_one_line():
-            check_some_sparse(model)
-        described = [layer for layer in describe_sparse_prefill(model) if layer.layer is not None]
-        if tokens <= config.dense_tokens:
-            raise UsageError(
-                f"the prompt runs dense, there is nothing to inspect: {config.name} keeps every block of prompts of up "
-                f"to {config.dense_tokens} tokens with these settings, this has {tokens}"
-            )
-        budget = MAP_BYTES / sum(layer.runs == "sparse" for layer in described)
-        if isinstance(config, PeakPrefillConfig):
-            budget *= len(KINDS) / len((*KINDS, *PARTS))
+    reasons: dict[int, ReasonMaps] = {}
+    limit = 0.0
 
-        def look(call: SparseCall) -> None:
-            recall[call.layer], maps[call.layer] = _look(call, tokens, budget)
-            if isinstance(config, PeakPrefillConfig) and maps[call.layer].group == 1:
-                peaks[call.layer] = block_peaks(call.query[0], call.key[0], config, call.scale).data()
+    def begin(described: list[LayerDescription]) -> Look:
+        nonlocal limit
+        limit = MAP_BYTES / sum(layer.runs == "sparse" for layer in described)
+        return look
 
-        with observe_sparse_prefill(model, look):
-            generate_greedily(model, input_ids, 1, progress, f"inspecting {tokens} tokens")
-        if not maps:
-            raise UsageError(f"every layer ran dense in this prompt of {tokens} tokens: there is nothing to inspect")
-        rows = found.latest().rows()
+    def look(call: SparseCall) -> None:
+        recall[call.layer], maps[call.layer] = _look(call, config, limit)
+        if maps[call.layer].group == 1:
+            reasons[call.layer] = reason_maps(find_reasons(call, config), config, maps[call.layer].cells)
+
+    described, rows = watch_prefill(model, input_ids, config, progress, mean_correction, begin)
     layers = tuple(_as_it_ran(layer, layer.layer in maps) for layer in described)
-    return Inspection(tokens, config.block_size, layers, tuple(_report(row, recall) for row in rows), maps, peaks)
+    heads = tuple(_report(row, recall) for row in rows)
+    return Inspection(input_ids.shape[1], config, layers, heads, maps, reasons)
 
 
-def _look(call: SparseCall, tokens: int, budget: float) -> tuple[list[float], LayerMaps]:
-    """Recall of each head, and the layer's maps within a budget of base64 characters."""
+def _look(call: SparseCall, config: Selector, limit: float) -> tuple[list[float], LayerMaps]:
+    """Recall of each head, and the layer's maps, which leave the reasons their part of so much base64 text."""
     selection = call.selection
-    if selection.q_len != tokens:
-        raise UsageError(
-            f"inspect needs a prefill in one piece, layer {call.layer} got {selection.q_len} of {tokens} tokens: unset "
-            "prefill_chunk_size in the model's generation_config.json"
-        )
     mass = block_mass(call.query, call.key, selection.block_size, scale=call.scale, softcap=call.softcap)[0]
     keep = selection.to_dense()[0]
     heads, blocks = keep.shape[:2]
     kept = mass.masked_fill(~keep, 0).sum((-2, -1), dtype=torch.float64) / selection.q_len
     first_rows = torch.arange(blocks, device=mass.device) * selection.block_size
     rows = (selection.q_len - first_rows).clamp(max=selection.block_size)
-    return kept.tolist(), layer_maps(keep, mass, rows, blocks_per_cell(blocks, heads, budget))
+    count = map_count(heads, shares=type(config).block_shares is not Selector.block_shares)
+    return kept.tolist(), layer_maps(keep, mass, rows, blocks_per_cell(blocks, count, limit))
 
 
 def _report(row: dict[str, Any], recall: dict[int, list[float]]) -> HeadReport:

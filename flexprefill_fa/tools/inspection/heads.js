@@ -75,15 +75,22 @@ async function mapOf(head, kind) {
   return (await bytesOf(`maps-${head.layer}`)).subarray(at, at + size);
 }
 
-// Which query gives a cell's block its largest share, and through which representative (0: by all keys).
-async function peakOf(head, row, at) {
-  const { cells } = layers.get(head.layer);
+// Why a cell's block is kept or not, and its share, in the words of reasons.py.
+async function reasonsOf(head, row, at, kept) {
+  const { cells, reasons } = layers.get(head.layer);
   const size = (cells * (cells + 1)) / 2;
-  const start = 2 * headsOf.get(head.layer).indexOf(head) * size + at;
-  const bytes = await bytesOf(`peaks-${head.layer}`);
-  const query = (row * data.block_size + bytes[start]).toLocaleString("en");
-  const number = bytes[start + size];
-  return `needed most by query ${query}, ${number ? `through representative ${number}` : "scored by all its keys"}`;
+  const bytes = await bytesOf(`reasons-${head.layer}`);
+  const lines = [kept ? `kept: ${reasons.clauses[bytes[at]] || data.rule}` : "not kept"];
+  if (!reasons.parts.length) return lines;
+  const start = (1 + reasons.parts.length * headsOf.get(head.layer).indexOf(head)) * size + at;
+  const part = Object.fromEntries(reasons.parts.map((name, i) => [name, bytes[start + i * size]]));
+  const level = 256 * part.share + part.share_fine; // ten-thousandths, and 2^15 where it reaches the threshold
+  let words = `${part.row === undefined ? "" : "largest "}share ${((level % 32768) / 10000).toFixed(4)} ${reasons.what}`;
+  if (part.row !== undefined) words += `, given by query ${(row * data.block_size + part.row).toLocaleString("en")}`;
+  if (part.representative) words += ` through representative ${part.representative}`;
+  else if (part.representative === 0) words += " through all of its keys";
+  lines.push(`${words}: ${level >= 32768 ? "at least" : "below"} ${reasons.threshold} ${reasons.least}`);
+  return lines;
 }
 
 async function drawMap(canvas, head, kind) {
@@ -118,7 +125,7 @@ function span(cell, group) {
 }
 
 async function tipFor(event, head) {
-  const { cells, group, peaks } = layers.get(head.layer);
+  const { cells, group, reasons } = layers.get(head.layer);
   const box = event.target.getBoundingClientRect();
   const [x, y] = [event.clientX - box.left, event.clientY - box.top];
   const [column, row] = [Math.floor((x / box.width) * cells), Math.floor((y / box.height) * cells)];
@@ -127,9 +134,9 @@ async function tipFor(event, head) {
   const at = (row * (row + 1)) / 2 + column;
   const lines = [`queries ${span(row, group)}, keys ${span(column, group)}`];
   data.kinds.forEach((kind, i) => {
-    if (kind !== "missed" || found[i][at]) lines.push(said(kind, found[i][at]));
+    if (kind === "kept" ? !reasons : kind !== "missed" || found[i][at]) lines.push(said(kind, found[i][at]));
   });
-  if (peaks) lines.push(await peakOf(head, row, at));
+  if (reasons) lines.splice(1, 0, ...(await reasonsOf(head, row, at, found[0][at])));
   showTip(event, lines);
 }
 

@@ -44,15 +44,15 @@ class LayerMaps:
     data: bytes
 
 
-def blocks_per_cell(blocks: int, heads: int, limit: float) -> int:
+def blocks_per_cell(blocks: int, maps: int, limit: float) -> int:
     """The smallest group with which a layer's maps have at most `MAX_CELLS` cells a side and keep to a limit.
 
     Args:
         blocks: blocks along a map's side.
-        heads: of the layer.
+        maps: of the layer, of all heads together.
         limit: characters of base64 text.
     """
-    values = limit / _BASE64 / (heads * len(KINDS))  # a triangle of c cells a side has c (c + 1) / 2
+    values = limit / _BASE64 / maps  # a triangle of c cells a side has c (c + 1) / 2
     most = max(1, min(MAX_CELLS, math.floor((math.sqrt(8 * values + 1) - 1) / 2)))
     return -(-blocks // most)
 

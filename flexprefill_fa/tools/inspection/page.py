@@ -11,6 +11,7 @@ from typing import Any
 
 from flexprefill_fa.tools.inspection.collect import Inspection
 from flexprefill_fa.tools.inspection.maps import DECADES, KINDS
+from flexprefill_fa.tools.inspection.reasons import rule_words
 
 
 def render(inspection: Inspection, about: dict[str, Any]) -> str:
@@ -22,13 +23,13 @@ def render(inspection: Inspection, about: dict[str, Any]) -> str:
 
     Returns:
         HTML with the data as JSON in the element `data`, and the maps of layer N, compressed by zlib and in base64, in
-        the element `maps-N`, its peaks in `peaks-N`. At most `MAP_BYTES` of both and some 70 bytes for each head,
+        the element `maps-N`, its reasons in `reasons-N`. At most `MAP_BYTES` of both and some 70 bytes for each head,
         beside 30 KB of page.
     """
     template, style = _asset("page.html"), _asset("page.css")
     script = _asset("heads.js") + _asset("overview.js")
     packed = {f"maps-{layer}": found.data for layer, found in inspection.maps.items()}
-    packed |= {f"peaks-{layer}": found for layer, found in inspection.peaks.items()}
+    packed |= {f"reasons-{layer}": found.data for layer, found in inspection.reasons.items()}
     maps = "\n".join(
         f'<script type="text/plain" id="{name}">{_packed(found)}</script>' for name, found in packed.items()
     )
@@ -49,16 +50,19 @@ def _data(inspection: Inspection, about: dict[str, Any]) -> dict[str, Any]:
     for layer in inspection.layers:
         entry = {"layer": layer.layer, "runs": layer.runs, "why": layer.why}
         if layer.layer is not None and (found := inspection.maps.get(layer.layer)):
-            entry |= {"group": found.group, "cells": found.cells, "peaks": layer.layer in inspection.peaks}
+            entry |= {"group": found.group, "cells": found.cells}
+            if why := inspection.reasons.get(layer.layer):
+                entry["reasons"] = {name: value for name, value in vars(why).items() if name != "data"}
         layers.append(entry)
     return {
         "about": about,
         "tokens": inspection.tokens,
-        "block_size": inspection.block_size,
+        "block_size": inspection.config.block_size,
         "density": inspection.density,
         "recall": inspection.recall,
         "decades": DECADES,
         "kinds": KINDS,
+        "rule": rule_words(inspection.config),
         "layers": layers,
         "heads": [
             {name: round(value, 6) if isinstance(value, float) else value for name, value in fields.items()}
