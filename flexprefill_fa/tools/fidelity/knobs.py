@@ -33,6 +33,16 @@ class Knob:
     fields: tuple[str, ...]
     value: Callable[[float], float | int]
 
+    def place(self, config: Any) -> float:
+        """Where a config's knob stands: the sparsest place whose value is no sparser; an end for a value beyond it."""
+        wanted, rising = getattr(config, self.fields[0]), self.value(1) > self.value(0)
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            value = self.value(middle)
+            low, high = (middle, high) if (value < wanted if rising else value > wanted) else (low, middle)
+        return high
+
     def turn(self, config: Any, place: float) -> Any:
         """A config with the knob at a place."""
         return dataclasses.replace(config, **dict.fromkeys(self.fields, self.value(place)))
@@ -59,7 +69,8 @@ def find_knob(config: Any, length: int) -> Knob:
 
     scales: dict[str, Callable[[float], float | int]] = {
         **dict.fromkeys(("gamma", "threshold", "share"), share),
-        **dict.fromkeys(("alpha", "peak"), threshold),
+        "alpha": threshold,
+        "peak": lambda place: min(0.99, threshold(place)),  # which is below 1
         **dict.fromkeys(("window", "vertical_size"), tokens),
     }
     if not fields:

@@ -74,7 +74,7 @@ def search_layers(
     order = sorted(layers, key=lambda layer: alone[layer] / max(1 - density[layer], 1e-6), reverse=True)
     kept = {}
     for count in _COUNTS:
-        if count >= len(layers):
+        if count >= len(layers) or whole.density >= 1:
             break
         some = _with_dense(choice, asked | {*order[:count]})
         aim = _NEAR * whole.density
@@ -82,7 +82,7 @@ def search_layers(
         def excess(trial: Trial, aim: float = aim) -> float:
             return math.log(aim / trial.density)
 
-        tried = bracket(some, length, measure, excess, math.log(_NEAR), densest=math.log(aim))
+        tried = bracket(some, length, measure, excess, math.log(_NEAR))
         fitting = [trial for trial in tried if trial.density <= whole.density]
         if fitting:
             kept[count] = max(fitting, key=lambda trial: trial.density)

@@ -13,6 +13,7 @@ from flexprefill_fa.tools.fidelity.trial import Trial
 
 _NEAR = 0.93  # of the target: near enough to stop
 _MOST_TRIALS = 14
+_FIRST_STEP = 0.2  # of the knob's way
 _FLOOR = 1e-12  # of a KL, which rounding makes zero or less
 
 
@@ -32,11 +33,12 @@ class Search:
 def search_target(choice: Choice, length: int, target: float, measure: Callable[[Choice], Trial]) -> Search:
     """Turn a selector's knob until the KL is just within a target.
 
-    The densest setting comes first: where even that is too far, no other is tried. Then the interval between a place
-    that is within and one that is not shrinks, by a line through the logarithms of their KLs, or by half.
+    The choice's own setting comes first: dense ones are slow. From there steps go outward, each twice as long, until
+    one place is within and one is not; where even the densest is not, none is. Then the interval between them shrinks,
+    by a line through the logarithms of their KLs, or by half.
 
     Args:
-        choice: the selector; all settings but the knob stay.
+        choice: the selector and where its knob stands; all other settings stay.
         length: of the texts, in tokens.
         target: the largest KL, in nats.
         measure: what a setting comes to.
@@ -56,7 +58,6 @@ def bracket(
     measure: Callable[[Choice], Trial],
     excess: Callable[[Trial], float],
     near: float,
-    densest: float | None = None,
 ) -> list[Trial]:
     """Try settings of a knob until one's excess is in [near, 0], or two neighbours have it between them.
 
@@ -64,7 +65,6 @@ def bracket(
         choice, length, measure: as for `search_target`.
         excess: of a trial; falls from the sparsest to the densest setting.
         near: the excess, below 0, that is near enough.
-        densest: the excess of the densest setting where it is known; it is then not tried.
 
     Returns:
         What was tried.
@@ -81,26 +81,28 @@ def bracket(
     def new(place: float) -> bool:
         return knob.turn(choice.config, place) not in trials
 
-    high, below = 1.0, at(1.0) if densest is None else densest
-    low, above = 0.0, None  # nothing is known of the sparsest setting
-    if below >= near:
-        return list(trials.values())
-    while len(trials) < _MOST_TRIALS and high - low > 1e-3:
-        middle = (low + high) / 2
-        place = middle
-        if above is not None:  # aim at the middle of what is near enough
-            share = (above - near / 2) / (above - below)
-            place = low + min(0.9, max(0.1, share)) * (high - low)
-        place = place if new(place) else middle
-        if not new(place):  # a knob of whole numbers has no place between
-            break
+    low, above, high, below = 0.0, None, 1.0, None  # places, and the excess there where it is known
+    place, step = knob.place(choice.config), _FIRST_STEP
+    while len(trials) < _MOST_TRIALS:
         value = at(place)
         if near <= value <= 0:
-            return list(trials.values())
+            break
         if value > 0:
             low, above = place, value
         else:
             high, below = place, value
-    if above is None:
-        at(0.0)
+        if above is None or below is None:
+            end = 1.0 if below is None else 0.0
+            if place == end:
+                break
+            place = end if abs(end - place) <= step else place + math.copysign(step, end - place)
+            step *= 2
+            continue
+        if high - low <= 1e-3:
+            break
+        share = (above - near / 2) / (above - below)  # aim at the middle of what is near enough
+        place = low + min(0.9, max(0.1, share)) * (high - low)
+        place = place if new(place) else (low + high) / 2
+        if not new(place):  # a knob of whole numbers has no place between
+            break
     return list(trials.values())
