@@ -17,25 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexprefill_fa.grid import Grid, real_ranges
+from flexprefill_fa.grid import Grid
+
+
+def real_positions(ranges: Tensor, grid: Grid) -> Tensor:
+    """int64 `[B, nk, block]`: the position of every key, -1 for padding; from the real ranges int `[B, 2]`."""
+    start, end = ranges.long()[..., None].unbind(1)
+    position = torch.arange(grid.kv_blocks * grid.block_size, device=ranges.device)
+    real = (position >= start) & (position < end)
+    return torch.where(real, position, -1).unflatten(1, (grid.kv_blocks, grid.block_size))
 
 
 def summaries(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-    block_size: int,
-    tilted: bool,
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float, tilted: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Every block's K, V and bias, and its last real position.
 
     Args:
         query: `[B, Hq, Lq, D]`. key, value: `[B, Hkv, Lkv, D]`.
-        starts, lengths: int `[B]`, first real key and number of real keys, or None.
-        scale: score scale, s. block_size: tokens per block.
+        positions: of the keys, int64 `[B, nk, block]`, see `real_positions`.
+        scale: score scale, s.
         tilted: around the mean of later queries; otherwise around 0.
 
     Returns:
@@ -43,21 +44,18 @@ def summaries(
         tilted: `[B, Hkv, nk]`), minus infinity for a block without a real key; int64 `[B, nk]`, the last real position,
         of a block without one beyond all others.
     """
-    grid = Grid(query.shape[2], key.shape[2], block_size)
-    start, end = real_ranges(starts, lengths, query.shape[0], grid.kv_len, key.device).long()[..., None].unbind(1)
-    position = torch.arange(grid.kv_blocks * block_size, device=key.device)
-    real = ((position >= start) & (position < end)).unflatten(1, (grid.kv_blocks, block_size))  # [B, nk, block]
-    last = torch.where(real, position.unflatten(0, (grid.kv_blocks, block_size)), -1).amax(-1)
+    grid = Grid(query.shape[2], key.shape[2], positions.shape[2])
+    real, last = positions >= 0, positions.amax(-1)
     last = last.masked_fill(last < 0, torch.iinfo(torch.int64).max)
 
     times = query.shape[1] // key.shape[1] if tilted else 1
     keys, values = (
-        F.pad(x.float(), (0, 0, 0, len(position) - grid.kv_len))
-        .unflatten(2, (grid.kv_blocks, block_size))
+        F.pad(x.float(), (0, 0, 0, real[0].numel() - grid.kv_len))
+        .unflatten(2, real.shape[1:])
         .repeat_interleave(times, 1)
         for x in (key, value)
     )  # [B, H, nk, block, D]
-    anchor = _later_means(query, start, end, grid) if tilted else torch.zeros_like(keys[:, :, :, 0])
+    anchor = _later_means(query, real, grid) if tilted else torch.zeros_like(keys[:, :, :, 0])
     scores = (keys @ anchor[..., None])[..., 0] * scale
     scores = scores.masked_fill(~real[:, None], -torch.inf)  # [B, H, nk, block]
     shares = scores.softmax(-1).nan_to_num(0.0)[..., None, :]
@@ -65,10 +63,9 @@ def summaries(
     return mean_keys, mean_values, scores.logsumexp(-1) - scale * (mean_keys.float() * anchor).sum(-1), last
 
 
-def _later_means(query: Tensor, start: Tensor, end: Tensor, grid: Grid) -> Tensor:
+def _later_means(query: Tensor, real_keys: Tensor, grid: Grid) -> Tensor:
     """fp32 `[B, Hq, nk, D]`: for each key block the mean of the real queries of all query blocks wholly behind it."""
-    position = grid.offset + torch.arange(grid.q_len, device=query.device)
-    real = ((position >= start) & (position < end))[:, None, :, None]
+    real = real_keys.flatten(1)[:, None, grid.offset : grid.kv_len, None]  # queries are the last positions
     fill = (0, 0, 0, grid.q_blocks * grid.block_size - grid.q_len)
     shape = (grid.q_blocks, grid.block_size)
     sums = F.pad(query.float().where(real, 0.0), fill).unflatten(2, shape).sum(3)  # [B, Hq, nq, D]

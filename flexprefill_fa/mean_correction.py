@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexprefill_fa.block_summaries import summaries
+from flexprefill_fa.block_summaries import real_positions, summaries
 from flexprefill_fa.grid import Grid, cdiv, real_ranges
 from flexprefill_fa.selection import kept_table
 
@@ -118,22 +118,20 @@ def with_means(
     extra = cdiv(blocks, block_size)
     unused = extra * block_size - blocks
     factor = 1 / math.sqrt(dim) if scale is None else scale
-    means = summaries(query, key, value, starts, lengths, factor, block_size, tilted)
-    start, end = real_ranges(starts, lengths, batch, grid.kv_len, device).long().unbind(1)
+    position = real_positions(real_ranges(starts, lengths, batch, grid.kv_len, device), grid)
+    means = summaries(query, key, value, position, factor, tilted)
 
     def lengthened(values: Tensor, more: Tensor) -> Tensor:
         padded = F.pad(values, (0, 0, 0, blocks * block_size - grid.kv_len))
         padded = padded.repeat_interleave(more.shape[1] // values.shape[1], 1)
         return torch.cat((padded, F.pad(more, (0, 0, 0, unused))), 2)
 
-    position = torch.arange(blocks * block_size, device=device)
-    real = (position >= start[:, None]) & (position < end[:, None])  # [B, nk * block]
-    block = torch.arange(blocks, device=device)
-    bound = torch.cat((torch.where(real, position, _UNSEEN), means[3].clamp(max=_UNSEEN)), 1)
+    each = position.flatten(1)
+    bound = torch.cat((torch.where(each < 0, _UNSEEN, each), means[3].clamp(max=_UNSEEN)), 1)
     bound = F.pad(bound, (0, unused), value=_UNSEEN)
-    each = means[2].repeat_interleave(heads // means[2].shape[1], 1).clamp(min=torch.finfo(torch.float32).min)
-    bias = F.pad(each, (len(position), unused))
-    slot = F.pad(torch.cat((torch.zeros_like(position), 1 + block)), (0, unused))
+    bias = means[2].repeat_interleave(heads // means[2].shape[1], 1).clamp(min=torch.finfo(torch.float32).min)
+    bias = F.pad(bias, (blocks * block_size, unused))
+    slot = F.pad(1 + torch.arange(blocks, device=device), (blocks * block_size, unused))
 
     kept = kept_table(kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, blocks)
     permit = F.pad(~kept, (1, 0), value=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from flexprefill_fa.autocast import no_autocast
-from flexprefill_fa.block_summaries import summaries
+from flexprefill_fa.block_summaries import real_positions, summaries
 from flexprefill_fa.grid import Grid, real_ranges
 from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.selection import index_lists, kept_table
@@ -51,7 +51,8 @@ def attend_uncompiled(
     _say_once()
     batch, heads, q_len, dim = query.shape
     grid = Grid(q_len, key.shape[2], block_size)
-    start, end = real_ranges(starts, lengths, batch, grid.kv_len, query.device).long()[..., None, None].unbind(1)
+    ranges = real_ranges(starts, lengths, batch, grid.kv_len, query.device)
+    start, end = ranges.long()[..., None, None].unbind(1)
     scale = 1 / math.sqrt(dim) if scale is None else scale
     mask, score = _over_pairs(mask_mod, False), _over_pairs(score_mod, True)
     keep = kept_table(*lists, grid.kv_blocks)  # [B, H, nq, nk]
@@ -60,8 +61,7 @@ def attend_uncompiled(
     keys, values = (_in_blocks(x, fill, block_size, heads) for x in (key, value))
     means = None
     if mean_correction:
-        tilted = mean_correction == "tilted"
-        found = summaries(query, key, value, starts, lengths, scale, block_size, tilted)
+        found = summaries(query, key, value, real_positions(ranges, grid), scale, mean_correction == "tilted")
         means = [x.float().repeat_interleave(heads // x.shape[1], 1) for x in found[:3]], found[3][:, None]
     parts = []
     for row, width in enumerate(counts.amax((0, 1)).tolist()):
