@@ -175,6 +175,7 @@ def test_model_that_the_integration_refuses(prompt_file: Path, tiny_models: dict
     ("options", "message"),
     [
         (("--selector", "nonsense"), "unknown selector 'nonsense', expected one of cosa, flashprefill, flexprefill"),
+        (("--selector", ""), "unknown selector ''"),
         (("--selector", "flashprefill:alpha=2"), "alpha must be in (0, 1], got 2"),
         (("--selector", "flashprefill:gamma=0.9"), "selector flashprefill has no gamma"),
         (("--selector", "flexprefill:gamma"), "must have the form name:field=value+field=value"),

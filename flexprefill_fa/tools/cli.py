@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.text import Text
 
 from flexprefill_fa import __version__, masks
-from flexprefill_fa.choice import make_config, selector_spec
 from flexprefill_fa.tools import reporting
 from flexprefill_fa.tools.evaluation.cli import evaluate
 from flexprefill_fa.tools.fidelity.cli import fidelity
@@ -26,6 +25,17 @@ from flexprefill_fa.tools.loading import (
     require_kernels,
     resolve_device,
     resolve_dtype,
+)
+from flexprefill_fa.tools.options import (
+    SELECTOR_FIELDS,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    PromptFile,
+    Repeats,
+    Selected,
+    selector_options,
 )
 from flexprefill_fa.tools.progress import WorkProgress
 from flexprefill_fa.tools.rows import environment
@@ -44,32 +54,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Gamma = Annotated[
-    float | None, typer.Option(help="FlexPrefill: share of the attention probability to cover, in (0, 1].")
-]
-Tau = Annotated[
-    float | None, typer.Option(help="FlexPrefill: Jensen-Shannon distance below which a head is query-aware.")
-]
-MinBudget = Annotated[int | None, typer.Option(help="FlexPrefill: tokens that every query row keeps at least.")]
-Selector = Annotated[
-    str | None,
-    typer.Option(
-        help="Which selector chooses the blocks: name, or name:field=value+field=value; default: "
-        f"{masks.DEFAULT_SELECTOR} with tilted means where the model can have them, or flexprefill where an option of "
-        "its own is given.",
-        show_default=False,
-    ),
-]
-MaxBudget = Annotated[int | None, typer.Option(help="FlexPrefill: tokens that a query row keeps at most.")]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
-Variant = Annotated[str | None, typer.Option(help="FlexPrefill: published or paper.")]
-Model = Annotated[str, typer.Option(help="A local folder with a causal language model in Hugging Face format.")]
-PromptFile = Annotated[str, typer.Option(help="The prompt, UTF-8 text; - reads standard input.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed prefills of each kind; the median is reported.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-
 
 @app.callback(invoke_without_command=True)
 def root(
@@ -82,14 +66,13 @@ def root(
 
 
 @app.command()
+@selector_options("gamma", "tau", "min_budget")
 def demo(
+    *,
     tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens.")] = 16384,
     needles: Annotated[int, typer.Option(help="How many numbers are hidden in it.")] = 8,
     seed: Annotated[int, typer.Option(help="Chooses the source text, the numbers and their places.")] = 0,
-    selector: Selector = None,
-    gamma: Gamma = None,
-    tau: Tau = None,
-    min_budget: MinBudget = None,
+    selected: Selected,
     dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU, bfloat16 on a GPU) or as named.")] = "auto",
     device: Device = "auto",
     repeats: Repeats = 1,
@@ -102,13 +85,12 @@ def demo(
     from flexprefill_fa.tools.demo import run_demo
 
     with one_line_errors():
-        settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget}
-        config = _selector_config(selector, settings)
+        config = selected.config
         where, weights = resolve_device(device), resolve_dtype(dtype)
         require_kernels(where)
         result = run_demo(
             config,
-            mean_correction=False if _chosen(selector, settings) else "auto",
+            mean_correction=False if selected.chosen else "auto",
             tokens=tokens,
             needles=needles,
             seed=seed,
@@ -144,16 +126,12 @@ def demo(
 
 
 @app.command()
+@selector_options(*SELECTOR_FIELDS)
 def generate(
     model: Model,
     prompt_file: PromptFile,
-    selector: Selector = None,
-    gamma: Gamma = None,
-    tau: Tau = None,
-    min_budget: MinBudget = None,
-    max_budget: MaxBudget = None,
-    block_size: BlockSize = None,
-    variant: Variant = None,
+    *,
+    selected: Selected,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     compare: Annotated[str | None, typer.Option(help="'dense' answers with dense prefill too.")] = None,
     recall: Annotated[
@@ -171,17 +149,15 @@ def generate(
     with one_line_errors():
         if compare not in (None, "dense"):
             raise UsageError(f"compare must be dense, got {compare!r}")
-        settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
-        settings |= {"block_size": block_size, "variant": variant}
-        config = _selector_config(selector, settings)
+        config = selected.config
         where, weights = resolve_device(device), resolve_dtype(dtype)
         progress = WorkProgress()
         network, tokenizer, input_ids = _model_and_prompt(
             model, prompt_file, weights, where, progress, new_tokens=max_new_tokens
         )
-        from flexprefill_fa.tools.generation import measure_dense, measure_sparse, usual_correction
+        from flexprefill_fa.tools.generation import measure_dense, measure_sparse
 
-        correction = False if _chosen(selector, settings) else usual_correction(network)
+        correction = selected.correction(network)
         tokens = input_ids.shape[1]
         sparse = measure_sparse(
             network,
@@ -221,9 +197,11 @@ def generate(
 
 
 @app.command("inspect")
+@selector_options(*SELECTOR_FIELDS)
 def inspect_heads(
     model: Model,
     prompt_file: PromptFile,
+    *,
     out: Annotated[Path | None, typer.Option(help="The page to write, such as report.html.")] = None,
     why: Annotated[
         str | None,
@@ -233,13 +211,7 @@ def inspect_heads(
             "LAYER,HEAD,QUERY_BLOCK,KEY_BLOCK; all counted from 0.",
         ),
     ] = None,
-    selector: Selector = None,
-    gamma: Gamma = None,
-    tau: Tau = None,
-    min_budget: MinBudget = None,
-    max_budget: MaxBudget = None,
-    block_size: BlockSize = None,
-    variant: Variant = None,
+    selected: Selected,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -251,20 +223,17 @@ def inspect_heads(
         if out is None and why is None:
             raise UsageError("inspect needs --out for a page, --why for text, or both")
         place = None if why is None else parse_place(why)
-        settings = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "max_budget": max_budget}
-        settings |= {"block_size": block_size, "variant": variant}
-        config = _selector_config(selector, settings)
+        config = selected.config
         where, weights = resolve_device(device), resolve_dtype(dtype)
         if out is not None:
             check_out(out, prompt_file)
         progress = WorkProgress()
         network, _, input_ids = _model_and_prompt(model, prompt_file, weights, where, progress)
-        from flexprefill_fa.tools.generation import usual_correction
         from flexprefill_fa.tools.inspection.collect import inspect_prefill
         from flexprefill_fa.tools.inspection.page import render
         from flexprefill_fa.tools.inspection.why import explain_place
 
-        correction = False if _chosen(selector, settings) else usual_correction(network)
+        correction = selected.correction(network)
         if place is not None:
             for line in explain_place(network, input_ids, config, progress, correction, place):
                 typer.echo(line)
@@ -279,22 +248,6 @@ def inspect_heads(
         f"{out}: {len(found.heads)} heads in {len(found.maps)} of {len(found.layers)} layers, density "
         f"{found.density:.3f}, recall {found.recall:.3f}, {len(page) / 2**20:.1f} MiB"
     )
-
-
-def _selector_config(selector: str | None, settings: dict[str, Any]) -> Any:
-    """The config for `--selector` and the options beside it, where None means not given."""
-    if selector is None:
-        selector = masks.default_selector(name for name, value in settings.items() if value is not None)
-    name, fields = selector_spec(selector)
-    for field in fields:
-        if settings.get(field) is not None:
-            raise UsageError(f"{field} is given twice, as an option and in selector {selector!r}")
-    return make_config(name, **(settings | fields))
-
-
-def _chosen(selector: str | None, settings: dict[str, Any]) -> bool:
-    """Whether a selector was; tilted means go with the default one alone."""
-    return selector is not None or any(value is not None for value in settings.values())
 
 
 def _model_and_prompt(

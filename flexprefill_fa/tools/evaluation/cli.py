@@ -25,6 +25,7 @@ from flexprefill_fa.tools.loading import (
     resolve_dtype,
     token_count,
 )
+from flexprefill_fa.tools.options import Device, Dtype, Model
 from flexprefill_fa.tools.progress import WorkProgress
 from flexprefill_fa.tools.reporting import open_console, settings_text
 from flexprefill_fa.tools.rows import Row, append, rows_before
@@ -33,7 +34,7 @@ _COLUMNS = ("task", "tokens", "selector", "settings", "accuracy", "density", "re
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="A local folder with a causal language model in Hugging Face format.")],
+    model: Model,
     tasks: Annotated[
         str, typer.Option(help="Comma-separated: offline_ruler, needle, or any task, group or tag of lm-eval.")
     ] = "offline_ruler",
@@ -64,8 +65,8 @@ def evaluate(
     measured_prompts: Annotated[
         int, typer.Option(min=0, max=8, help="Prompts per row for prefill time and recall (exact attention: slow).")
     ] = 1,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print each row on stdout, the table on stderr.")] = False,
 ) -> None:
     """Measure the task accuracy of a local model with dense and with sparse prefill, by lm-evaluation-harness.

@@ -35,6 +35,7 @@ from flexprefill_fa.tools.loading import (
     resolve_dtype,
     token_count,
 )
+from flexprefill_fa.tools.options import Device, Dtype, Model
 from flexprefill_fa.tools.progress import WorkProgress
 from flexprefill_fa.tools.reporting import open_console
 from flexprefill_fa.tools.rows import Row, append, rows_before
@@ -43,7 +44,7 @@ _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def fidelity(
-    model: Annotated[str, typer.Option(help="A local folder with a causal language model in Hugging Face format.")],
+    model: Model,
     selector: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,8 +87,8 @@ def fidelity(
         Path, typer.Option(help="JSON lines; rows are added, and those that are there are not measured again.")
     ] = Path("fidelity.jsonl"),
     plot: Annotated[Path | None, typer.Option(help="A PNG to draw: KL against density.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     device_map: Annotated[
         str | None, typer.Option(help="Spread the model over all GPUs: auto, balanced, balanced_low_0 or sequential.")
     ] = None,
