@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from compiled import graphs
+from hf_models import tiny_model
 from torch import Tensor
 
 from flexprefill_fa import (
+    FlashPrefillConfig,
     FlexPrefillConfig,
+    create_block_mask,
     create_flexprefill_block_mask,
     select_blocks,
+    share_heads,
     sparse_prefill_attention,
 )
 
@@ -45,6 +49,40 @@ def raises(kind: type[Exception], message: str, **changes: Any) -> None:
 
 def test_the_arguments_below_are_right_but_for_one() -> None:
     assert sparse_prefill_attention(config=FlexPrefillConfig(), **good()).shape == (2, 4, 300, 32)
+
+
+def enable(config: Any) -> None:
+    from flexprefill_fa.integrations.transformers import enable_sparse_prefill
+
+    enable_sparse_prefill(tiny_model("llama"), config)
+
+
+TAKE_CONFIGS: dict[str, Any] = {
+    "sparse_prefill_attention": lambda config: sparse_prefill_attention(**good(), config=config),
+    "select_blocks": lambda config: select_blocks(good()["query"], good()["key"], config),
+    "create_block_mask": lambda config: create_block_mask(good()["query"], good()["key"], config),
+    "share_heads": share_heads,
+    "enable_sparse_prefill": enable,
+    "enable_sparse_prefill by layer": lambda config: enable({0: config}),
+    "enable_sparse_prefill by function": lambda config: enable(lambda layer: config),
+}
+
+
+@pytest.mark.parametrize("takes", TAKE_CONFIGS.values(), ids=TAKE_CONFIGS)
+def test_a_name_is_no_config(takes: Any) -> None:
+    """Everywhere alike; the message has the config that is meant."""
+    for config, kind, name, got in (
+        ("flashprefill", "FlashPrefillConfig", "flashprefill", "'flashprefill'"),
+        (FlashPrefillConfig, "FlashPrefillConfig", "flashprefill", "the class FlashPrefillConfig"),
+        ("flash", "PeakPrefillConfig", "peakprefill", "'flash'"),
+        ("flashprefill:alpha=0.1", "PeakPrefillConfig", "peakprefill", "'flashprefill:alpha=0.1'"),
+        (0.9, "PeakPrefillConfig", "peakprefill", "float"),
+    ):
+        message = f"config must be a selector config such as {kind}() or get_selector({name!r})(), got {got}"
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            takes(config)
+    with pytest.raises(TypeError, match=r"^config must be a FlexPrefillConfig, got 'flexprefill'$"):
+        create_flexprefill_block_mask(good()["query"], good()["key"], config="flexprefill")  # pyright: ignore
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])

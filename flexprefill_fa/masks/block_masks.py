@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexprefill_fa.block_mask import base_mask_mod, looked_up, to_block_mask
-from flexprefill_fa.masks.selector import Selector, check_selector
+from flexprefill_fa.masks.selector import Selector, check_selector, in_words
 from flexprefill_fa.selection import BlockSelection
 from flexprefill_fa.validation import check_padding, check_query_key, check_scale
 
@@ -134,5 +134,5 @@ def config_of(kind: type[Selector], config: Selector | None, config_fields: dict
     if config_fields:
         raise TypeError(f"give either config or its fields, got both: config and {', '.join(sorted(config_fields))}")
     if not isinstance(config, kind):
-        raise TypeError(f"config must be a {kind.__name__}, got {type(config).__name__}")
+        raise TypeError(f"config must be a {kind.__name__}, got {in_words(config)}")
     return config

@@ -76,12 +76,19 @@ def is_registered(kind: type) -> bool:
 
 
 def check_selector(config: object) -> None:
-    """A selector's config, or a TypeError that says what was expected."""
+    """A selector's config, or a TypeError that says what was expected: for a name or a class, the config of it."""
     if not isinstance(config, Selector):
-        got = config.__name__ if isinstance(config, type) else type(config).__name__
-        raise TypeError(
-            f"config must be a selector config such as PeakPrefillConfig() or get_selector('peakprefill')(), got {got}"
-        )
+        meant = getattr(config, "name", config)
+        name = meant if isinstance(meant, str) and meant in selector_names() else DEFAULT_SELECTOR
+        wanted = f"{get_selector(name).__name__}() or get_selector({name!r})()"
+        raise TypeError(f"config must be a selector config such as {wanted}, got {in_words(config)}")
+
+
+def in_words(value: object) -> str:
+    """What came in the place of a config: text as it is, a class as one, of everything else the type."""
+    if isinstance(value, str):
+        return repr(value)
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 class Selector:
