@@ -25,6 +25,19 @@ from transformers.masking_utils import sdpa_mask
 
 from flexprefill_fa import BlockSelection, FlexPrefillConfig, select_blocks
 
+SPARSE = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=1)
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+"""Sizes of a model of any family."""
+
 FAMILIES: dict[str, tuple[type, type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -101,3 +114,13 @@ def oracle_layers(
 
     with attention_function(model, attend):
         yield selections
+
+
+def state(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What switching must leave as it was: the implementation, and what the modules carry."""
+    return model.config._attn_implementation, [sorted(vars(module)) for module in model.modules()]
+
+
+def run(model: PreTrainedModel, length: int = 400, **arguments: Any) -> Any:
+    with torch.no_grad():
+        return model(prompt(1, length), **arguments)
