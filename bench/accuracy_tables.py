@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from bench.tables import Column, Table, bold, distinct, method, values, versions
+from bench.tables import Column, Table, bold, distinct, method, model_of, pivot, values, versions
 from flexprefill_fa.choice import DENSE
 from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.tools.evaluation import ACCURACY_KIND
@@ -17,8 +17,8 @@ from flexprefill_fa.tools.rows import Row
 
 MARGIN = 0.02
 """How far below dense attention an accuracy may lie before it is marked."""
-ANSWERS = "ruler.jsonl"
-"""Rows of `flexprefill eval` on real models, in the folder of results."""
+ANSWERS = "ruler"
+"""The file of rows of `flexprefill eval` on real models."""
 
 _TASK = ("task", "task_version")
 _CONDITIONS = ("model", "model_sha256", "tokenizer_sha256", "python", "gpu", "dtype", "seed", "samples")
@@ -36,12 +36,11 @@ def cells_of(rows: Iterable[Row]) -> Cells:
         ValueError: for rows of one length that are not of the same prompts: they cannot stand beside each other.
     """
     cells: Cells = {}
-    prompts: dict[int | None, set[str]] = {}
     for row in sorted(rows, key=lambda row: row["selector"] != DENSE):
         cells[method(row), row["length"]] = row
-        found = prompts.setdefault(row["length"], set())
-        found.add(row["prompts_sha256"])
+    for found in pivot(cells.values(), lambda row: row["length"], lambda row: row["prompts_sha256"]).values():
         if len(found) > 1:
+            row = next(iter(found.values()))
             raise ValueError(
                 f"accuracy rows of {row['task']} at {row['length']} tokens must be of the same prompts to stand beside "
                 f"each other, got prompts_sha256 {', '.join(sorted(name[:10] for name in found))}"
@@ -49,9 +48,9 @@ def cells_of(rows: Iterable[Row]) -> Cells:
     return cells
 
 
-def _names(rows: Iterable[Row]) -> list[str]:
+def _names(cells: Iterable[Cells]) -> Iterable[str]:
     """A line for each selector and settings."""
-    return list(dict.fromkeys(name for name, _ in cells_of(rows)))
+    return dict.fromkeys(name for found in cells for name, _ in found)
 
 
 def _tokens(length: int | None) -> str:
@@ -68,20 +67,18 @@ def _is_below(row: Row | None, dense: Row | None) -> bool:
     return row is not None and dense is not None and row["accuracy"] < dense["accuracy"] - MARGIN - 1e-9
 
 
-def _accuracy(row: Row | None, dense: Row | None) -> str:
-    if row is None:
-        return "-"
+def _accuracy(row: Row, dense: Row | None) -> str:
     value = bold(f"{row['accuracy']:.2f}", _is_below(row, dense))
     return value if row["selector"] == DENSE else f"{value} ({row['density']:.2f})"
 
 
-def _recall(row: Row | None, _: Row | None) -> str:
-    if row is None or row["recall"] is None:
+def _recall(row: Row, _: Row | None) -> str:
+    if row["recall"] is None:
         return "-"
     return "1" if row["selector"] == DENSE else f"{row['recall']:.3f} ({row['recall_min']:.2f})"
 
 
-def _time(row: Row | None, dense: Row | None) -> str:
+def _time(row: Row, dense: Row | None) -> str:
     time, before = (found["timing"]["prefill_ms"] if found else None for found in (row, dense))
     if time is None:
         return "-"
@@ -90,27 +87,23 @@ def _time(row: Row | None, dense: Row | None) -> str:
 
 def _task_columns(rows: list[Row]) -> list[Column]:
     cells, lengths = cells_of(rows), values(rows, "length")
-    timed = {row["length"] for row in rows if row["measured_prompts"]}
-    measured = [length for length in lengths if length in timed]
+    measured = [length for length in lengths if any(row["measured_prompts"] for row in rows if row["length"] == length)]
 
     def column(title: str, cell, length: int | None) -> Column:
-        return title, lambda name: cell(cells.get((name, length)), cells.get((DENSE, length)))
+        dense = cells.get((DENSE, length))
+        return title, lambda name: cell(cells[name, length], dense) if (name, length) in cells else "-"
 
     columns = [column(_tokens(length), _accuracy, length) for length in lengths]
     if measured:
         columns.append(column(f"recall at {_tokens(measured[-1])}", _recall, measured[-1]))
-        ends = dict.fromkeys((measured[0], measured[-1]))
-        columns += [column(f"prefill at {_tokens(length)}", _time, length) for length in ends]
+        both = dict.fromkeys((measured[0], measured[-1]))
+        columns += [column(f"prefill at {_tokens(length)}", _time, length) for length in both]
     return [("selector", str), *columns]
 
 
 def _drawing(row: Row) -> str:
     """How the prompts were made."""
     return f"seed {row['seed']}, Python {row['python']}{', chat template' if row['chat_template'] else ''}"
-
-
-def _model(row: Row) -> str:
-    return f"{row['model']} (SHA-256 {row['model_sha256'][:10]})"
 
 
 def _task_caption(rows: Sequence[Row]) -> str:
@@ -123,7 +116,7 @@ def _task_caption(rows: Sequence[Row]) -> str:
     )
     return (
         f"**{title_of(row)}** ({row['metric']}), {row['samples']} samples a cell, {_drawing(row)}, "
-        f"model {_model(row)}. Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
+        f"model {model_of(row)}. Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
         f"{distinct(rows, 'gpu')}, {row['dtype']}, {versions(rows)}, transformers {distinct(rows, 'transformers')}, "
         f"lm-eval {distinct(rows, 'lm_eval')}, commit {distinct(rows, 'commit')}, "
         f"{distinct([row['timing'] for row in rows], 'date')}.{timed if measured else ''}"
@@ -134,7 +127,7 @@ TASKS = Table(
     group_by=(*_CONDITIONS, *_TASK),
     identity=_CELL,
     where=lambda row: row["kind"] == ACCURACY_KIND,
-    lines=_names,
+    lines=lambda rows: _names([cells_of(rows)]),
     columns=_task_columns,
     caption=_task_caption,
 )
@@ -147,16 +140,16 @@ Recall is that of the longest such length, times are of the shortest and the lon
 # All tasks that were asked under the same conditions in one table; of each task, the version whose rows begin last.
 
 
-def _tasks(rows: Iterable[Row]) -> dict[str, Cells]:
+def _tasks(rows: Iterable[Row]) -> list[Cells]:
     """The cells of each task."""
     parts: dict[str, dict[float | None, list[Row]]] = {}
     for row in rows:
         parts.setdefault(row["task"], {}).setdefault(row["task_version"], []).append(row)
-    return {task: cells_of(list(versions.values())[-1]) for task, versions in parts.items()}
+    return [cells_of(list(versions.values())[-1]) for versions in parts.values()]
 
 
-def _summary_cell(name: str, tasks: Iterable[Cells], length: int | None) -> str:
-    rows = [row for cells in tasks if (row := cells.get((name, length))) is not None]
+def _summary_cell(name: str, tasks: Sequence[Cells], length: int | None) -> str:
+    rows = [cells[name, length] for cells in tasks if (name, length) in cells]
     if not rows:
         return "-"
     worst = min(rows, key=lambda row: row["accuracy"])
@@ -173,21 +166,21 @@ def _summary_cell(name: str, tasks: Iterable[Cells], length: int | None) -> str:
 
 
 def _summary_columns(rows: list[Row]) -> list[Column]:
-    tasks = _tasks(rows).values()
+    tasks = _tasks(rows)
     lengths = values([row for cells in tasks for row in cells.values()], "length")
-    by_length: list[Column] = [
-        (_tokens(length), partial(_summary_cell, tasks=tasks, length=length)) for length in lengths
+    return [
+        ("selector", str),
+        *((_tokens(length), partial(_summary_cell, tasks=tasks, length=length)) for length in lengths),
     ]
-    return [("selector", str), *by_length]
 
 
 def _summary_caption(rows: Sequence[Row]) -> str:
-    tasks = _tasks(rows).values()
+    tasks = _tasks(rows)
     found = [row for cells in tasks for row in cells.values()]
     row = found[0]
     names = ", ".join(title_of(next(iter(cells.values()))) for cells in tasks)
     return (
-        f"**{_model(row)}**, mean accuracy ({row['metric']}) on {names}, {row['samples']} samples a task and length, "
+        f"**{model_of(row)}**, mean accuracy ({row['metric']}) on {names}, {row['samples']} samples a task and length, "
         f"{_drawing(row)}; then the worst task, and in brackets the mean density. No mean where not all tasks were "
         f"asked. Bold: more than {MARGIN} below dense on a task. {row['gpu']}, {row['dtype']}, commit "
         f"{distinct(found, 'commit')}."
@@ -198,7 +191,7 @@ SUMMARY = Table(
     group_by=_CONDITIONS,
     identity=(*_TASK, *_CELL),
     where=TASKS.where,
-    lines=lambda rows: dict.fromkeys(name for cells in _tasks(rows).values() for name, _ in cells),
+    lines=lambda rows: _names(_tasks(rows)),
     columns=_summary_columns,
     caption=_summary_caption,
 )
@@ -207,10 +200,6 @@ SUMMARY = Table(
 
 REAL_TASKS = dataclasses.replace(TASKS, group_by=tuple(name for name in TASKS.group_by if name != "gpu"))
 """Of real models, whose prefills nobody timed: on whatever GPU they were asked."""
-
-
-def _usual_knob(row: Row) -> bool:
-    return not changed_settings(row["selector"], row["settings"]).keys() & set(knob_fields(row["selector"]))
 
 
 class RealAnswers:
@@ -232,22 +221,21 @@ class RealAnswers:
         mine = [row for row in rows if (row["selector"], row["mean_correction"]) == (selector, correction)]
         if not mine:
             return ""
-        mine = [row for row in mine if selector == DENSE or _usual_knob(row)]
-        means = [self._mean(mine, rows, length) for length in self.lengths(model_sha256)]
+        knobs = set() if selector == DENSE else set(knob_fields(selector))
+        usual = [row for row in mine if not knobs & changed_settings(selector, row["settings"]).keys()]
+        means = []
+        for length in self.lengths(model_sha256):
+            found = {row["task"]: row["accuracy"] for row in usual if row["length"] == length}
+            whole = found and self._asked(model_sha256, length) <= set(found)
+            means.append(f"{statistics.fmean(found.values()):.2f}" if whole else "-")
         return "-" if set(means) == {"-"} else " / ".join(means)
 
     def tasks(self, model_sha256: str) -> str:
         """How many tasks were asked at each length."""
-        rows = [row for row in self._of(model_sha256) if row["selector"] == DENSE]
-        return " / ".join(
-            str(len({row["task"] for row in rows if row["length"] == length})) for length in self.lengths(model_sha256)
-        )
+        return " / ".join(str(len(self._asked(model_sha256, length))) for length in self.lengths(model_sha256))
 
     def _of(self, model_sha256: str) -> list[Row]:
         return [row for row in self._rows if row["model_sha256"] == model_sha256]
 
-    @staticmethod
-    def _mean(mine: list[Row], rows: list[Row], length: int) -> str:
-        tasks = {row["task"] for row in rows if row["selector"] == DENSE and row["length"] == length}
-        found = {row["task"]: row["accuracy"] for row in mine if row["length"] == length}
-        return f"{statistics.fmean(found.values()):.2f}" if found and tasks <= set(found) else "-"
+    def _asked(self, model_sha256: str, length: int) -> set[str]:
+        return {row["task"] for row in self._of(model_sha256) if (row["selector"], row["length"]) == (DENSE, length)}

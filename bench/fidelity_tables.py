@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from bench.accuracy_tables import RealAnswers
 from bench.quality_tables import between
@@ -13,9 +14,10 @@ from bench.tables import (
     Column,
     Table,
     bold,
+    column,
     conditions,
     distinct,
-    field,
+    ends,
     group_rows,
     markdown_table,
     milliseconds,
@@ -68,9 +70,8 @@ def _subject(group: Sequence[Row], what: str) -> str:
     chunk = "" if row["chunk"] is None else f", in chunks of {row['chunk']:,}"
     return (
         f"**{row['model']}** (SHA-256 {row['model_sha256'][:10]}) on the text '{row['text']}': {what} {row['dtype']}, "
-        f"{distinct(group, 'gpu')}{chunk}, torch {distinct(group, 'torch')}, "
-        f"transformers {distinct(group, 'transformers')}, "
-        f"commit {distinct(group, 'commit')}."
+        f"{distinct(group, 'gpu')}{chunk}, torch {distinct(group, 'torch')}, transformers "
+        f"{distinct(group, 'transformers')}, commit {distinct(group, 'commit')}."
     )
 
 
@@ -79,13 +80,13 @@ _GROUPS = Table(
     identity=("length", "selector", "settings", "mean_correction", "dense_layers"),
     where=lambda row: not row["dense_layers"],
     columns=lambda group: [
-        ("tokens", field("length", ",")),
-        ("selector", lambda row: row["selector"]),
+        column("tokens", "length", ","),
+        column("selector", "selector"),
         ("settings", lambda row: settings_text(row) or "-"),
-        ("density", field("density", ".3f")),
-        ("KL", field("kl", ".3f")),
-        ("KL, 99 %", field("kl_99", ".2f")),
-        ("same top token", field("same_top", ".3f")),
+        column("density", "density", ".3f"),
+        column("KL", "kl", ".3f"),
+        column("KL, 99 %", "kl_99", ".2f"),
+        column("same top token", "same_top", ".3f"),
     ],
     caption=lambda group: _subject(
         group, f"single settings, mean over the positions after the first {group[0]['skip']:,}."
@@ -98,76 +99,10 @@ def single_settings(rows: Iterable[Row]) -> str:
     return paragraphs(_GROUPS.one(group) for group in _GROUPS.groups(rows) if not _is_sweep(group))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leaderboard:
-    """What a selector's line has beside its sweep: what selecting takes, and what is answered.
-
-    Attributes:
-        costs: rows of `python -m bench attention` that timed a selection, by selector and length.
-        answers: of the same models.
-    """
-
-    costs: dict[tuple[str, int], Row]
-    answers: RealAnswers
-
-    def conditions(self) -> str:
-        """What the selections were timed on, in one sentence; empty without rows."""
-        if not self.costs:
-            return ""
-        told = {name: f"{name} with {settings_of(row['settings'])}" for (name, _), row in self.costs.items()}
-        rows = list(self.costs.values())
-        return f"Selection in ms, for all heads of one layer: {'; '.join(told.values())}. {conditions(rows)}."
-
-    def columns(self, group: list[Row]) -> list[Column]:
-        columns: list[Column] = [("selector", str)]
-        for part in _by_length(group):
-            by_name = curves(part)
-            for target in TARGETS:
-                found = {name: density_at(points, target) for name, points in by_name.items()}
-                least = min((value for value in found.values() if value is not None), default=None)
-
-                def cell(name: str, found=found, least=least) -> str:
-                    value = found.get(name)
-                    return bold(number(value, ".3f"), value is not None and value == least)
-
-                columns.append((f"{part[0]['length']:,}: KL {target:g}", cell))
-        for length in _COST_LENGTHS:
-            columns.append((f"select {length // 1024}K, ms", lambda name, length=length: self._cost(name, length)))
-        sha = group[0]["model_sha256"]
-        if asked := self.answers.lengths(sha):
-            title = f"answers at {' / '.join(f'{length // 1024}K' for length in asked)}"
-            columns.append((title, lambda name: self._answers(sha, name)))
-        return columns
-
-    def _cost(self, name: str, length: int) -> str:
-        return milliseconds(self.costs.get((without_correction(name)[0], length), {}).get("select_ms"))
-
-    def _answers(self, sha: str, name: str) -> str:
-        return self.answers.text(sha, *without_correction(name)) or "-"
-
-    def caption(self, group: list[Row]) -> str:
-        told = _subject(
-            group,
-            f"density needed for a KL to dense attention of {', '.join(f'{target:g}' for target in TARGETS)} nats, "
-            f"mean over the positions after the first {group[0]['skip']}, read between the settings of a sweep; - "
-            "where the sweep does not span it. Bold: the least.",
-        )
-        sha = group[0]["model_sha256"]
-        if not self.answers.lengths(sha):
-            return told
-        dense = self.answers.text(sha) or "-"
-        return (
-            f"{told} Answers: mean accuracy on {self.answers.tasks(sha)} RULER tasks, below, of the selector's usual "
-            f"knob; dense {dense}."
-        )
+Costs = dict[tuple[str, int], Row]
 
 
-def _selector(name: str) -> str:
-    """Of a curve."""
-    return without_correction(name)[0].split(" ")[0]
-
-
-def selection_costs(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
+def selection_costs(rows: Iterable[Row]) -> Costs:
     """The latest row of each selector and length that timed a selection of the benchmark's own shape on a GPU."""
     found = {}
     for row in (row for group in ATTENTION.groups(rows) for row in group):
@@ -183,15 +118,58 @@ def leaderboards(rows: Iterable[Row], attention: Iterable[Row], answers: Iterabl
     Args:
         rows: of `flexprefill fidelity`. attention: of `python -m bench attention`. answers: of `flexprefill eval`.
     """
-    board = _Leaderboard(selection_costs(attention), RealAnswers(answers))
+    costs, asked = selection_costs(attention), RealAnswers(answers)
     table = dataclasses.replace(
         _GROUPS,
-        columns=board.columns,
-        caption=board.caption,
+        columns=partial(_columns, costs=costs, answers=asked),
+        caption=partial(_caption, answers=asked),
         lines=lambda group: dict.fromkeys(name for part in _by_length(group) for name in curves(part)),
     )
     tables = [table.one(group) for group in sweeps(rows)]
-    return paragraphs([board.conditions() if tables else "", *tables])
+    told = {name: f"{name} with {settings_of(row['settings'])}" for (name, _), row in costs.items()}
+    timed = f"Selection in ms, for all heads of one layer: {'; '.join(told.values())}. "
+    return paragraphs([f"{timed}{conditions(list(costs.values()))}." if tables and costs else "", *tables])
+
+
+def _columns(group: list[Row], costs: Costs, answers: RealAnswers) -> list[Column]:
+    """Of lines that are names of curves."""
+    columns: list[Column] = [("selector", str)]
+    for part in _by_length(group):
+        for target in TARGETS:
+            found = {name: density_at(points, target) for name, points in curves(part).items()}
+            least = min((value for value in found.values() if value is not None), default=None)
+            cells = {name: bold(number(value, ".3f"), value == least) for name, value in found.items() if value}
+            columns.append((f"{part[0]['length']:,}: KL {target:g}", partial(_cell, cells)))
+    for length in _COST_LENGTHS:
+        timed = {name: milliseconds(row["select_ms"]) for (name, at), row in costs.items() if at == length}
+        columns.append(
+            (f"select {length // 1024}K, ms", lambda name, timed=timed: _cell(timed, without_correction(name)[0]))
+        )
+    sha = group[0]["model_sha256"]
+    if lengths := answers.lengths(sha):
+        title = f"answers at {' / '.join(f'{length // 1024}K' for length in lengths)}"
+        columns.append((title, lambda name: answers.text(sha, *without_correction(name)) or "-"))
+    return columns
+
+
+def _cell(cells: dict[str, str], name: str) -> str:
+    return cells.get(name, "-")
+
+
+def _caption(group: list[Row], answers: RealAnswers) -> str:
+    told = _subject(
+        group,
+        f"density needed for a KL to dense attention of {', '.join(f'{target:g}' for target in TARGETS)} nats, "
+        f"mean over the positions after the first {group[0]['skip']}, read between the settings of a sweep; - "
+        "where the sweep does not span it. Bold: the least.",
+    )
+    sha = group[0]["model_sha256"]
+    if not answers.lengths(sha):
+        return told
+    return (
+        f"{told} Answers: mean accuracy on {answers.tasks(sha)} RULER tasks, below, of the selector's usual "
+        f"knob; dense {answers.text(sha) or '-'}."
+    )
 
 
 # The same in one line a selector: how many sweeps reach a KL, at how many times the fewest blocks.
@@ -228,16 +206,15 @@ def _densities(rows: Sequence[Row], target: float) -> dict[str, float]:
     """Selector -> the least density at which one of its curves reaches a KL."""
     found: dict[str, float] = {}
     for name, points in curves(rows).items():
+        selector = without_correction(name)[0].split(" ")[0]
         if (density := density_at(points, target)) is not None:
-            found[_selector(name)] = min(density, found.get(_selector(name), density))
+            found[selector] = min(density, found.get(selector, density))
     return found
 
 
 def _share(reached: Sequence[dict[str, float]], name: str) -> str:
     ratios = [found[name] / min(found.values()) for found in reached if name in found]
-    if not ratios:
-        return "in none"
-    return f"in {len(ratios)}, " + " to ".join(dict.fromkeys(f"{end:.1f}x" for end in (min(ratios), max(ratios))))
+    return f"in {len(ratios)}, {ends(ratios, '.1f', 'x')}" if ratios else "in none"
 
 
 def _as_it_comes(rows: Sequence[Row], name: str) -> Row | None:

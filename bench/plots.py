@@ -150,12 +150,3 @@ def draw_fidelity(rows: list[Row], path: Path) -> None:
     row = found[0]
     gpus = ", ".join(dict.fromkeys(row["gpu"] for rows in panels.values() for row in rows))
     save_panels(panels, f"Real models on the text '{_KL_TEXT}', {gpus}, {row['dtype']}", path)
-
-
-DRAW = {
-    "plot": draw_attention,
-    "accuracy-plot": draw_accuracy,
-    "quality-plot": draw_quality,
-    "fidelity-plot": draw_fidelity,
-}
-"""By the name of the block that shows it."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.tables import Column, Table, bold, conditions, group_rows, key, number, values
+from bench.tables import Table, bold, conditions, group_rows, key, number, values
 from flexprefill_fa import get_selector
 from flexprefill_fa.tools.rows import Row
 
@@ -24,16 +23,12 @@ _PROMPT = ("layer", "seed")  # what a point is the mean over, beside the heads
 _DIGITS = ".3f"
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One setting at one length, the mean over layers, prompts and heads.
 
-    Attributes:
-        settings: of the selector.
-        density, recall: kept blocks / causal blocks; share of the exact probability in them.
-        error: relative L2 distance of the output from exact dense attention, None where it was not measured.
-        corrected: the same with mean correction.
-        worst, corrected_worst: those of the worst head.
+    `density` and `recall` are those of `BlockSelection`; `error` is the relative L2 distance of the output from exact
+    dense attention, `corrected` the same with mean correction, None where it was not measured; `worst` and
+    `corrected_worst` are those of the worst head.
     """
 
     settings: dict[str, Any]
@@ -45,8 +40,7 @@ class Point:
     corrected_worst: float | None = None
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """A selector's sweep at one length: `points` by ascending density, settings outside the sweep in `fixed`."""
 
     selector: str
@@ -69,8 +63,7 @@ def between(points: Sequence[tuple[float, float]], x: float) -> float | None:
     """y at x, linear between the two neighbours among points (x, y); None where x lies outside of them."""
     for (low, below), (high, above) in pairwise(points):
         if min(low, high) <= x <= max(low, high):
-            share = 0.0 if low == high else (x - low) / (high - low)
-            return below + (above - below) * share
+            return below + (above - below) * (0.0 if low == high else (x - low) / (high - low))
     return None
 
 
@@ -91,74 +84,64 @@ def families(rows: Sequence[Row], length: int) -> dict[str, Family]:
     found = []
     for name, part in members.items():
         points = [_point(same, prompts) for same in group_rows(part, ["settings"])]
-        whole = sorted((point for point in points if point is not None), key=lambda point: point.density)
-        if whole:
+        if whole := sorted((point for point in points if point is not None), key=lambda point: point.density):
             selector, fixed = json.loads(name)
             found.append(Family(selector, fixed, tuple(whole)))
     named = {}
     for family in found:
         same = [other.fixed for other in found if other.selector == family.selector]
-        told = [
+        differing = [
             f"{name}={value}" for name, value in family.fixed.items() if any(fixed.get(name) != value for fixed in same)
         ]
-        named[" ".join([family.selector, *told])] = family
+        named[" ".join([family.selector, *differing])] = family
     return named
 
 
 def _point(rows: Sequence[Row], prompts: set[str]) -> Point | None:
-    whole: dict[bool, list[Row]] = {}
-    for correction in (False, True):
-        part = [row for row in rows if row["mean_correction"] == correction]
-        if {key(row, _PROMPT) for row in part} == prompts:
-            whole[correction] = part
-    if not whole:
+    parts = [[row for row in rows if row["mean_correction"] is correction] for correction in (False, True)]
+    whole = [part if {key(row, _PROMPT) for row in part} == prompts else [] for part in parts]
+    either = whole[0] or whole[1]  # the correction changes the output, not the selection
+    if not either:
         return None
-    either = next(iter(whole.values()))  # the correction changes the output, not the selection
-    errors = [_mean(whole[x], "error") if x in whole else None for x in (False, True)]
-    worst = [max(row["error_max"] for row in whole[x]) if x in whole else None for x in (False, True)]
+    errors = [_mean(part, "error") if part else None for part in whole]
+    worst = [max(row["error_max"] for row in part) if part else None for part in whole]
     return Point(rows[0]["settings"], _mean(either, "density"), _mean(either, "recall"), *errors, *worst)
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
-    return math.fsum(row[name] for row in rows) / len(rows)
-
-
-def _caption(rows: Sequence[Row], what: str) -> str:
-    prompts = len(values(rows, "seed"))
-    return (
-        f"**The needle model (SHA-256 {rows[0]['model_sha256'][:10]}) on {prompts} needle "
-        f"{'prompt' if prompts == 1 else 'prompts'}**, layers {', '.join(map(str, values(rows, 'layer')))}; means over "
-        f"heads and layers. {conditions(rows)}; rounding alone gives dense attention an error of up to "
-        f"{max(row['dense_error'] for row in rows):.2g}. {what}"
-    )
+    return statistics.fmean(row[name] for row in rows)
 
 
 def _table(what: str, lines: Callable[[list[Row]], list[list[str]]], header: Sequence[str]) -> Table:
     """Of lines that are cells already."""
-    columns: list[Column] = [(title, itemgetter(index)) for index, title in enumerate(header)]
+
+    def caption(rows: Sequence[Row]) -> str:
+        prompts = len(values(rows, "seed"))
+        return (
+            f"**The needle model (SHA-256 {rows[0]['model_sha256'][:10]}) on {prompts} needle "
+            f"{'prompt' if prompts == 1 else 'prompts'}**, layers {', '.join(map(str, values(rows, 'layer')))}; means "
+            f"over heads and layers. {conditions(rows)}; rounding alone gives dense attention an error of up to "
+            f"{max(row['dense_error'] for row in rows):.2g}. {what}"
+        )
+
     return Table(
         group_by=("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "model_sha256"),
         identity=(*_PROMPT, "length", "selector", "settings", "backend", "mean_correction"),
         where=lambda row: row["kind"] == KIND,
         lines=lines,
-        columns=lambda rows: columns,
-        caption=lambda rows: _caption(rows, what),
+        columns=lambda rows: header,
+        caption=caption,
     )
 
 
-def _read(found: dict[str, Family], field: str) -> list[list[float | None]]:
-    """One row for each family, one column for each density, rounded as it is shown."""
+def _read(found: dict[str, Family], field: str, choose: Callable[[list[float]], float]) -> list[list[str]]:
+    """One row for each family, one column for each density, the best of each column in bold; ties are all bold."""
     read = [[family.at(field, density) for density in DENSITIES] for family in found.values()]
-    return [[None if value is None else round(value, 3) for value in row] for row in read]
-
-
-def _bold(read: Sequence[Sequence[float | None]], choose: Callable[[list[float]], float]) -> list[list[str]]:
-    """The values as text, the best of each column in bold; ties are all bold."""
-    measured = [[value for value in column if value is not None] for column in zip(*read, strict=True)]
-    best = [choose(column) if column else None for column in measured]
+    shown = [[None if value is None else round(value, 3) for value in row] for row in read]
+    best = [choose(there) if (there := [x for x in row if x is not None]) else None for row in zip(*shown, strict=True)]
     return [
         [bold(number(value, _DIGITS), value is not None and value == top) for value, top in zip(row, best, strict=True)]
-        for row in read
+        for row in shown
     ]
 
 
@@ -166,9 +149,8 @@ def _selectors(rows: list[Row]) -> list[list[str]]:
     lines = []
     for length in values(rows, "length"):
         found = families(rows, length)
-        recall = _bold(_read(found, "recall"), max)
-        error, corrected = (_bold(_read(found, field), min) for field in ("error", "corrected"))
-        for name, kept, *pair in zip(found, recall, error, corrected, strict=True):
+        parts = _read(found, "recall", max), _read(found, "error", min), _read(found, "corrected", min)
+        for name, kept, *pair in zip(found, *parts, strict=True):
             errors = ["-" if both == ("-", "-") else " / ".join(both) for both in zip(*pair, strict=True)]
             lines.append([f"{length:,}", name, *kept, *errors])
     return lines
@@ -179,11 +161,10 @@ def _points(rows: list[Row], shown: Callable[[Family, Point], bool] = lambda fam
     lines = []
     for length in values(rows, "length"):
         for label, family in families(rows, length).items():
-            for point in filter(lambda point: shown(family, point), family.points[::-1]):
+            for point in (point for point in family.points[::-1] if shown(family, point)):
                 swept = [f"{name}={value:g}" for name, value in point.settings.items() if name not in family.fixed]
                 ratio = point.corrected / point.error if point.corrected is not None and point.error else None
-                found = (point.density, point.recall, point.error, point.corrected, ratio)
-                found += (point.worst, point.corrected_worst)
+                found = (*point[1:5], ratio, *point[5:])
                 lines.append([f"{length:,}", " ".join([label, *swept]), *(number(value, _DIGITS) for value in found)])
     return lines
 
@@ -198,10 +179,7 @@ SELECTORS = _table(
     "Recall and relative output error (without / with mean correction) at equal densities, between the two nearest "
     "settings of each sweep; '-' where a sweep does not reach; the best in bold.",
     _selectors,
-    [
-        *("tokens", "selector"),
-        *(f"{what} at {density:.0%}" for what in ("recall", "error") for density in DENSITIES),
-    ],
+    ["tokens", "selector", *(f"{what} at {density:.0%}" for what in ("recall", "error") for density in DENSITIES)],
 )
 """Recall and output error of every selector at equal densities."""
 CORRECTION = _table(

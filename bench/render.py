@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from bench.accuracy_tables import ANSWERS, REAL_TASKS, SUMMARY, TASKS
 from bench.fidelity_tables import fidelity_summary, leaderboards, single_settings, sweeps
@@ -26,17 +27,16 @@ from bench.speed_tables import (
 from bench.ttft_tables import speed_summary, ttft_tables
 from flexprefill_fa.tools.rows import Row, read
 
-_TIME = (
-    *("attention", "attention-fixed", "attention-needle", "density", "ttft", "serving"),
-    *("attention-cpu", "peers", "given"),
-)
-_QUALITY = ("fidelity-plot", "fidelity", "fidelity-settings", "ruler", "accuracy-plot", "accuracy-summary", "needle")
-_QUALITY += ("accuracy", "quality-plot", "quality", "mean-correction")
 DOCUMENTS: dict[Path, tuple[str, ...]] = {
-    ROOT / "README.md": ("plot", "speed-summary", "fidelity-summary"),
-    ROOT / "docs" / "benchmarks.md": _TIME,
-    ROOT / "docs" / "accuracy.md": _QUALITY,
-    ROOT / "docs" / "command_line.md": ("demo",),
+    ROOT / document: tuple(blocks.split())
+    for document, blocks in {
+        "README.md": "plot speed-summary fidelity-summary",
+        "docs/benchmarks.md": "attention attention-fixed attention-needle density ttft serving attention-cpu peers "
+        "given",
+        "docs/accuracy.md": "fidelity-plot fidelity fidelity-settings ruler accuracy-plot accuracy-summary needle "
+        "accuracy quality-plot quality mean-correction",
+        "docs/command_line.md": "demo",
+    }.items()
 }
 """Which blocks stand in which document."""
 
@@ -44,39 +44,44 @@ _BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /bench:
 _MARKER = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
 
 Rows = list[Row]
-TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
-    "attention": (lambda rows: attention_tables(rows, "cuda", "sharpened"), ("attention.jsonl",)),
-    "attention-fixed": (lambda rows: attention_tables(rows, "cuda", "fixed"), ("attention.jsonl",)),
-    "attention-needle": (lambda rows: attention_tables(rows, "cuda", "needle"), ("attention.jsonl",)),
-    "attention-cpu": (lambda rows: attention_tables(rows, "cpu", "needle"), ("attention.jsonl",)),
-    "density": (density_tables, ("attention.jsonl",)),
-    "speed-summary": (speed_summary, ("attention.jsonl", "ttft.jsonl")),
-    "accuracy": (TASKS.markdown, ("quality.jsonl",)),
-    "accuracy-summary": (SUMMARY.markdown, ("quality.jsonl",)),
-    "quality": (SELECTORS.markdown, ("quality.jsonl",)),
-    "mean-correction": (CORRECTION.markdown, ("quality.jsonl",)),
-    "ttft": (ttft_tables, ("ttft.jsonl", "quality.jsonl")),
-    "needle": (run_tables, ("needle.jsonl",)),
-    "serving": (serve_tables, tuple(f"{name}.jsonl" for name in ENGINES)),
-    "fidelity": (leaderboards, ("fidelity.jsonl", "attention.jsonl", ANSWERS)),
-    "fidelity-settings": (single_settings, ("fidelity.jsonl",)),
-    "fidelity-summary": (fidelity_summary, ("fidelity.jsonl",)),
-    "ruler": (REAL_TASKS.markdown, (ANSWERS,)),
-    "peers": (PEERS.markdown, ("peers.jsonl",)),
-    "given": (GIVEN.markdown, ("peers.jsonl",)),
-    "demo": (demo_table, ("demo.jsonl",)),
+TABLES: dict[str, tuple[Any, ...]] = {
+    **{
+        name: (partial(attention_tables, device=device, workload=workload), "attention")
+        for name, device, workload in (
+            ("attention", "cuda", "sharpened"),
+            ("attention-fixed", "cuda", "fixed"),
+            ("attention-needle", "cuda", "needle"),
+            ("attention-cpu", "cpu", "needle"),
+        )
+    },
+    "density": (density_tables, "attention"),
+    "speed-summary": (speed_summary, "attention", "ttft"),
+    "accuracy": (TASKS.markdown, "quality"),
+    "accuracy-summary": (SUMMARY.markdown, "quality"),
+    "quality": (SELECTORS.markdown, "quality"),
+    "mean-correction": (CORRECTION.markdown, "quality"),
+    "ttft": (ttft_tables, "ttft", "quality"),
+    "needle": (run_tables, "needle"),
+    "serving": (serve_tables, *ENGINES),
+    "fidelity": (leaderboards, "fidelity", "attention", ANSWERS),
+    "fidelity-settings": (single_settings, "fidelity"),
+    "fidelity-summary": (fidelity_summary, "fidelity"),
+    "ruler": (REAL_TASKS.markdown, ANSWERS),
+    "peers": (PEERS.markdown, "peers"),
+    "given": (GIVEN.markdown, "peers"),
+    "demo": (demo_table, "demo"),
 }
-"""By the name of their markers: Markdown from the rows of files, empty where there are no rows for it."""
+"""By the name of their markers: what makes Markdown, empty where there are no rows for it, and from which rows."""
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A picture: its file beside its `rows`, whether there is something to draw, and what it shows."""
+class Plot(NamedTuple):
+    """A picture: its file beside its `rows`, whether there is something to draw, what it shows, and who draws it."""
 
     file: str
     rows: str
     drawn: Callable[[Rows], object]
     what: str
+    draw: str
 
 
 PLOTS = {
@@ -85,24 +90,28 @@ PLOTS = {
         "attention.jsonl",
         lambda rows: ATTENTION.groups(filter(shown_first, rows)),
         "Time and speed-up of sparse prefill attention against the length of the prompt",
+        "draw_attention",
     ),
     "accuracy-plot": Plot(
         "accuracy.png",
         "quality.jsonl",
         TASKS.groups,
         "Task accuracy of each selector against the density it keeps",
+        "draw_accuracy",
     ),
     "quality-plot": Plot(
         "quality.png",
         "quality.jsonl",
         SELECTORS.groups,
         "Recall and output error of each selector against the density it keeps",
+        "draw_quality",
     ),
     "fidelity-plot": Plot(
         "fidelity.png",
         "fidelity.jsonl",
         lambda rows: [group for group in sweeps(rows) if group[0]["text"] == "source"],
         "KL to dense attention against the density that each selector keeps, on real models",
+        "draw_fidelity",
     ),
 }
 """By the name of their markers."""
@@ -112,8 +121,8 @@ BLOCKS = (*TABLES, *PLOTS)
 def body_of(block: str, results: Path) -> str:
     """What stands between a block's markers, from a folder of rows; a picture's path is relative to its document."""
     if block in TABLES:
-        table, files = TABLES[block]
-        return table(*(read(results / file) for file in files))
+        table, *files = TABLES[block]
+        return table(*(read(results / f"{file}.jsonl") for file in files))
     plot = PLOTS[block]
     if not plot.drawn(read(results / plot.rows)):
         return ""
@@ -124,11 +133,11 @@ def body_of(block: str, results: Path) -> str:
 
 def draw_plots(results: Path) -> None:
     """Draw, beside the rows of a folder, every plot that has some."""
-    from bench.plots import DRAW  # takes a second to import, and tables need none
+    from bench import plots  # takes a second to import, and tables need none
 
-    for block, plot in PLOTS.items():
+    for plot in PLOTS.values():
         if plot.drawn(rows := read(results / plot.rows)):
-            DRAW[block](rows, results / plot.file)
+            getattr(plots, plot.draw)(rows, results / plot.file)
 
 
 def render_document(document: Path, expected: Sequence[str], results: Path) -> str:

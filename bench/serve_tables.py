@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from bench.tables import Table, commits, field, settings_of, times, versions
+from bench.tables import Table, commits, number, pivot, settings_of, times, versions
 from flexprefill_fa.tools.rows import Row
 
 
@@ -20,6 +20,7 @@ class Engine(NamedTuple):
 ENGINES = {"vllm": Engine("vLLM", "max_num_batched_tokens"), "sglang": Engine("SGLang", "chunked_prefill_size")}
 """By the kind of their rows."""
 
+# By measure: what a line says, the field, and whether more is better.
 _MEASURES = {
     "first token": ("{length:,} tokens: first token, ms", "ttft_ms", False),
     "prefill": ("{requests} x {length:,} tokens at once: prompt tokens/s", "prompt_tokens_per_s", True),
@@ -33,33 +34,26 @@ def serve_tables(*files: Iterable[Row]) -> str:
     return _TABLE.markdown(itertools.chain(*files))
 
 
-def _pairs(rows: Sequence[Row]) -> list[dict[str, Row]]:
-    """The rows of both backends, by their names, of what was measured with both."""
-    found: dict[tuple[str, int], dict[str, Row]] = {}
-    for row in sorted(rows, key=lambda row: row["backend"] != _SPARSE):
-        found.setdefault((row["measure"], row["length"]), {})[row["backend"]] = row
-    return [pair for pair in found.values() if {_DEFAULT, _SPARSE} <= set(pair)]
+def _lines(rows: Sequence[Row]) -> Iterable[list[str]]:
+    """A line, as cells, of all that was measured with both backends."""
+    ordered = sorted(rows, key=lambda row: row["backend"] != _SPARSE)
+    for pair in pivot(ordered, lambda row: (row["measure"], row["length"]), lambda row: row["backend"]).values():
+        if {_DEFAULT, _SPARSE} <= set(pair):
+            sparse = pair[_SPARSE]
+            title, name, more = _MEASURES[sparse["measure"]]
+            found = [pair[backend][name] for backend in (_DEFAULT, _SPARSE)]
+            told = [format(value, ",.0f" if value >= 100 else ".1f") for value in found]
+            ratio = found[more] / found[not more]
+            yield [title.format(**sparse), number(sparse.get("density"), ".3f"), *told, times(ratio)]
 
 
-def _value(row: Row) -> float:
-    return row[_MEASURES[row["measure"]][1]]
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _ratio(pair: dict[str, Row]) -> str:
-    ratio = _value(pair[_SPARSE]) / _value(pair[_DEFAULT])
-    return times(ratio if _MEASURES[pair[_SPARSE]["measure"]][2] else 1 / ratio)
-
-
-def _engine(rows: Sequence[Row]) -> Engine:
-    return ENGINES[rows[0]["kind"]]
+def _titles(rows: Sequence[Row]) -> list[str]:
+    backend = f"{ENGINES[rows[0]['kind']].title}'s default backend"
+    return ["", "density of sparse chunks", backend, "with sparse prefill", ""]
 
 
 def _caption(rows: Sequence[Row]) -> str:
-    row, engine = next(row for row in rows if row["backend"] == _SPARSE), _engine(rows)
+    row, engine = next(row for row in rows if row["backend"] == _SPARSE), ENGINES[rows[0]["kind"]]
     return (
         f"**{row['model']}**, {row['layers']} layers, {row['dtype']}, {engine.step_tokens} "
         f"{row[engine.step_tokens]:,}; default backend: {row.get('dense_kernel') or f'as {engine.title} chose'}. "
@@ -95,14 +89,8 @@ def _gather(rows: Sequence[Row]) -> str:
 _TABLE = Table(
     group_by=("kind", "gpu", "model", "layers", *(engine.step_tokens for engine in ENGINES.values())),
     identity=("backend", "measure", "length", "settings", "synthetic_density"),
-    lines=_pairs,
-    columns=lambda rows: [
-        ("", lambda pair: _MEASURES[pair[_SPARSE]["measure"]][0].format(**pair[_SPARSE])),
-        ("density of sparse chunks", lambda pair: field("density", ".3f")(pair[_SPARSE])),
-        (f"{_engine(rows).title}'s default backend", lambda pair: _number(_value(pair[_DEFAULT]))),
-        ("with sparse prefill", lambda pair: _number(_value(pair[_SPARSE]))),
-        ("", _ratio),
-    ],
+    lines=_lines,
+    columns=_titles,
     caption=_caption,
     notes=_gather,
 )

@@ -1,9 +1,9 @@
-"""The tables of time: of the attention alone, of other implementations, of the first token, and of the demo."""
+"""The tables of time: of the attention alone, of other implementations, and of the demo."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,34 +12,34 @@ from bench.tables import (
     KERNEL_NAMES,
     Column,
     Table,
+    column,
     commits,
     conditions,
-    field,
     markdown_table,
     method,
     milliseconds,
     number,
+    pivot,
     settings_of,
     split,
     times,
-    values,
 )
 from flexprefill_fa.masks import get_selector
 from flexprefill_fa.tools.rows import Row
 
 OURS = "flexprefill_fa"
-_GROUP = ("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype", "workload", "layer", "model_sha256")
-_MEASURED = ("kernel", "length", "selector", "settings", "backend", "implementation", "module", "function")
 _WORKLOADS = {
     "sharpened": "**Heads that get sharper with length**",
     "fixed": "**The same heads at every length**",
     "needle": "**Layer {layer} of the needle model (SHA-256 {model}) on a needle prompt**",
 }
-
-
-def tokens(row: Row) -> str:
-    """A length as a cell."""
-    return f"{row['length']:,}"
+_TABLE: dict[str, Any] = {
+    "group_by": (
+        *("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype"),
+        *("workload", "layer", "model_sha256"),
+    ),
+    "identity": ("kernel", "length", "selector", "settings", "backend", "implementation", "module", "function"),
+}
 
 
 def _caption(rows: Sequence[Row], what: str) -> str:
@@ -57,37 +57,30 @@ def selector_caption(rows: Sequence[Row]) -> str:
     return _caption(rows, f"{row['selector']}, {settings_of(row['settings'])}; total includes selection")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Length:
-    """What was measured at one length: dense rows by kernel, a selector's by backend."""
+Line = dict[Any, Row]
+"""What was measured at one length: a selector's rows by backend, dense rows by (kernel,)."""
 
-    length: int
-    dense: dict[str, Row]
-    sparse: dict[str, Row]
 
-    def field(self, name: str) -> Any:
-        """Of the first row that has it and did not go dense."""
-        rows = (row for row in self.sparse.values() if row["path"] == "sparse")
+def by_length(rows: Iterable[Row]) -> dict[int, Line]:
+    """A line for each length that a selector was measured at, ascending."""
+    found = pivot(rows, lambda row: row["length"], lambda row: row["backend"] if row["selector"] else (row["kernel"],))
+    return {length: line for length, line in sorted(found.items()) if split(line.values())[1]}
+
+
+def best_dense(rows: Iterable[Row], kernel: str | None = None) -> tuple[float, str] | None:
+    """Milliseconds and name of the fastest dense kernel among rows, or of a named one."""
+    dense = [row for row in split(rows)[0] if "total_ms" in row and kernel in (None, row["kernel"])]
+    return min(((row["total_ms"], row["kernel"]) for row in dense), default=None)
+
+
+def _sparse(name: str) -> Callable[[Line], Any]:
+    """A field of the first row that has it and did not go dense."""
+
+    def found(line: Line) -> Any:
+        rows = (row for row in split(line.values())[1] if row["path"] == "sparse")
         return next((row[name] for row in rows if row.get(name) is not None), None)
 
-    def dense_ms(self, kernel: str) -> float | None:
-        return self.dense.get(kernel, {}).get("total_ms")
-
-    def best_dense(self) -> tuple[float, str] | None:
-        return min(((row["total_ms"], name) for name, row in self.dense.items() if "total_ms" in row), default=None)
-
-
-def by_length(rows: list[Row]) -> list[_Length]:
-    """A line for each length that a selector was measured at."""
-    dense, selected = split(rows)
-    return [
-        _Length(
-            length,
-            {row["kernel"]: row for row in dense if row["length"] == length},
-            {row["backend"]: row for row in selected if row["length"] == length},
-        )
-        for length in values(selected, "length")
-    ]
+    return found
 
 
 def _attention_columns(rows: list[Row]) -> list[Column]:
@@ -97,13 +90,14 @@ def _attention_columns(rows: list[Row]) -> list[Column]:
 
     def each(title: str, cell: Any, names: Sequence[str] = explicit, named: bool = len(explicit) > 1) -> list[Column]:
         return [
-            (f"{title}, {name}" if named else title, lambda line, name=name: cell(line.sparse.get(name, {})))
-            for name in names
+            (f"{title}, {name}" if named else title, lambda line, name=name: cell(line.get(name, {}))) for name in names
         ]
 
-    def best(line: _Length) -> str:
-        found = line.best_dense()
-        return "-" if found is None else f"{milliseconds(found[0])} ({KERNEL_NAMES[found[1]]})"
+    def dense(line: Line, kernel: str | None = None) -> str:
+        found = best_dense(line.values(), kernel)
+        if found is None:
+            return "-"
+        return milliseconds(found[0]) + ("" if kernel else f" ({KERNEL_NAMES[found[1]]})")
 
     def auto(row: Row) -> str:
         if not row or "error" in row:
@@ -115,13 +109,14 @@ def _attention_columns(rows: list[Row]) -> list[Column]:
         return f"+{row['corrected_ms'] / row['attend_ms'] - 1:.0%} of attend" if "corrected_ms" in row else "-"
 
     corrected = [name for name in explicit if any(row["backend"] == name and "corrected_ms" in row for row in selected)]
+    density, recall, select = map(_sparse, ("density", "recall", "select_ms"))
     return [
-        ("tokens", lambda line: f"{line.length:,}"),
-        ("density", lambda line: number(line.field("density"), ".3f")),
-        ("recall", lambda line: number(line.field("recall"), ".3f")),
-        (f"{KERNEL_NAMES[yardstick]} ms", lambda line: milliseconds(line.dense_ms(yardstick))),
-        ("best dense ms", best),
-        ("select ms", lambda line: milliseconds(line.field("select_ms"))),
+        ("tokens", lambda line: f"{next(iter(line.values()))['length']:,}"),
+        ("density", lambda line: number(density(line), ".3f")),
+        ("recall", lambda line: number(recall(line), ".3f")),
+        (f"{KERNEL_NAMES[yardstick]} ms", partial(dense, kernel=yardstick)),
+        ("best dense ms", dense),
+        ("select ms", lambda line: milliseconds(select(line))),
         *each("attend ms", lambda row: milliseconds(row.get("attend_ms"))),
         *each("total ms", lambda row: "wrong" if "error" in row else milliseconds(row.get("total_ms"))),
         *each(f"x {KERNEL_NAMES[yardstick]}", lambda row: times(row.get(f"speedup_{yardstick}"))),
@@ -132,19 +127,17 @@ def _attention_columns(rows: list[Row]) -> list[Column]:
 
 
 ATTENTION = Table(
-    group_by=_GROUP,
-    identity=_MEASURED,
+    **_TABLE,
     each=("selector", "settings"),
     where=lambda row: row["selector"] != "synthetic",
-    lines=by_length,
+    lines=lambda rows: by_length(rows).values(),
     columns=_attention_columns,
     caption=selector_caption,
 )
 """What each length costs with a selector, beside dense attention."""
 
 DENSITY = Table(
-    group_by=_GROUP,
-    identity=_MEASURED,
+    **_TABLE,
     each=("selector",),
     where=lambda row: row["selector"] in (None, "synthetic"),
     lines=lambda rows: sorted(
@@ -152,12 +145,12 @@ DENSITY = Table(
         key=lambda row: (row["length"], row["density"], row["kernel"]),
     ),
     columns=lambda rows: [
-        ("tokens", tokens),
-        ("density", field("density", ".3f")),
-        ("kernel", lambda row: row["kernel"]),
+        column("tokens", "length", ","),
+        column("density", "density", ".3f"),
+        column("kernel", "kernel"),
         ("attend ms", lambda row: "wrong" if "error" in row else milliseconds(row.get("attend_ms"))),
-        ("TFLOP/s", field("tflops", ".0f")),
-        ("share of its dense TFLOP/s", field("share_of_dense_tflops", ".0%")),
+        column("TFLOP/s", "tflops", ".0f"),
+        column("share of its dense TFLOP/s", "share_of_dense_tflops", ".0%"),
         ("x best dense", lambda row: times(row.get("speedup_best_dense"))),
     ],
     caption=partial(_caption, what="random blocks of an exact density, attention alone, without a selection"),
@@ -204,40 +197,26 @@ def _failed(row: Row, name: str) -> str:
     return f"error: {row['error']}".replace("|", "/") if "error" in row else milliseconds(row.get(name))
 
 
-def _times_dense(rows: list[Row], name: str, kernel: str | None) -> Any:
-    """A cell: how much faster than a dense kernel, or the best one, of the same length, in whichever process it ran."""
-    dense = split(rows)[0]
-
-    def cell(row: Row) -> str:
-        found = [
-            other["total_ms"]
-            for other in dense
-            if other["length"] == row["length"] and kernel in (None, other["kernel"]) and "total_ms" in other
-        ]
-        return times(min(found) / row[name] if found and name in row and row["selector"] is not None else None)
-
-    return cell
+def _dense_error(row: Row) -> str:
+    measured = row.get("check_error") if row["selector"] is None else row.get("dense_error")
+    return number(None if "error" in row else measured, ".2g")
 
 
-def _peer_columns(rows: list[Row]) -> list[Column]:
-    yardstick = YARDSTICK[rows[0]["device"]]
+def _against(rows: list[Row], name: str, yardstick: str | None = None) -> list[Column]:
+    """How a time compares with dense attention of the same length, in whichever process that ran; and its clock.
 
-    def error(row: Row) -> str:
-        measured = row.get("check_error") if row["selector"] is None else row.get("dense_error")
-        return number(None if "error" in row else measured, ".2g")
+    Args:
+        rows: of the table. name: of the time. yardstick: compare it with this kernel too, before the best one.
+    """
+
+    def over(row: Row, kernel: str | None) -> str:
+        found = best_dense((other for other in rows if other["length"] == row["length"]), kernel)
+        return times(found[0] / row[name] if found and name in row and row["selector"] is not None else None)
 
     return [
-        ("tokens", tokens),
-        ("method", method),
-        ("implementation", _implementation),
-        ("density", field("density", ".3f")),
-        ("error against dense", error),
-        ("select ms", lambda row: milliseconds(row.get("select_ms"))),
-        ("total ms", lambda row: _failed(row, "total_ms")),
-        ("wall clock ms", lambda row: milliseconds(row.get("total_eager_ms"))),
-        (f"x {KERNEL_NAMES[yardstick]}", _times_dense(rows, "total_ms", yardstick)),
-        ("x best dense", _times_dense(rows, "total_ms", None)),
-        ("timed by", lambda row: row.get("timed_by", {}).get("total_ms", "-")),
+        *([(f"x {KERNEL_NAMES[yardstick]}", partial(over, kernel=yardstick))] if yardstick else []),
+        ("x best dense", partial(over, kernel=None)),
+        ("timed by", lambda row: row.get("timed_by", {}).get(name, "-")),
     ]
 
 
@@ -253,36 +232,42 @@ def _peer_notes(rows: list[Row]) -> str:
     for row in split(_compared(rows))[1]:
         who, settings = f"{OURS}, {row['selector']}", row["settings"]
         if row["path"] == "peer":
-            who = _origin(row)
-            settings = row.get("peer_settings")
+            who, settings = _origin(row), row.get("peer_settings")
         notes.append(f"- {who}: {settings_of(settings) if settings else 'not called'}")
     return "\n".join(dict.fromkeys(notes))
 
 
 PEERS = Table(
-    group_by=_GROUP,
-    identity=_MEASURED,
+    **_TABLE,
     where=lambda row: row["selector"] != "synthetic",
     lines=_compared,
-    columns=_peer_columns,
+    columns=lambda rows: [
+        column("tokens", "length", ","),
+        ("method", method),
+        ("implementation", _implementation),
+        column("density", "density", ".3f"),
+        ("error against dense", _dense_error),
+        ("select ms", lambda row: milliseconds(row.get("select_ms"))),
+        ("total ms", lambda row: _failed(row, "total_ms")),
+        ("wall clock ms", lambda row: milliseconds(row.get("total_eager_ms"))),
+        *_against(rows, "total_ms", YARDSTICK[rows[0]["device"]]),
+    ],
     caption=lambda rows: _caption(_compared(rows), "each implementation on the same values, selection included"),
     notes=_peer_notes,
 )
 """This package beside other implementations."""
 
 GIVEN = Table(
-    group_by=_GROUP,
-    identity=_MEASURED,
+    **_TABLE,
     where=lambda row: row["selector"] in (None, "synthetic"),
-    lines=lambda rows: [row for row in _compared(rows) if row["selector"] is not None],
+    lines=lambda rows: split(_compared(rows))[1],
     columns=lambda rows: [
-        ("tokens", tokens),
-        ("density", field("density", ".3f")),
+        column("tokens", "length", ","),
+        column("density", "density", ".3f"),
         ("implementation", _implementation),
         ("error", lambda row: number(row.get("check_error"), ".2g")),
         ("attend ms", lambda row: _failed(row, "attend_ms")),
-        ("x best dense", _times_dense(rows, "attend_ms", None)),
-        ("timed by", lambda row: row.get("timed_by", {}).get("attend_ms", "-")),
+        *_against(rows, "attend_ms"),
     ],
     caption=partial(_caption, what="the same random blocks for each, one choice for the query heads of a kv head"),
     notes=lambda rows: "\n".join(dict.fromkeys(f"- {_origin(row)}" for row in rows if row["path"] == "peer")),
@@ -303,9 +288,9 @@ def demo_table(rows: Sequence[Row]) -> str:
         lines.append([*cells, times(row["dense"]["prefill_seconds"] / part["prefill_seconds"])])
     recall = ""
     if layers := [layer for layer in row["sparse"].get("layers", ()) if layer["recall"] is not None]:
-        low, *_, high = sorted(layer["recall"] for layer in (*layers, layers[0]))
+        found = [layer["recall"] for layer in layers]
         worst = min(layer["lowest_recall"] for layer in layers)
-        recall = f" Mean recall per layer {low:.2f} to {high:.2f}, worst head {worst:.2f}."
+        recall = f" Mean recall per layer {min(found):.2f} to {max(found):.2f}, worst head {worst:.2f}."
     selector = row.get("selector", "flexprefill")  # the demo's only one, once
     fields: Any = get_selector(selector)
     settings = settings_of({field.name: row.get(field.name) for field in dataclasses.fields(fields)})

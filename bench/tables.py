@@ -12,15 +12,8 @@ from flexprefill_fa.tools.rows import Row, latest
 
 Column = tuple[str, Callable[[Any], str]]
 """A title, and the cell of a line."""
-KERNEL_NAMES = {
-    "sdpa": "SDPA",
-    "sdpa_flash": "SDPA flash",
-    "sdpa_cudnn": "SDPA cuDNN",
-    "flash_attn_4": "flash-attn-4",
-    "FLASH": "FlexAttention FLASH",
-    "TRITON": "FlexAttention TRITON",
-    "CPU": "FlexAttention CPU",
-}
+KERNEL_NAMES = {"sdpa": "SDPA", "sdpa_flash": "SDPA flash", "sdpa_cudnn": "SDPA cuDNN", "flash_attn_4": "flash-attn-4"}
+KERNEL_NAMES |= {name: f"FlexAttention {name}" for name in ("FLASH", "TRITON", "CPU")}
 
 
 @dataclass(frozen=True)
@@ -31,7 +24,7 @@ class Table:
         group_by: fields that all rows of a table share.
         identity: fields that, with those, tell one measurement from another; a later row takes an earlier one's place.
             A "kernel" tells rows of dense attention apart, not those of a selector.
-        columns: those of a table, from its rows.
+        columns: those of a table, from its rows; titles alone where a line is its cells already.
         caption: what stands above it, from its rows. notes: what stands below.
         lines: what a table has a line for, from its rows: the rows themselves, or what `columns` makes of them. A table
             without lines is left out.
@@ -41,7 +34,7 @@ class Table:
 
     group_by: Sequence[str]
     identity: Sequence[str]
-    columns: Callable[[list[Row]], Sequence[Column]]
+    columns: Callable[[list[Row]], Sequence[Column | str]]
     caption: Callable[[list[Row]], str]
     lines: Callable[[list[Row]], Iterable[Any]] = list
     notes: Callable[[list[Row]], str] = lambda rows: ""
@@ -54,11 +47,7 @@ class Table:
         groups = group_rows(wanted, self.group_by)
         if not self.each:
             return groups
-        found = []
-        for group in groups:
-            dense, sparse = split(group)
-            found += [[*dense, *part] for part in group_rows(sparse, self.each)]
-        return found
+        return [[*dense, *part] for dense, sparse in map(split, groups) for part in group_rows(sparse, self.each)]
 
     def markdown(self, rows: Iterable[Row]) -> str:
         """All of them; empty without rows."""
@@ -71,8 +60,11 @@ class Table:
 
     def grid(self, group: list[Row]) -> str:
         """The same without caption and notes."""
-        columns = self.columns(group)
-        body = [[cell(line) for _, cell in columns] for line in self.lines(group)]
+        columns = [found if isinstance(found, tuple) else (found, None) for found in self.columns(group)]
+        body = [
+            [cell(line) if cell else line[index] for index, (_, cell) in enumerate(columns)]
+            for line in self.lines(group)
+        ]
         return markdown_table([title for title, _ in columns], body) if body else ""
 
 
@@ -88,6 +80,14 @@ def group_rows(rows: Iterable[Row], names: Sequence[str]) -> list[list[Row]]:
     for row in rows:
         found.setdefault(key(row, names), []).append(row)
     return list(found.values())
+
+
+def pivot(rows: Iterable[Row], line: Callable[[Row], Any], column: Callable[[Row], Any]) -> dict[Any, dict[Any, Row]]:
+    """Rows by their line and then by their column, each in the order in which it came first."""
+    found: dict[Any, dict[Any, Row]] = {}
+    for row in rows:
+        found.setdefault(line(row), {})[column(row)] = row
+    return found
 
 
 def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
@@ -114,9 +114,9 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def field(name: str, spec: str) -> Callable[[Row], str]:
-    """A cell: a number of the row, or a dash."""
-    return lambda row: number(row.get(name), spec)
+def column(title: str, name: str, spec: str = "") -> Column:
+    """A number of the row, or a dash."""
+    return title, lambda row: number(row.get(name), spec)
 
 
 def number(value: Any, spec: str) -> str:
@@ -132,6 +132,11 @@ def milliseconds(value: Any) -> str:
 def times(value: float | None) -> str:
     """A speed-up, or a dash where there is none."""
     return "-" if value is None else f"{value:.2f}x"
+
+
+def ends(found: Sequence[float], spec: str, unit: str = "") -> str:
+    """The least and the greatest of some numbers, once where they look alike; a dash without any."""
+    return " to ".join(dict.fromkeys(format(f(found), spec) + unit for f in (min, max))) if found else "-"
 
 
 def bold(text: str, best: bool) -> str:
@@ -179,6 +184,11 @@ def commits(rows: Sequence[Row]) -> str:
     return f"commit {distinct(rows, 'commit')}, {distinct(rows, 'date')}"
 
 
+def model_of(row: Row) -> str:
+    """The model, by its name and its weights."""
+    return f"{row['model']} (SHA-256 {row['model_sha256'][:10]})"
+
+
 def distinct(rows: Sequence[Row], name: str) -> str:
     """The values of a field, each once."""
     return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
@@ -187,7 +197,9 @@ def distinct(rows: Sequence[Row], name: str) -> str:
 def line_of(row: Row) -> str:
     """A row for a log: what was measured, and the first of its times."""
     who = [f"{row['length']} tokens", f"layer {row['layer']}" if row.get("layer") is not None else ""]
-    if "tile" in row or "case" in row:
+    if "measure" in row:  # of a serving engine
+        who.append(f"{row['backend']}, {row['measure']}")
+    elif "tile" in row or "case" in row:
         who.append(row["case"] if "case" in row else f"head_dim {row['head_dim']}, tile {row['tile']}")
     elif row["selector"] is None:
         who.append(f"dense {row['kernel']}")
@@ -198,6 +210,7 @@ def line_of(row: Row) -> str:
     if isinstance(row.get("error"), str):
         return f"{told}: WRONG: {row['error']}"
     found = [f"{value:.3f} {name[-2:]}" for name, value in row.items() if name.endswith(("_ms", "_us"))][:1]
+    found += [f"{value:,.0f} tokens/s" for name, value in row.items() if name.endswith("tokens_per_s")]
     found += [f"{name} {row[name]:.3f}" for name in ("density", "recall", "error") if row.get(name) is not None]
     found += [f"peak {row['peak_gib']:.1f} GiB"] if "peak_gib" in row else []
     return f"{told}: {', '.join(found)}"

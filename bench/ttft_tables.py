@@ -6,20 +6,22 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from bench.speed_tables import ATTENTION, by_length, selector_caption, shown_first, tokens
+from bench.speed_tables import ATTENTION, best_dense, by_length, selector_caption, shown_first
 from bench.tables import (
     KERNEL_NAMES,
     Column,
     Table,
+    column,
     commits,
     distinct,
-    field,
+    ends,
     group_rows,
     key,
     markdown_table,
     method,
     milliseconds,
     number,
+    pivot,
     split,
     times,
     versions,
@@ -67,10 +69,10 @@ def _yardsticks(rows: Iterable[Row]) -> dict[str, set[str]]:
     return {title: names for title, names in found.items() if names}
 
 
-def _prefills(rows: list[Row]) -> list[dict[bool, Row]]:
+def _prefills(rows: list[Row]) -> Iterable[dict[bool, Row]]:
     """A line for each attention at a length: its rows by whether they are compiled."""
     ordered = sorted(rows, key=lambda row: (row["length"], row["chunk"] or 0))
-    return [{row["compiled"]: row for row in part} for part in group_rows(ordered, _ATTENTION)]
+    return pivot(ordered, lambda row: key(row, _ATTENTION), lambda row: row["compiled"]).values()
 
 
 def _columns(rows: list[Row], true: dict[str, list[float]], alone: Sequence[Row]) -> list[Column]:
@@ -83,9 +85,9 @@ def _columns(rows: list[Row], true: dict[str, list[float]], alone: Sequence[Row]
     """
     dense = split(rows)[0]
 
-    def of(cell: Callable[[Row], str], *modes: bool) -> Callable[[dict[bool, Row]], str]:
-        """Of the first mode that was measured."""
-        return lambda line: cell(next((line[mode] for mode in modes if mode in line), {}))
+    def of(title: str, cell: Callable[[Row], str], *modes: bool) -> Column:
+        """Of the first mode that was measured, uncompiled before compiled unless one is named."""
+        return title, lambda line: cell(next((line[mode] for mode in modes or (False, True) if mode in line), {}))
 
     def over(row: Row, compiled: bool, names: set[str] | None = None) -> str:
         others = [other for other in dense if other["compiled"] == compiled and other["length"] == row.get("length")]
@@ -95,26 +97,19 @@ def _columns(rows: list[Row], true: dict[str, list[float]], alone: Sequence[Row]
         names = (*_GROUP, *_ATTENTION, "compiled")
         return _over(row, [other for other in alone if key(other, names) == key({**row, "ranks": 1}, names)])
 
-    def true_density(row: Row) -> str:
-        found = true.get(key(row, _TRUE))
-        return "-" if not found else " to ".join(dict.fromkeys(f"{end:.2f}" for end in (min(found), max(found))))
-
-    either = (False, True)
-    chunked = " in chunks of {:,}"
-    yardsticks = _yardsticks(rows).items()
     return [
-        ("tokens", of(lambda row: tokens(row) + (chunked.format(row["chunk"]) if row["chunk"] else ""), *either)),
-        ("prefill", of(_who, *either)),
-        ("density", of(field("density", ".3f"), *either)),
-        ("needle model's density", of(true_density, *either)),
-        ("first token, ms", of(_pass_ms, False)),
-        *((title, of(partial(over, compiled=False, names=names), False)) for title, names in yardsticks),
-        *([("x one rank", of(over_one_rank, False))] if rows[0]["ranks"] > 1 else []),
-        ("compiled, ms", of(_pass_ms, True)),
-        ("x best dense, compiled", of(partial(over, compiled=True), True)),
-        ("attention", of(partial(_share, part="attention_ms"), False)),
-        ("selection", of(partial(_share, part="select_ms"), False)),
-        ("peak GiB", of(field("peak_gib", ".1f"), *either)),
+        of("tokens", lambda row: f"{row['length']:,}" + (f" in chunks of {row['chunk']:,}" if row["chunk"] else "")),
+        of("prefill", _who),
+        of(*column("density", "density", ".3f")),
+        of("needle model's density", lambda row: ends(true.get(key(row, _TRUE), ()), ".2f")),
+        of("first token, ms", _pass_ms, False),
+        *(of(title, partial(over, compiled=False, names=names), False) for title, names in _yardsticks(rows).items()),
+        *([of("x one rank", over_one_rank, False)] if rows[0]["ranks"] > 1 else []),
+        of("compiled, ms", _pass_ms, True),
+        of("x best dense, compiled", partial(over, compiled=True), True),
+        of("attention", partial(_share, part="attention_ms"), False),
+        of("selection", partial(_share, part="select_ms"), False),
+        of(*column("peak GiB", "peak_gib", ".1f")),
     ]
 
 
@@ -203,11 +198,10 @@ def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:
         return ""
     selected = split(rows)[1][0]
     whole = first_tokens(ttft, selected["selector"], selected["settings"])
-    chosen = {line.length: line for line in by_length(rows) if line.length in whole}
     body, first = [], []
-    for length, line in chosen.items():
-        row, best = line.sparse.get("auto", {"error": "not measured"}), line.best_dense()
-        if "error" in row:
+    for length, line in by_length(rows).items():
+        row, best = line.get("auto", {"error": "not measured"}), best_dense(line.values())
+        if length not in whole or "error" in row:
             continue
         plain, sparse = (each["ttft_ms"] for each in whole[length])
         first += whole[length]
