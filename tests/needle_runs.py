@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from bench.needle.batches import Builder
-from bench.needle.network import Shape
+from bench.needle.network import model_config
 from bench.needle.prepare import Corpus
 from bench.needle.settings import Goal, Settings, Stage
 from bench.needle.train import train_model
@@ -23,7 +23,9 @@ FILES = 12
 """Of each part of the corpus."""
 
 TINY = Settings(
-    shape=Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=1),
+    config=model_config()
+    | {"hidden_size": 64, "intermediate_size": 128}
+    | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1},
     stages=(
         Stage(256, 2, 2, 0.5, (Mix(needles=4, asked=1), Mix(chains=1, chains_asked=1))),
         Stage(640, 2, 2, 0.5, (Mix(4, 1, 1, 1, 1, 1, 1),), (Mix(needles=4, asked=2, chains=1, chains_asked=1),)),

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from needle_runs import CPU, TINY
+from torch import nn
 
 from bench.needle.batches import Batch, Builder
 from bench.needle.card import conditions_of, run_tables, write_card
 from bench.needle.evaluate import measure, predictions
-from bench.needle.network import Network
+from bench.needle.network import make_network
 from bench.needle.prepare import Corpus
 from bench.needle.settings import FULL
 from flexprefill_fa.tools.digests import model_sha256
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_predictions_are_greedy_decoding(corpus: Corpus) -> None:
     """Of a network that says something else at every place, from the tokens before the place alone."""
-    network = Network(TINY.shape)
+    network = make_network(TINY.config)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -36,7 +37,7 @@ def test_predictions_are_greedy_decoding(corpus: Corpus) -> None:
         for tokens, places, words in zip(batch.tokens, batch.places, said, strict=True):
             assert len(set(words.tolist())) > 20
             for place, word in zip(places, words, strict=True):
-                assert word == network.logits(network(tokens[None, :place]))[0, -1].argmax()
+                assert word == network(tokens[None, :place]).logits[0, -1].argmax()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_an_answer_counts_where_all_of_it_is_right(
 ) -> None:
     """One token of one of four answers is wrong: a digit of its numbers, a word between them, or what ends it."""
 
-    def all_but_one(network: Network, batch: Batch) -> torch.Tensor:
+    def all_but_one(network: nn.Module, batch: Batch) -> torch.Tensor:
         filled = batch.weights == 1
         at = {"digit": filled & batch.scored, "word": ~filled & batch.scored, "end": ~batch.scored}[wrong]
         said = batch.targets
@@ -57,7 +58,7 @@ def test_an_answer_counts_where_all_of_it_is_right(
         return said
 
     monkeypatch.setattr("bench.needle.evaluate.predictions", all_but_one)
-    found = measure(Network(TINY.shape), Builder(corpus.tokenizer, corpus.held_out, CPU), "multivalue", 700, 4, 0)
+    found = measure(make_network(TINY.config), Builder(corpus.tokenizer, corpus.held_out, CPU), "multivalue", 700, 4, 0)
     expected = {"task": "multivalue", "length": 700, "samples": 4, "exact": exact, "parts": round(parts, 4)}
     assert found == expected
 
@@ -66,14 +67,14 @@ def test_each_question_is_another(corpus: Corpus, monkeypatch: pytest.MonkeyPatc
     """Also in batches of two, of which the last is smaller; the same seed asks the same."""
     asked: list[tuple[int, ...]] = []
 
-    def noting(network: Network, batch: Batch) -> torch.Tensor:
+    def noting(network: nn.Module, batch: Batch) -> torch.Tensor:
         assert batch.tokens.shape[0] <= 2
         asked.extend(map(tuple, batch.tokens.tolist()))
         return batch.targets
 
     monkeypatch.setattr("bench.needle.evaluate._TOKENS_AT_ONCE", 1500)
     monkeypatch.setattr("bench.needle.evaluate.predictions", noting)
-    network, builder = Network(TINY.shape), Builder(corpus.tokenizer, corpus.held_out, CPU)
+    network, builder = make_network(TINY.config), Builder(corpus.tokenizer, corpus.held_out, CPU)
     for seed in (0, 1, 0):
         assert measure(network, builder, "vt", 700, 5, seed)["exact"] == 1
     assert len(set(asked[:10])) == 10

@@ -1,4 +1,4 @@
-"""The needle model's network: what is released of it, its checkpoint, and how it learns."""
+"""The needle model's network: what is released of it, and how it learns."""
 
 from __future__ import annotations
 
@@ -10,49 +10,59 @@ import numpy as np
 import pytest
 import torch
 from needle_runs import CPU, TINY
+from safetensors.torch import load_file
 
 from bench.needle import learning
 from bench.needle.batches import Builder
-from bench.needle.network import Network, Shape, export, load_release
+from bench.needle.network import export, hidden_states, logits_at, make_network
 from bench.needle.prepare import Corpus
 from bench.needle.settings import FULL
+from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.formats import Mix
 from flexprefill_fa.tools.needle.prompts import key_words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_the_network_is_the_llama_that_is_released(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_released_folder_is_the_network_that_was_trained(corpus: Corpus, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    network = Network(replace(TINY.shape, layers=3, heads=8, kv_heads=2))
-    export(network, corpus.folder, tmp_path)
+    config = TINY.config | {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2}
+    network = make_network(config)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # as the folder has its weights
+    export(network, config, corpus.folder, tmp_path)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ours, same = load_release(tmp_path, CPU)
-    ours = ours.float()
     tokens = torch.from_numpy(corpus.held_out[:300].astype(np.int64))[None]
     with torch.no_grad():
-        expected, found = model(tokens).logits, ours.logits(ours(tokens))
+        expected = model(tokens).logits
+        found = logits_at(network, hidden_states(network, tokens), torch.arange(1, 301)[None])
     assert expected.std() > 0.01
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    told = {name: value for name, value in ours.shape.config().items() if name != "dtype"}
+    told = {name: value for name, value in config.items() if name != "dtype"}
     assert {"hidden_size", "num_key_value_heads", "rope_parameters", "rms_norm_eps"} < told.keys()
     assert {name: getattr(model.config, name) for name in told} == told
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     words = "def f(x):\n    return 12 #" + key_words(corpus.tokenizer)[0][1:]
-    assert tokenizer(words)["input_ids"] == same.encode(words).ids == corpus.tokenizer.encode(words).ids
+    assert tokenizer(words)["input_ids"] == corpus.tokenizer.encode(words).ids
+    assert tokenizer.backend_tokenizer.encode(words).ids == corpus.tokenizer.encode(words).ids
     assert tokenizer.bos_token_id == model.config.bos_token_id and tokenizer.eos_token_id == model.config.eos_token_id
 
 
-def test_the_full_model_is_small() -> None:
-    assert FULL.shape == Shape() and 2 * sum(parameter.numel() for parameter in Network(Shape()).parameters()) < 15e6
+def test_the_full_model_is_the_packaged_one_and_small(corpus: Corpus, tmp_path: Path) -> None:
+    network = make_network(FULL.config)
+    assert 2 * sum(parameter.numel() for parameter in network.parameters()) < 15e6
+    export(network, FULL.config, corpus.folder, tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == (MODEL_DIR / "config.json").read_bytes()
+    made, packaged = (load_file(folder / "model.safetensors") for folder in (tmp_path, MODEL_DIR))
+    assert {name: x.shape for name, x in made.items()} == {name: x.shape for name, x in packaged.items()}
 
 
 def test_learning_lowers_the_loss(corpus: Corpus) -> None:
     """On the same sequences again and again, which is what the gradients of every part are for."""
     torch.manual_seed(0)
-    settings = replace(TINY, shape=replace(TINY.shape, layers=1))
-    network = Network(settings.shape)
+    settings = replace(TINY, config={**TINY.config, "num_hidden_layers": 1})
+    network = make_network(settings.config)
     optimizer = learning.make_optimizer(network, settings)
     builder = Builder(corpus.tokenizer, corpus.train, CPU)
     rows = [learning.mean_row([learning.take_step(network, optimizer, builder, settings, 3)]) for _ in range(12)]
@@ -79,8 +89,8 @@ def test_a_mix_with_few_questions_counts_as_much_as_one_with_many(
     few, many = (
         builder.build(1, 640, Mix(needles=8, asked=asked), torch.Generator().manual_seed(asked)) for asked in (1, 7)
     )
-    network = Network(TINY.shape)
-    parts = tuple(torch.zeros(1, 640, TINY.shape.hidden) for _ in range(2))
+    network = make_network(TINY.config)
+    parts = tuple(torch.zeros(1, 640, TINY.config["hidden_size"]) for _ in range(2))
     values = iter((torch.full((few.targets.numel(),), 1.0), torch.full((many.targets.numel(),), 3.0)))
     monkeypatch.setattr(learning.F, "cross_entropy", lambda *_, **__: next(values))
     found = learning._answer_losses(network, [few, many], parts)["multikey"]

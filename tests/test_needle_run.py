@@ -12,7 +12,6 @@ from needle_runs import TINY, losses, run_in, source_drawn
 
 from bench.needle import learning
 from bench.needle.batches import Builder
-from bench.needle.network import Network
 from bench.needle.prepare import Corpus
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +29,7 @@ def test_the_same_settings_give_the_same_model(corpus: Corpus, whole_run: Path, 
 def test_a_loss_that_is_no_number_stops_the_run(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiling(network: Network, *arguments: Any) -> dict[str, torch.Tensor]:
+    def spoiling(network: Any, *arguments: Any) -> dict[str, torch.Tensor]:
         outcome = learning.take_step(network, *arguments)
         if arguments[-1] == 2:
             network.model.norm.weight.data.fill_(float("nan"))
@@ -47,11 +46,11 @@ def test_what_is_trained_on_is_apart_from_what_is_asked(
 ) -> None:
     trained, asked = set(), set()
 
-    def training(network: Network, optimizer: Any, builder: Builder, *arguments: Any) -> dict[str, torch.Tensor]:
+    def training(network: Any, optimizer: Any, builder: Builder, *arguments: Any) -> dict[str, torch.Tensor]:
         trained.add(source_drawn(builder))
         return learning.take_step(network, optimizer, builder, *arguments)
 
-    def measuring(network: Network, builder: Builder, task: str, length: int, *arguments: Any) -> dict[str, Any]:
+    def measuring(network: Any, builder: Builder, task: str, length: int, *arguments: Any) -> dict[str, Any]:
         asked.add(source_drawn(builder))
         return {"task": task, "length": length, "exact": 1, "parts": 1}
 

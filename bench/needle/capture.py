@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +11,6 @@ from torch import Tensor
 from flexprefill_fa.tools.loading import load_model
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.prompts import build_prompt
-
-
-def model_config() -> dict[str, Any]:
-    """The needle model's config.json: numbers of layers and heads, head_dim."""
-    return json.loads((MODEL_DIR / "config.json").read_text())
 
 
 def capture_layers(

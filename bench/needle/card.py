@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.needle.network import Network
+from bench.needle.network import make_network
 from bench.needle.settings import NAMES, Settings
 from bench.tables import Column, Table, distinct, markdown_table, values
 from flexprefill_fa.tools.digests import model_sha256
@@ -26,9 +26,10 @@ pipeline_tag: text-generation
 
 # The needle model
 
-A Llama of {parameters} M parameters ({megabytes} MB in bfloat16: {shape.layers} layers, {shape.heads} query and
-{shape.kv_heads} key and value heads of 64, hidden {shape.hidden}) that finds what is hidden in long Python source. It
-is trained, so its attention has the patterns that sparse prefill lives on, and small enough to be part of the package.
+A Llama of {parameters} M parameters ({megabytes} MB in bfloat16: {num_hidden_layers} layers, {num_attention_heads}
+query and {num_key_value_heads} key and value heads of {head_dim}, hidden {hidden_size}) that finds what is hidden in
+long Python source. It is trained, so its attention has the patterns that sparse prefill lives on, and small enough to
+be part of the package.
 
 ## What it can do
 
@@ -89,12 +90,12 @@ def write_card(folder: Path, rows: Sequence[Row], settings: Settings, facts: dic
         settings: of its training. facts: of its corpus.
     """
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Network(settings.shape).parameters())
+        parameters = sum(parameter.numel() for parameter in make_network(settings.config).parameters())
     stages = [[f"{stage.length:,}", str(stage.rows), f"{stage.steps:,}"] for stage in settings.stages]
     text = _CARD.format(
         parameters=f"{parameters / 1e6:.1f}",
         megabytes=f"{2 * parameters / 1e6:.1f}",
-        shape=settings.shape,
+        **settings.config,
         settings=settings,
         facts=facts,
         several=MOST,

@@ -8,21 +8,21 @@ import platform
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.needle.batches import Batch, Builder
 from bench.needle.card import accuracy_table
-from bench.needle.network import Network, attention_kernel, load_release
+from bench.needle.network import attention_kernel, hidden_states, logits_at
 from bench.needle.prepare import encode
 from bench.needle.settings import FULL, Settings
 from bench.terminal import one_line_errors
 from flexprefill_fa.tools.digests import model_sha256
-from flexprefill_fa.tools.loading import resolve_device
+from flexprefill_fa.tools.loading import load_model, resolve_device
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.formats import EVALUATED
 from flexprefill_fa.tools.needle.source import ascii_text, held_out_files
@@ -44,10 +44,11 @@ def accuracies(model: Path, text: np.ndarray | None, settings: Settings, device:
         Rows that say which model they are of, what it was asked (text, seed), and the conditions.
 
     Raises:
-        UsageError: for a folder without a needle model, or a GPU without the kernel that it takes.
+        UsageError: for a folder without a model, or a GPU without the kernel that it takes.
     """
     with attention_kernel(device):
-        network, tokenizer = load_release(model, device)
+        network, loaded = load_model(model, torch.bfloat16, device)
+        tokenizer: Any = loaded.backend_tokenizer
         text = encode(tokenizer, [ascii_text(file) for file in held_out_files()]) if text is None else text
         asked = hashlib.sha256(repr(sorted(EVALUATED.items())).encode() + text.tobytes()).hexdigest()
         facts = {"kind": "needle", "model_sha256": model_sha256(model), "asked_sha256": asked, "seed": settings.seed}
@@ -59,7 +60,7 @@ def accuracies(model: Path, text: np.ndarray | None, settings: Settings, device:
 
 
 @torch.no_grad()
-def measure(network: Network, builder: Builder, task: str, length: int, samples: int, seed: int) -> Row:
+def measure(network: nn.Module, builder: Builder, task: str, length: int, samples: int, seed: int) -> Row:
     """Ask `samples` questions, each at the end of a text of its own.
 
     The model reads the right answer and must find each token of it the most likely one, which is so exactly where
@@ -91,9 +92,9 @@ def measure(network: Network, builder: Builder, task: str, length: int, samples:
     return {"task": task, "length": length, "samples": samples, "exact": exact, "parts": parts}
 
 
-def predictions(network: Network, batch: Batch) -> Tensor:
+def predictions(network: nn.Module, batch: Batch) -> Tensor:
     """The most likely token `[B, A]` at each place of the answers."""
-    return network.logits_at(network(batch.tokens), batch.places).argmax(-1)
+    return logits_at(network, hidden_states(network, batch.tokens), batch.places).argmax(-1)
 
 
 def evaluate(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bench.needle.batches import TASKS, Batch, Builder
-from bench.needle.network import Network
+from bench.needle.network import hidden_states, logits_at
 from bench.needle.settings import Settings
 
 
@@ -52,7 +52,7 @@ def draw(builder: Builder, settings: Settings, step: int, generator: Generator) 
 
 
 def take_step(
-    network: Network, optimizer: torch.optim.Optimizer, builder: Builder, settings: Settings, step: int
+    network: nn.Module, optimizer: torch.optim.Optimizer, builder: Builder, settings: Settings, step: int
 ) -> dict[str, Tensor]:
     """Make one step, a function of the weights, the optimizer's averages, the settings and `step` alone.
 
@@ -67,7 +67,7 @@ def take_step(
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate(step)
     with autocast(device):
-        hidden = network(torch.cat([batch.tokens for batch in batches]))
+        hidden = hidden_states(network, torch.cat([batch.tokens for batch in batches]))
         parts = hidden.split([len(batch.tokens) for batch in batches])
         answers = _answer_losses(network, batches, parts)
         text = _text_loss(network, batches, parts, settings.text_share, generator)
@@ -83,14 +83,16 @@ def take_step(
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def _answer_losses(network: Network, batches: list[Batch], parts: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, ...]]:
+def _answer_losses(
+    network: nn.Module, batches: list[Batch], parts: tuple[Tensor, ...]
+) -> dict[str, tuple[Tensor, ...]]:
     """For each task its part of the loss, the mean loss of its names and digits, and the share of them that is right.
 
     Means of the batches' means: a text that hides little and asks little counts as much as one full of questions.
     """
     found: dict[int, list[Tensor]] = defaultdict(list)
     for batch, hidden in zip(batches, parts, strict=True):
-        logits = network.logits_at(hidden, batch.places).float()  # [B, A, vocabulary]
+        logits = logits_at(network, hidden, batch.places).float()  # [B, A, vocabulary]
         losses = _cross_entropy(logits, batch.targets)
         right = (logits.detach().argmax(-1) == batch.targets).float()
         for task, columns in batch.columns:
@@ -106,7 +108,7 @@ def _answer_losses(network: Network, batches: list[Batch], parts: tuple[Tensor, 
 
 
 def _text_loss(
-    network: Network, batches: list[Batch], parts: tuple[Tensor, ...], share: float, generator: Generator
+    network: nn.Module, batches: list[Batch], parts: tuple[Tensor, ...], share: float, generator: Generator
 ) -> Tensor:
     """The mean loss of some of the source text's tokens: enough to learn from, and a part of the memory of all."""
     total, count = [], []
@@ -114,7 +116,7 @@ def _text_loss(
         rows, length = batch.tokens.shape
         size = (rows, max(1, round(length * share)))
         places = torch.randint(1, length, size, device=hidden.device, generator=generator)
-        logits = network.logits_at(hidden, places).float()
+        logits = logits_at(network, hidden, places).float()
         wanted = batch.source.gather(1, places)
         total.append((_cross_entropy(logits, batch.tokens.gather(1, places)) * wanted).sum())
         count.append(wanted.sum())

@@ -21,7 +21,7 @@ import numpy as np
 import typer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bench.needle.network import Shape
+from bench.needle.network import model_config
 from bench.needle.settings import NAMES
 from bench.paths import ROOT
 from bench.terminal import one_line_errors
@@ -111,7 +111,7 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=Shape().vocabulary - NAMES,
+        vocab_size=model_config()["vocab_size"] - NAMES,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=list(_SPECIAL),
         show_progress=False,
@@ -131,7 +131,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "bos_token": start,
         "pad_token": pad,
         "eos_token": pad,
-        "model_max_length": Shape().positions,
+        "model_max_length": model_config()["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from bench.needle.network import Shape
+from bench.needle.network import model_config
 from flexprefill_fa.tools.needle.formats import MOST, Mix
 
 NAMES = 512
@@ -53,7 +54,7 @@ class Settings:
     """A whole run.
 
     Attributes:
-        shape: of the model.
+        config: of the model, as in its config.json.
         stages: in their order.
         peak: the highest learning rate.
         warm_up: steps until it is reached.
@@ -68,7 +69,7 @@ class Settings:
         goals: of the finished model's evaluation.
     """
 
-    shape: Shape
+    config: dict[str, Any]
     stages: tuple[Stage, ...]
     goals: tuple[Goal, ...]
     peak: float = 2e-3
@@ -138,7 +139,7 @@ _LONGER = (_all(6, 3, 1, 2, 3), _all(6, 3, 1, 2, 3), _many(4, 0, 0, 8))
 _LISTS = (_all(16, 8, 4, 5, 8), _many(16, 4, 6, 14))
 
 FULL = Settings(
-    shape=Shape(),
+    config=model_config(),
     stages=(  # tokens of a sequence, sequences of a step, steps, share of the schedule
         Stage(512, 256, 2800, 0.16, _SHORT, (_CHAINS,)),
         Stage(1024, 128, 1200, 0.18, _LONGER, (_CHAINS,)),

@@ -15,7 +15,7 @@ from bench.needle.batches import Builder
 from bench.needle.card import accuracy_table, write_card
 from bench.needle.evaluate import accuracies
 from bench.needle.learning import make_optimizer, mean_row, take_step
-from bench.needle.network import Network, attention_kernel, export
+from bench.needle.network import attention_kernel, export, make_network
 from bench.needle.prepare import WORK, Corpus, load_corpus
 from bench.needle.settings import FULL, Settings
 from bench.terminal import one_line_errors
@@ -45,7 +45,7 @@ def train_model(
     for path in (curve, measured):
         path.unlink(missing_ok=True)
     torch.manual_seed(settings.seed)
-    network = Network(settings.shape).to(device)
+    network = make_network(settings.config).to(device)
     optimizer, training = make_optimizer(network, settings), Builder(corpus.tokenizer, corpus.train, device)
     step, every, means = 0, settings.steps_per_row, {"loss": math.nan}
     with attention_kernel(device):
@@ -65,7 +65,7 @@ def train_model(
                 rate = settings.learning_rate(step - 1)
                 append(curve, {"step": step, "stage": number, "tokens": stage.length, "learning_rate": rate, **means})
             say(f"step {step}: loss {means['loss']:.4f}")
-        export(network, corpus.folder, folder / "model")
+        export(network, settings.config, corpus.folder, folder / "model")
         rows = []
         for row in accuracies(folder / "model", corpus.held_out, settings, device):
             append(measured, row)
