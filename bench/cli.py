@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,7 +16,7 @@ import typer
 from bench.attention import LengthBenchmark
 from bench.fit import fit_rates
 from bench.host import host_rows
-from bench.needle.capture import model_config as needle_config
+from bench.needle.network import model_config as needle_config
 from bench.paths import RESULTS
 from bench.peer_rows import PeerBenchmark
 from bench.peers import PEERS, parse_peers
@@ -22,30 +24,10 @@ from bench.planning import make_plan
 from bench.quality import BACKEND, QualityPlan, quality_rows, sweep
 from bench.quality_tables import SETTINGS
 from bench.render import DOCUMENTS, draw_plots, render_document
-from bench.serve_cli import serve
+from bench.serve import LoadPlan, load_rows
+from bench.serve_tables import ENGINES, serve_tables
 from bench.shapes import SHAPES
-from bench.spec import (
-    Backends,
-    Device,
-    Dtype,
-    HeadDim,
-    Heads,
-    Json,
-    KvHeads,
-    Layer,
-    Lengths,
-    Out,
-    Repeats,
-    Seconds,
-    Seed,
-    Selectors,
-    Workload,
-    check_backends,
-    parse_lengths,
-    parse_place,
-    parse_selectors,
-    parse_whole,
-)
+from bench.spec import check_backends, parse_lengths, parse_place, parse_selectors, parse_share, parse_whole, takes
 from bench.speed_tables import ATTENTION, DENSITY, GIVEN
 from bench.speed_tables import PEERS as PEERS_TABLE
 from bench.tables import paragraphs
@@ -53,7 +35,7 @@ from bench.terminal import Recorder, one_line_errors
 from bench.ttft_tables import ttft_tables
 from bench.tune import best_tiles, tuning_rows
 from flexprefill_fa import selector_names
-from flexprefill_fa.tools.loading import UsageError, require_transformers
+from flexprefill_fa.tools.loading import UsageError, first_line, require_transformers
 from flexprefill_fa.tools.rows import Row, read
 
 app = typer.Typer(
@@ -63,55 +45,38 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-_LENGTHS = "4096,8192,16384,32768,65536,131072,262144"
+_INPUTS = "backends heads kv_heads head_dim dtype workload layer dense device seed repeats seconds out as_json"
 
 
 @app.command()
+@takes(f"lengths selectors {_INPUTS}", out="attention")
 def attention(
-    lengths: Lengths = _LENGTHS,
-    selectors: Selectors = "flexprefill",
     density: Annotated[
         str | None, typer.Option(help="Synthetic selections of these densities instead of selectors.")
     ] = None,
-    backends: Backends = None,
-    heads: Heads = None,
-    kv_heads: KvHeads = None,
-    head_dim: HeadDim = None,
     batch: Annotated[int, typer.Option(min=1)] = 1,
-    dtype: Dtype = "bfloat16",
-    workload: Workload = "sharpened",
-    layer: Layer = 2,
-    device: Device = "auto",
-    seed: Seed = 0,
-    repeats: Repeats = 20,
-    seconds: Seconds = 5.0,
-    dense: Annotated[bool, typer.Option(help="Time the dense kernels too.")] = True,
     mean_correction: Annotated[bool, typer.Option(help="Time attention with mean correction too.")] = False,
-    out: Out = RESULTS / "attention.jsonl",
-    as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Time selection and attention beside dense attention, on structured inputs, after checking the outputs.
 
     Exits with 1 if an output was wrong and with 2 if something could not run.
     """
-    options = locals()
     with one_line_errors():
-        plan = make_plan(**options)
-        run = Recorder(out, as_json)
+        plan = make_plan(density=density, batch=batch, mean_correction=mean_correction, **given)
+        run = Recorder(given["out"], given["as_json"])
 
     def measured(length: int) -> Iterator[Row]:
         return LengthBenchmark(plan, length, run.note).rows()
 
-    for length in plan.lengths:
-        run.take(f"{length} tokens", plan.steps(), partial(measured, length))
+    run.each(plan.lengths, plan.steps(), measured)
     tables = paragraphs(table.markdown(run.rows) for table in (ATTENTION, DENSITY))
     run.finish(tables, wrong=any("error" in row for row in run.rows))
 
 
 @app.command()
+@takes("lengths dtype device seed out as_json", lengths="8192,32768", out="quality")
 def quality(
-    lengths: Lengths = "8192,32768",
     selectors: Annotated[
         str | None,
         typer.Option(help="Comma-separated; name or name:field=value+field=value. Default: a sweep of every selector."),
@@ -120,11 +85,7 @@ def quality(
     mean_correction: Annotated[
         bool | None, typer.Option("--mean-correction/--no-mean-correction", help="Both by default.")
     ] = None,
-    dtype: Dtype = "bfloat16",
-    device: Device = "auto",
-    seed: Seed = 0,
-    out: Out = RESULTS / "quality.jsonl",
-    as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Compare what selectors keep, and what their outputs lose against exact attention, on a trained model's heads.
 
@@ -139,7 +100,7 @@ def quality(
     with one_line_errors():
         model, configs = needle_config(), parse_selectors("selectors", sweep() if selectors is None else selectors)
         last = model["num_hidden_layers"] - 1
-        where, precision = parse_place(device, dtype)
+        where, precision = parse_place(given["device"], given["dtype"])
         check_backends([BACKEND[where.type]], precision, model["head_dim"], configs, where)
         plan = QualityPlan(
             configs=configs,
@@ -147,19 +108,18 @@ def quality(
             layers=list(range(last + 1)) if layers is None else parse_whole("layers", layers, 0, last),
             dtype=precision,
             device=where,
-            seed=seed,
+            seed=given["seed"],
         )
-        wanted = parse_lengths(lengths)
-        run = Recorder(out, as_json)
-        for length in wanted:
-            run.take(f"{length} tokens", plan.steps(), partial(quality_rows, plan, length, failed))
+        wanted = parse_lengths(given["lengths"])
+        run = Recorder(given["out"], given["as_json"])
+        run.each(wanted, plan.steps(), partial(quality_rows, plan, failed))
     run.finish(SETTINGS.markdown(run.rows), wrong=bool(failures))
 
 
 @app.command()
+@takes("lengths repeats seconds dtype device seed out as_json", repeats=5, seconds=10.0, out="ttft")
 def ttft(
     config: Annotated[str, typer.Option(help=f"Shape of the model: {', '.join(SHAPES)}.")] = "llama-3.1-8b",
-    lengths: Lengths = _LENGTHS,
     selectors: Annotated[
         str, typer.Option(help="Run in full, then attention is over random blocks; comma-separated, '' for none.")
     ] = ",".join(selector_names()),
@@ -175,20 +135,14 @@ def ttft(
         int | None, typer.Option(min=128, help="Tokens of the prompt at a time; selectors alone. Default: all.")
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Of the model, instead of the shape's own.")] = None,
-    repeats: Repeats = 5,
-    seconds: Seconds = 10.0,
-    dtype: Dtype = "bfloat16",
-    device: Device = "auto",
-    seed: Seed = 0,
-    out: Out = RESULTS / "ttft.jsonl",
-    as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Time to first token of a model with random weights, peak memory, and what attention and selection take of it.
 
     Under torchrun the ranks share the model by transformers' tensor parallelism. Exits with 1 if something that was to
     run sparse did not, and with 2 if something could not run.
     """
-    options = locals()
+    options = {name: value for name, value in locals().items() if name != "given"} | given
     with one_line_errors():
         require_transformers()
         # They need transformers at import, which the other commands do without.
@@ -197,51 +151,73 @@ def ttft(
 
         plan = make_plan(**options)
         with Ranks.start(plan.device) as ranks:
-            run = Recorder(out, as_json, quiet=int(os.environ.get("RANK", "0")) > 0)
+            run = Recorder(given["out"], given["as_json"], quiet=int(os.environ.get("RANK", "0")) > 0)
             run.take(config, len(list(plan.passes())), partial(ttft_rows, plan, ranks, run.note))
     run.incomplete |= any("error" in row for row in run.rows)
     run.finish(ttft_tables(run.rows, []), wrong=not all(row.get("ran_sparse", True) for row in run.rows))
 
 
-app.command()(serve)
+@app.command()
+@takes("lengths as_json", lengths="4096,16384,65536,131072")
+def serve(
+    engine: Annotated[str, typer.Option(help="vllm or sglang.")] = "vllm",
+    settings: Annotated[str, typer.Option(help="Of the backend, as a JSON object.")] = "{}",
+    density: Annotated[float, typer.Option(help="Of the blocks that the sparse engine attends over.")] = 0.05,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each prompt below 64K tokens; longer ones get a third.")] = 7,
+    batched_tokens: Annotated[int, typer.Option(min=128, help="The most prompt tokens of a step.")] = 8192,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model; 32 make the shape of Llama-3.1-8B.")] = 32,
+    only: Annotated[
+        str, typer.Option(help="all, engines, one of them (default, sparse), or gather: reading the cache alone.")
+    ] = "all",
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines; rows are added. Default: bench/results/ENGINE.jsonl.")
+    ] = None,
+    **given: Any,
+) -> None:
+    """Time to first token and throughput of an engine's default backend and of sparse prefill, random weights.
+
+    Exits with 2 if something could not run.
+    """
+    with one_line_errors():
+        try:
+            chosen = json.loads(settings)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"settings must be a JSON object, got {settings!r}: {first_line(error)}") from error
+        if not isinstance(chosen, dict):
+            raise UsageError(f"settings must be a JSON object, got {settings!r}")
+        lengths, share = parse_lengths(given["lengths"]), parse_share("density", f"{density:g}")
+        plan = LoadPlan(lengths, chosen, share, repeats, batched_tokens, layers, only=only, name=engine)
+        title = ENGINES[engine].title
+        if not torch.cuda.is_available():
+            raise UsageError(f"{title} is measured on a CUDA GPU, and there is none")
+        if only != "gather" and importlib.util.find_spec(engine) is None:
+            raise UsageError(f"{title} is not installed: pip install 'flexprefill-fa[{engine}]'")
+        run = Recorder(out or RESULTS / f"{engine}.jsonl", given["as_json"])
+    run.take(title, None, partial(load_rows, plan, run.note))
+    run.finish(serve_tables(run.rows))
 
 
 @app.command()
+@takes(f"lengths selectors {_INPUTS}", lengths="4096,16384,65536", selectors="flexprefill,flashprefill", out="peers")
 def peers(
     peer: Annotated[
         list[str] | None,
         typer.Option(help=f"NAME=FOLDER, a checkout whose code is run; may be repeated. Names: {', '.join(PEERS)}."),
     ] = None,
-    lengths: Lengths = "4096,16384,65536",
-    selectors: Selectors = "flexprefill,flashprefill",
     density: Annotated[
         str | None, typer.Option(help="Attention over the same blocks of these densities, instead of selectors.")
     ] = None,
-    backends: Backends = None,
-    heads: Heads = None,
-    kv_heads: KvHeads = None,
-    head_dim: HeadDim = None,
-    dtype: Dtype = "bfloat16",
-    workload: Workload = "sharpened",
-    layer: Layer = 2,
-    device: Device = "auto",
-    seed: Seed = 0,
-    repeats: Repeats = 20,
-    seconds: Seconds = 5.0,
-    dense: Annotated[bool, typer.Option(help="Time the dense kernels too.")] = True,
-    out: Out = RESULTS / "peers.jsonl",
-    as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Time public implementations beside this package, on the same inputs: their own selections, or given blocks.
 
     Peers of the same method get the same settings. Without --peer only this package and dense attention are measured.
     Exits with 1 if an output of this package was wrong and with 2 if a peer's was, or something could not run.
     """
-    options = locals()
     with one_line_errors():
         found = parse_peers(peer or [])
-        plan = make_plan(**options)
-        run = Recorder(out, as_json)
+        plan = make_plan(density=density, **given)
+        run = Recorder(given["out"], given["as_json"])
     for name in sorted({config.name for config in plan.configs} - {one.selector for one, _ in found}):
         run.note(f"{name} is measured without a peer")
     benches: dict[int, PeerBenchmark] = {}  # their inputs stay in memory for the peers, who come after every length
@@ -251,8 +227,7 @@ def peers(
         yield from bench.rows()
         benches[length] = bench
 
-    for length in plan.lengths:
-        run.take(f"{length} tokens", plan.steps(), partial(ours, length))
+    run.each(plan.lengths, plan.steps(), ours)
     for length, bench in benches.items():
         for one, folder in found:
             run.take(f"{length} tokens, {one.name}", None, partial(bench.peer_rows, folder, one))
@@ -263,13 +238,12 @@ def peers(
 
 
 @app.command()
+@takes("repeats out as_json", repeats=10, out="tuning")
 def tune(
     head_dims: Annotated[str, typer.Option(help="Comma-separated.")] = "64,128,256",
     length: Annotated[int, typer.Option(min=1024, help="Tokens.")] = 32768,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
-    repeats: Repeats = 10,
-    out: Out = RESULTS / "tuning.jsonl",
-    as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Try tiles of FlexAttention's Triton kernel on this GPU, for the table in flexprefill_fa/backends.py."""
     with one_line_errors():
@@ -279,29 +253,27 @@ def tune(
         dims = parse_whole("head-dims", head_dims, 16, 256)
         if where.type != "cuda":
             raise UsageError("tiles are tuned on a CUDA GPU, and there is none")
-        run = Recorder(out, as_json)
-        run.take(f"{length} tokens", None, partial(tuning_rows, dims, length, precision, repeats))
+        run = Recorder(given["out"], given["as_json"])
+        run.take(f"{length} tokens", None, partial(tuning_rows, dims, length, precision, given["repeats"]))
     for (capability, head_dim), tile in best_tiles(run.rows).items():
         run.note(f"compute capability {capability}, head_dim {head_dim}: {tile}")
     run.finish("")
 
 
 @app.command()
+@takes("lengths dtype device", lengths="1024,4096")
 def host(
-    lengths: Lengths = "1024,4096",
-    dtype: Dtype = "bfloat16",
-    device: Device = "auto",
     repeats: Annotated[int, typer.Option(min=2, help="Measurements of each time.")] = 200,
     out: Annotated[Path, typer.Option(help="JSON lines; rows of a GPU are added, a CPU's are printed alone.")] = RESULTS
     / "host.jsonl",
+    **given: Any,
 ) -> None:
     """Time what a call costs the CPU before the GPU has its work, for SDPA, dense attention and every selector."""
     with one_line_errors():
-        where, precision = parse_place(device, dtype)
-        wanted = parse_lengths(lengths)
+        where, precision = parse_place(given["device"], given["dtype"])
+        wanted = parse_lengths(given["lengths"])
         run = Recorder(out if where.type == "cuda" else None, as_json=True)
-        for length in wanted:
-            run.take(f"{length} tokens", None, partial(host_rows, length, where, precision, repeats))
+        run.each(wanted, None, partial(host_rows, where, precision, repeats))
     run.finish("")
 
 
@@ -316,11 +288,8 @@ def fit(
 ) -> None:
     """Fit the constants of flexprefill_fa/cost_model.py to measured rows, and print them."""
     with one_line_errors():
-        chosen = [
-            row
-            for row in read(rows)
-            if gpu in row["gpu"] and row["head_dim"] == head_dim and row["workload"] == "sharpened"
-        ]
+        same = {"head_dim": head_dim, "workload": "sharpened"}
+        chosen = [row for row in read(rows) if gpu in row["gpu"] and row | same == row]
         for backend in ("FLASH", "TRITON"):
             typer.echo(f"{selector}, {backend}, head_dim {head_dim}: {fit_rates(chosen, selector, backend, longest)}")
 

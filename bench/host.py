@@ -34,7 +34,7 @@ def host_us(call: Callable[[], object], device: torch.device, repeats: int) -> l
 
 
 @torch.no_grad()
-def host_rows(length: int, device: torch.device, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
+def host_rows(device: torch.device, dtype: torch.dtype, repeats: int, length: int) -> Iterator[Row]:
     """SDPA, dense attention through `dense="auto"`, and every selector: one row each, medians and percentiles in µs."""
     inputs = structured_inputs(
         length, HEADS, KV_HEADS, HEAD_DIM, sharpness=1.0, batch=1, dtype=dtype, device=device, seed=0

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from bench.memory import free_bytes, needed_bytes, shortage
-from bench.needle.capture import capture_layers, model_config
+from bench.needle.capture import capture_layers
+from bench.needle.network import model_config
 from bench.spec import (
     WORKLOADS,
     backends_of,

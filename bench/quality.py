@@ -81,13 +81,13 @@ class QualityPlan:
         return len(self.layers) * len(self.configs) * len(self.corrections)
 
 
-def quality_rows(plan: QualityPlan, length: int, failed: Callable[[str], None]) -> Iterator[Row]:
+def quality_rows(plan: QualityPlan, failed: Callable[[str], None], length: int) -> Iterator[Row]:
     """The rows of one length.
 
     Args:
         plan: what to measure.
-        length: tokens n of the prompt.
         failed: called with a line about each setting that raised an error or whose output was wrong; it has no row.
+        length: tokens n of the prompt.
 
     Raises:
         ValueError: for a length that the prompt cannot have.

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.paths import ROOT
+from flexprefill_fa.tools.loading import UsageError
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1"}
 """Set unless the caller's environment says otherwise: vLLM's engine in its process, nothing downloaded or built."""
 
 
-class EngineError(RuntimeError):
+class EngineError(UsageError):
     """An engine's process failed; the message holds the end of what it printed."""
 
 

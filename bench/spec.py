@@ -1,15 +1,18 @@
-"""The options of `python -m bench`, each described once, and what their values mean."""
+"""The options that commands of `python -m bench` share, each described once, and what their values mean."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from bench.paths import RESULTS
 from flexprefill_fa.backends import flash_problem, resolve_backend
 from flexprefill_fa.choice import make_config, selector_spec
 from flexprefill_fa.tools.loading import UsageError, require_kernels, resolve_device, resolve_dtype, token_count
@@ -17,21 +20,62 @@ from flexprefill_fa.tools.loading import UsageError, require_kernels, resolve_de
 WORKLOADS = ("sharpened", "fixed", "needle")
 """Structured heads that get sharper with length, structured heads that do not, and a layer of the needle model."""
 
-Lengths = Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")]
-Selectors = Annotated[str, typer.Option(help="Comma-separated; name or name:field=value+field=value.")]
-Backends = Annotated[str | None, typer.Option(help="Default: auto and what the device has of FLASH, TRITON and CPU.")]
-Heads = Annotated[int | None, typer.Option(min=1, help="Query heads, 32 by default.")]
-KvHeads = Annotated[int | None, typer.Option(min=1, help="Key and value heads, 8 by default.")]
-HeadDim = Annotated[int | None, typer.Option(min=16, help="128 by default.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
-Workload = Annotated[str, typer.Option(help=f"One of {', '.join(WORKLOADS)}.")]
-Layer = Annotated[int, typer.Option(min=0, help="Of the needle model, for that workload.")]
-Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N (not under torchrun).")]
-Seed = Annotated[int, typer.Option(min=0, help="Of inputs, weights, prompts and random blocks.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Measurements of each time.")]
-Seconds = Annotated[float, typer.Option(min=0, help="Fewer repeats where they would take longer.")]
-Out = Annotated[Path, typer.Option(help="JSON lines; rows are added.")]
-Json = Annotated[bool, typer.Option("--json", help="Print each row on stdout too, the table on stderr.")]
+_LENGTHS = "4096,8192,16384,32768,65536,131072,262144"
+_SPECS = "Comma-separated; name or name:field=value+field=value."
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "lengths": (Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")], _LENGTHS),
+    "selectors": (Annotated[str, typer.Option(help=_SPECS)], "flexprefill"),
+    "backends": (
+        Annotated[str | None, typer.Option(help="Default: auto and what the device has of FLASH, TRITON and CPU.")],
+        None,
+    ),
+    "heads": (Annotated[int | None, typer.Option(min=1, help="Query heads, 32 by default.")], None),
+    "kv_heads": (Annotated[int | None, typer.Option(min=1, help="Key and value heads, 8 by default.")], None),
+    "head_dim": (Annotated[int | None, typer.Option(min=16, help="128 by default.")], None),
+    "dtype": (Annotated[str, typer.Option(help="bfloat16, float16 or float32.")], "bfloat16"),
+    "workload": (Annotated[str, typer.Option(help=f"One of {', '.join(WORKLOADS)}.")], WORKLOADS[0]),
+    "layer": (Annotated[int, typer.Option(min=0, help="Of the needle model, for that workload.")], 2),
+    "dense": (Annotated[bool, typer.Option(help="Time the dense kernels too.")], True),
+    "device": (
+        Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N (not under torchrun).")],
+        "auto",
+    ),
+    "seed": (Annotated[int, typer.Option(min=0, help="Of inputs, weights, prompts and random blocks.")], 0),
+    "repeats": (Annotated[int, typer.Option(min=1, help="Measurements of each time.")], 20),
+    "seconds": (Annotated[float, typer.Option(min=0, help="Fewer repeats where they would take longer.")], 5.0),
+    "out": (Annotated[Path, typer.Option(help="JSON lines; rows are added.")], None),
+    "as_json": (
+        Annotated[bool, typer.Option("--json", help="Print each row on stdout too, the table on stderr.")],
+        False,
+    ),
+}
+"""By name: what it is, and its default."""
+
+
+def takes(names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options of `OPTIONS` behind its own, as further arguments.
+
+    Args:
+        names: of the options, with spaces between them.
+        defaults: of those whose default is another; a command with rows names its file of results by `out`.
+    """
+
+    def given(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**options: Any) -> None:
+            command(**options)
+
+        own = inspect.signature(command, eval_str=True)
+        found = [one for one in own.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        for name in names.split():
+            annotation, default = OPTIONS[name]
+            default = RESULTS / f"{defaults[name]}.jsonl" if name == "out" else defaults.get(name, default)
+            kind = inspect.Parameter.KEYWORD_ONLY
+            found.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
+        run.__signature__ = own.replace(parameters=found)  # pyright: ignore[reportAttributeAccessIssue]
+        return run
+
+    return given
 
 
 def parse_list(option: str, text: str) -> list[str]:

@@ -52,6 +52,11 @@ class Recorder:
         self._console = Console(quiet=True) if quiet else open_console(stderr=True)
         self.note = plain(self._console)
 
+    def each(self, lengths: Iterable[int], steps: int | None, rows: Callable[[int], Iterable[Row]]) -> None:
+        """As `take` for each length in tokens, of which `rows` makes the rows."""
+        for length in lengths:
+            self.take(f"{length} tokens", steps, partial(rows, length))
+
     def take(self, label: str, steps: int | None, rows: Callable[[], Iterable[Row]]) -> None:
         """Measure, row by row; where memory is short, or the GPU gave up, that is told and the rest is left out.
 
@@ -71,7 +76,8 @@ class Recorder:
                     if advance is not None:
                         advance()
         except (loading.UsageError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
-            typer.echo(f"error: {label}: {loading.first_line(error)}", err=True)
+            told = error if isinstance(error, loading.UsageError) else loading.first_line(error)
+            typer.echo(f"error: {label}: {told}", err=True)
             self.incomplete = True
 
     def finish(self, table: str, *, wrong: bool = False) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from bench.cli import app
 from bench.serve import LoadPlan, synthetic_attention
+from bench.serve_job import EngineError
 from bench.serve_tables import ENGINES, serve_tables
 from bench.synthetic import chunk_selection
 from flexprefill_fa import StreamingLLMConfig
@@ -22,6 +23,7 @@ from flexprefill_fa.grid import unmasked_blocks, visible_blocks
 from flexprefill_fa.integrations.engine_settings import SECTION, Settings
 from flexprefill_fa.selection import every_block
 from flexprefill_fa.tools.needle.prompts import another_question, build_prompt, is_correct
+from flexprefill_fa.tools.rows import read
 
 
 @pytest.mark.parametrize("q_len,kv_len", [(1024, 1024), (1024, 4096), (1000, 4001), (129, 700)])
@@ -229,6 +231,23 @@ def test_each_engine_has_a_table() -> None:
         assert f"{option} 8,192; default backend: {both[-1]['dense_kernel']}. " in found
         assert f"{title} 1.2.3" in found and f"| {title}'s default backend |" in found
     assert serve_tables(both).count("| 65,536 tokens: first token, ms | - | 600 | 200 | 3.00x |") == 2
+
+
+def test_an_engine_that_fails_is_told_whole_behind_the_rows_before_it(monkeypatch, tmp_path) -> None:
+    def rows(plan: LoadPlan, note: Any) -> Any:
+        for backend in ("default", "sparse prefill"):
+            yield row(backend, measure="first token", length=4096, ttft_ms=600.0, repeats=3)
+        raise EngineError("the engine's process ended with 1:\nout of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("bench.cli.importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("bench.cli.load_rows", rows)
+    out = tmp_path / "vllm.jsonl"
+    result = CliRunner().invoke(app, ["serve", "--lengths", "4096", "--out", str(out)])
+    assert result.exit_code == 2 and len(read(out)) == 2
+    assert "error: vLLM: the engine's process ended with 1:\nout of memory\n" in result.stderr
+    assert "4096 tokens, default, first token: 600.000 ms" in result.stderr
+    assert "| 4,096 tokens: first token, ms | - | 600 | 600 | 1.00x |" in result.stdout
 
 
 @pytest.mark.parametrize(
