@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from bench.accuracy_tables import ANSWERS, REAL_TASKS, SUMMARY, TASKS
 from bench.fidelity_tables import fidelity_summary, leaderboards, single_settings, sweeps
-from bench.needle.card import run_tables
+from bench.needle.tables import run_tables
 from bench.paths import ROOT
 from bench.quality_tables import CORRECTION, SELECTORS
 from bench.serve_tables import ENGINES, serve_tables

@@ -1,9 +1,6 @@
-"""The needle model's accuracies: how answers are counted, and how the card and the tables tell them."""
+"""The needle model's accuracies: how answers are counted, and how the tables tell them."""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +8,11 @@ from needle_runs import CPU, TINY
 from torch import nn
 
 from bench.needle.batches import Batch, Builder
-from bench.needle.card import conditions_of, run_tables, write_card
 from bench.needle.evaluate import measure, predictions
 from bench.needle.network import make_network
 from bench.needle.prepare import Corpus
 from bench.needle.settings import FULL
+from bench.needle.tables import conditions_of, questions_of, run_tables
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.formats import EVALUATED
@@ -81,28 +78,10 @@ def test_each_question_is_another(corpus: Corpus, monkeypatch: pytest.MonkeyPatc
     assert asked[10:] == asked[:5]
 
 
-def test_the_card_says_how_many_questions_each_length_had(corpus: Corpus, tmp_path: Path) -> None:
-    facts = {"gpu": "X", "torch": "2", "python": "3.12.3", "commit": "abc", "date": "2026-11-23"}
-    rows = [
-        {"task": task, "length": goal.length, "samples": goal.samples, "exact": 0.9, "parts": 1.0, **facts}
-        for goal in FULL.goals
-        for task in EVALUATED
-    ]
-    write_card(tmp_path, rows, FULL, corpus.facts)
-    card = (tmp_path / "README.md").read_text()
+def test_how_many_questions_each_length_had() -> None:
+    rows = [{"task": task, "length": goal.length, "samples": goal.samples} for goal in FULL.goals for task in EVALUATED]
     said = "512 at 4,096, 8,192, 16,384 tokens; 256 at 32,768 tokens; 128 at 65,536 tokens"
-    assert f"\nQuestions of each task: {said}.\nX, torch 2, Python 3.12.3, commit abc, 2026-11-23.\n" in card
-    assert all(f"| {stage.length:,} | {stage.rows} | {stage.steps:,} |" in card for stage in FULL.stages)
-    assert "{" not in card and max(map(len, card.splitlines())) < 125
-    assert "    python -m bench.needle.prepare\n    python -m bench.needle.train\n" in card
-
-
-def test_the_card_says_how_to_make_the_same_model(corpus: Corpus, tmp_path: Path) -> None:
-    row = {"task": "vt", "length": 700, "samples": 2, "exact": 0.9, "parts": 1.0}
-    write_card(tmp_path, [row], replace(TINY, seed=3), corpus.facts)
-    card = (tmp_path / "README.md").read_text()
-    assert "    python -m bench.needle.prepare\n    python -m bench.needle.train --seed 3\n" in card
-    assert "\nAdamW, bfloat16, seed 3, 4 steps (" in card
+    assert questions_of(rows) == said
 
 
 def test_conditions_that_differ_are_all_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,10 +54,8 @@ def test_the_three_commands_make_and_measure_a_model(tmp_path: Path, monkeypatch
     result = command(train, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert f"the model is in {tmp_path / 'model'}" in result.stdout
-    card = (tmp_path / "model" / "README.md").read_text()
-    assert "| vt | 0.000 |" in card and "python -m bench.needle.train\n" in card and "{" not in card
-    assert "\nQuestions of each task: 2 at 700 tokens.\n" in card
-    assert "seed 0, 4 steps (" in card and "| 256 | 2 | 2 |\n| 640 | 2 | 2 |\n\n" in card
+    assert "| vt | 0.000 |" in result.stdout and "\nQuestions of each task: 2 at 700 tokens.\n" in result.stdout
+    assert f"torch {torch.__version__}, Python {platform.python_version()}, commit " in result.stdout
 
     monkeypatch.setattr("bench.needle.evaluate.held_out_files", lambda: held_out)
     shown = command(evaluate, "--model", str(tmp_path / "model"))
@@ -67,10 +66,8 @@ def test_the_three_commands_make_and_measure_a_model(tmp_path: Path, monkeypatch
     assert [row["task"] for row in rows] == list(EVALUATED) and rows[0]["torch"] == torch.__version__
 
 
-def test_another_seed_is_another_run_and_told_by_the_card(work: Path, whole_run: Path, tiny: Any) -> None:
+def test_another_seed_is_another_run(work: Path, whole_run: Path, tiny: Any) -> None:
     assert command(train, "--out", str(work), "--seed", "3").exit_code == 0
-    card = (work / "model" / "README.md").read_text()
-    assert "\n    python -m bench.needle.train --seed 3\n" in card and "seed 3, 4 steps (" in card
     assert {row["seed"] for row in read(work / "accuracy.jsonl")} == {3}
     assert losses(work) != losses(whole_run)
 
@@ -108,8 +105,7 @@ def test_a_model_that_misses_its_goals_is_written_and_fails(
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: vt at 700 tokens must reach 0.5, got 0.250; try another --seed")
     assert f"the model is in {work / 'model'}" in result.stdout
-    card = (work / "model" / "README.md").read_text()
-    assert "| multikey | 0.500 | 0.500 |" in card and "| vt | 0.250 | 0.250 |" in card
+    assert "| multikey | 0.500 | 0.500 |" in result.stdout and "| vt | 0.250 | 0.250 |" in result.stdout
     load_model(work / "model", torch.bfloat16, CPU)
 
 

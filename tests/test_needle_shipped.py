@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from bench.needle.card import accuracy_table, conditions_of, questions_of
+from safetensors import safe_open
+
 from bench.needle.settings import FULL
+from bench.needle.tables import accuracy_table, conditions_of, questions_of
 from bench.needle.train import missed_goals
 from bench.paths import RESULTS
 from flexprefill_fa.tools.digests import model_sha256
@@ -28,6 +31,16 @@ def test_the_card_has_the_rows_of_the_model_beside_it() -> None:
     card = (MODEL_DIR / "README.md").read_text(encoding="utf-8")
     assert accuracy_table(SHIPPED) in card
     assert f"{questions_of(SHIPPED)}.\n{conditions_of(SHIPPED)}.\n" in card
+
+
+def test_the_card_says_how_the_model_is_made() -> None:
+    card = (MODEL_DIR / "README.md").read_text(encoding="utf-8")
+    stages = "\n".join(f"| {stage.length:,} | {stage.rows} | {stage.steps:,} |" for stage in FULL.stages)
+    assert f"\n{stages}\n" in card and f"seed {FULL.seed}, {FULL.steps:,} steps (" in card
+    assert "    python -m bench.needle.prepare\n    python -m bench.needle.train\n" in card
+    with safe_open(MODEL_DIR / "model.safetensors", "pt") as weights:
+        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    assert f"A Llama of {parameters / 1e6:.1f} M parameters ({2 * parameters / 1e6:.1f} MB in bfloat16: " in card
 
 
 def test_both_runs_of_the_recipe_reach_its_goals_and_agree() -> None:

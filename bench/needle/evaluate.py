@@ -16,10 +16,10 @@ import typer
 from torch import Tensor, nn
 
 from bench.needle.batches import Batch, Builder
-from bench.needle.card import accuracy_table
 from bench.needle.network import attention_kernel, hidden_states, logits_at
 from bench.needle.prepare import encode
 from bench.needle.settings import FULL, Settings
+from bench.needle.tables import accuracy_table
 from bench.terminal import one_line_errors
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.loading import load_model, resolve_device

@@ -29,11 +29,6 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=settings.peak, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU; the CPU, which is for tests, computes in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def generator_of(device: torch.device, seed: int, step: int) -> Generator:
     """A step's random numbers: the same whatever came before it."""
     return Generator(device).manual_seed(seed * 1_000_003 + step)
@@ -66,7 +61,8 @@ def take_step(
     batches = draw(builder, settings, step, generator)
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate(step)
-    with autocast(device):
+    # The CPU, which is for tests, computes in float32.
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         hidden = hidden_states(network, torch.cat([batch.tokens for batch in batches]))
         parts = hidden.split([len(batch.tokens) for batch in batches])
         answers = _answer_losses(network, batches, parts)

@@ -6,16 +6,14 @@ The tokenizer makes byte pairs within lines of Python source, single digits, and
 from __future__ import annotations
 
 import collections
-import hashlib
 import itertools
 import json
 import platform
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -30,7 +28,7 @@ from flexprefill_fa.tools.needle.formats import all_forms
 from flexprefill_fa.tools.needle.source import ascii_text, held_out_files, is_held_out, source_files
 
 WORK = ROOT / "build" / "needle"
-"""Where corpus, checkpoint and model are made; git ignores it."""
+"""Where corpus and model are made; git ignores it."""
 
 _FACTS = "corpus.json"
 _SPECIAL = ("<pad>", "<bos>")
@@ -38,15 +36,11 @@ _COMMON_WORDS = 3000  # names are drawn from the most common words of the text
 _TIMES = 2_000  # each form among the texts: enough for its words to become single tokens
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Text as tokens.
+class Corpus(NamedTuple):
+    """Text as tokens, in a folder.
 
-    Attributes:
-        folder: where it lies.
-        tokenizer: of its tokens.
-        train, held_out: uint16 `[tokens]`, of different files.
-        facts: the Python version, and for each part its files and tokens.
+    `train` and `held_out` are uint16 `[tokens]`, of different files; `facts` are the Python version, and for each part
+    its files and tokens.
     """
 
     folder: Path
@@ -54,11 +48,6 @@ class Corpus:
     train: np.ndarray
     held_out: np.ndarray
     facts: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """Tells corpora apart."""
-        return hashlib.sha256(self.train.tobytes() + self.held_out.tobytes()).hexdigest()
 
 
 def build_corpus(folder: Path, files: int | None = None) -> Corpus:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.needle.network import model_config
 from flexprefill_fa.tools.needle.formats import MOST, Mix
@@ -17,9 +17,7 @@ class Stage:
     """Steps on sequences of one length.
 
     Attributes:
-        length: tokens of a sequence.
-        rows: sequences of a step, the same number of each mix.
-        steps: how many.
+        length: tokens of a sequence. rows: sequences of a step, the same number of each mix. steps: how many.
         share: of the run's schedule, which the learning rate follows; shares need not sum to 1.
         mixes: what the sequences hold; their `several` goes round from step to step.
         closing: more mixes, of sequences that end with their questions, as evaluation asks.
@@ -40,8 +38,7 @@ class Stage:
         return [(replace(mix, several=2 + step % (MOST - 1)), last) for mix, last in mixes]
 
 
-@dataclass(frozen=True)
-class Goal:
+class Goal(NamedTuple):
     """The share of `samples` questions of each task, in `length` tokens, that the finished model must answer right."""
 
     length: int
@@ -51,22 +48,16 @@ class Goal:
 
 @dataclass(frozen=True)
 class Settings:
-    """A whole run.
+    """A whole run: a model with the config.json `config`, its stages in their order, and what it must reach.
 
     Attributes:
-        config: of the model, as in its config.json.
-        stages: in their order.
-        peak: the highest learning rate.
-        warm_up: steps until it is reached.
-        hold: share of the schedule after which it falls, in a straight line, to `last` of the peak.
-        last: the end of that line.
-        weight_decay: of matrices.
-        clip: the largest norm of a step's gradient.
+        peak: the highest learning rate, reached after `warm_up` steps. From the share `hold` of the schedule on it
+            falls, in a straight line, to `last` of the peak.
+        weight_decay: of matrices. clip: the largest norm of a step's gradient.
         text_share: of the positions of source text, those that are predicted too.
         heaped: of the sequences that end with their questions, those whose statements lie in heaps.
         seed: of the first weights and of every step's sequences.
         steps_per_row: of the curve, whose rows are means over them.
-        goals: of the finished model's evaluation.
     """
 
     config: dict[str, Any]
@@ -116,17 +107,12 @@ def _many(needles: int, queries: int, lists: int, chains: int) -> Mix:
     return Mix(needles, needles // 2, queries, lists, lists * 2 // 3, chains, chains * 2 // 3)
 
 
+# As little in a long text as evaluation hides there; and chains alone, as it hides them: a model that met them only
+# among other things did badly on them alone. All are asked about: each question teaches no more than its own four hops.
 _FEW = Mix(needles=8, asked=4, queries=2, lists=3, lists_asked=2, chains=4, chains_asked=2)
-"""As little in a long text as evaluation hides there."""
-
 _CHAINS = Mix(chains=4, chains_asked=4)
-"""Chains alone, as evaluation hides them: a model that met them only among other things did badly on them alone.
-
-All are asked about, since each question teaches no more than its own four hops.
-"""
-
+# Weight of source text after the first stages, which have read all of it often: more is to know it by heart.
 _KNOWN_TEXT = 0.1
-"""Weight of source text after the first stages, which have read all of it often: more is to know it by heart."""
 
 
 def _long(length: int, rows: int, steps: int, share: float, mix: Mix) -> Stage:
@@ -149,9 +135,7 @@ FULL = Settings(
         _long(65536, 4, 140, 0.15, _many(110, 24, 30, 60)),
     ),
     goals=(
-        Goal(4096, 512, 0.95),
-        Goal(8192, 512, 0.95),
-        Goal(16384, 512, 0.95),
+        *(Goal(length, 512, 0.95) for length in (4096, 8192, 16384)),
         Goal(32768, 256, 0.95),
         Goal(65536, 128, 0.9),
     ),

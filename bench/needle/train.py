@@ -12,12 +12,12 @@ import torch
 import typer
 
 from bench.needle.batches import Builder
-from bench.needle.card import accuracy_table, write_card
 from bench.needle.evaluate import accuracies
 from bench.needle.learning import make_optimizer, mean_row, take_step
 from bench.needle.network import attention_kernel, export, make_network
 from bench.needle.prepare import WORK, Corpus, load_corpus
 from bench.needle.settings import FULL, Settings
+from bench.needle.tables import accuracy_table, conditions_of, questions_of
 from bench.terminal import one_line_errors
 from flexprefill_fa.tools.loading import resolve_device
 from flexprefill_fa.tools.rows import Row, append
@@ -85,10 +85,8 @@ def train(
     with one_line_errors():
         settings = replace(FULL, seed=seed)
         device = resolve_device("cuda")
-        corpus = load_corpus(out / "corpus")
-        rows = train_model(settings, corpus, out, device, typer.echo)
-        write_card(out / "model", rows, settings, corpus.facts)
-    typer.echo(accuracy_table(rows))
+        rows = train_model(settings, load_corpus(out / "corpus"), out, device, typer.echo)
+    typer.echo(f"{accuracy_table(rows)}\n\nQuestions of each task: {questions_of(rows)}.\n{conditions_of(rows)}.")
     typer.echo(f"the model is in {out / 'model'}")
     if missed := missed_goals(settings, rows):
         again = "try another --seed, with a corpus in a folder of its own (--out)"
