@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexprefill_fa import BlockSelection
-from flexprefill_fa.exact import exact_probabilities, sum_row_blocks
+from flexprefill_fa.exact import block_mass, exact_probabilities
 
 MASS_BLOCK = 64
 """Tokens per block of `Exact.mass`: selections of 64- and of 128-token blocks both are unions of such blocks."""
@@ -70,17 +70,11 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Exact:
     Args:
         query: `[B, Hq, n, D]`. key, value: `[B, Hkv, n, D]`, Hq a multiple of Hkv.
     """
-    batch, heads, length, dim = value.shape[0], query.shape[1], *value.shape[2:]
-    groups = heads // key.shape[1]
-    blocks = -(-length // MASS_BLOCK)
-    values = F.pad(value.float(), (0, 0, 0, blocks * MASS_BLOCK - length))
-    out = torch.empty(batch, heads, length, dim, device=query.device)
-    mass = torch.zeros(batch, heads, blocks, blocks, device=query.device)
+    groups, length = query.shape[1] // key.shape[1], value.shape[2]
+    values = F.pad(value.float(), (0, 0, 0, -length % MASS_BLOCK))
+    out = torch.empty(*query.shape, device=query.device)
     for kv_head, first, probability in exact_probabilities(query, key, MASS_BLOCK, score_bytes=_SCORE_BYTES):
         rows, seen = probability.shape[2:]
         group = slice(kv_head * groups, (kv_head + 1) * groups)
         out[:, group, first : first + rows] = probability @ values[:, kv_head, None, :seen]
-        by_block = sum_row_blocks(probability.unflatten(-1, (-1, MASS_BLOCK)).sum(-1), MASS_BLOCK)
-        block = first // MASS_BLOCK
-        mass[:, group, block : block + by_block.shape[2], : by_block.shape[3]] = by_block
-    return Exact(out, mass)
+    return Exact(out, block_mass(query, key, MASS_BLOCK))

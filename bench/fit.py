@@ -21,14 +21,9 @@ def best_dense(rows: Sequence[Row], backend: str) -> dict[int, Row]:
 
     It takes TRITON only where FLASH cannot run, so flash-attn-4's kernel does not count beside it.
     """
-    found: dict[int, Row] = {}
-    for row in rows:
-        possible = row["kernel"] not in ("FLASH", "flash_attn_4") or backend == "FLASH"
-        if row["path"] == "dense" and row["selector"] is None and "total_ms" in row and possible:
-            known = found.get(row["length"])
-            if known is None or row["total_ms"] < known["total_ms"]:
-                found[row["length"]] = row
-    return found
+    dense = [row for row in rows if row["path"] == "dense" and row["selector"] is None and "total_ms" in row]
+    dense = [row for row in dense if row["kernel"] not in ("FLASH", "flash_attn_4") or backend == "FLASH"]
+    return {row["length"]: row for row in sorted(dense, key=lambda row: -row["total_ms"])}  # the last is the fastest
 
 
 def _costs(milliseconds: Sequence[float], *amounts: Sequence[float]) -> list[float]:
@@ -56,18 +51,10 @@ def fit_rates(rows: Sequence[Row], selector: str, backend: str, longest: int) ->
     Raises:
         ValueError: with fewer than two lengths to fit to.
     """
-    defaults = dataclasses.asdict(get_selector(selector)())
     dense = [row for row in best_dense(rows, backend).values() if row["length"] <= longest]
-    sparse = [
-        row
-        for row in rows
-        if row["path"] == "sparse"
-        and row["selector"] == selector
-        and row["settings"] == defaults
-        and row["backend"] == backend
-        and "select_ms" in row
-        and row["length"] <= longest
-    ]
+    same: Row = {"path": "sparse", "selector": selector, "backend": backend}
+    same["settings"] = dataclasses.asdict(get_selector(selector)())
+    sparse = [row for row in rows if row | same == row and "select_ms" in row and row["length"] <= longest]
     lengths = {row["length"] for row in sparse} & {row["length"] for row in dense}
     if len(lengths) < 2:
         raise ValueError(f"a fit needs dense and {backend} rows of two lengths, got {sorted(lengths)}")

@@ -36,9 +36,7 @@ def host_us(call: Callable[[], object], device: torch.device, repeats: int) -> l
 @torch.no_grad()
 def host_rows(device: torch.device, dtype: torch.dtype, repeats: int, length: int) -> Iterator[Row]:
     """SDPA, dense attention through `dense="auto"`, and every selector: one row each, medians and percentiles in µs."""
-    inputs = structured_inputs(
-        length, HEADS, KV_HEADS, HEAD_DIM, sharpness=1.0, batch=1, dtype=dtype, device=device, seed=0
-    )
+    inputs = structured_inputs(length, HEADS, KV_HEADS, HEAD_DIM, sharpness=1.0, dtype=dtype, device=device)
     tensors = inputs.query, inputs.key, inputs.value
     sdpa = partial(F.scaled_dot_product_attention, *tensors, is_causal=True, enable_gqa=True)
     short = FlexPrefillConfig(min_budget=length)  # keeps every block of a prompt of this length
@@ -51,9 +49,9 @@ def host_rows(device: torch.device, dtype: torch.dtype, repeats: int, length: in
         config: Selector = get_selector(name)()
         cases.append((name, kernel, partial(sparse_prefill_attention, *tensors, config, dense="never")))
     base = None
+    shape = {"length": length, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
     for case, backend, call in cases:
         found = summarise(host_us(call, device, repeats), "wall clock")
         base = found.median if base is None else base
-        shape = {"length": length, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
         row = described("host", device, dtype, **shape, case=case, kernel=backend, repeats=repeats)
         yield row | found.fields("host_us") | {"more_than_sdpa_us": round(found.median - base, 1)}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from bench.memory import free_bytes, needed_bytes, shortage
+from bench.check import SAMPLED_ROWS
 from bench.needle.capture import capture_layers
 from bench.needle.network import model_config
 from bench.spec import (
@@ -28,6 +29,7 @@ from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.loading import UsageError
 from flexprefill_fa.tools.needle import MODEL_DIR
 
+_OUTPUTS = 4  # of dense, of sparse, one more while a graph holds its own, and what a kernel makes beside it
 _HEADS = (32, 8, 128)  # query heads, kv heads, head_dim
 DENSE_KERNELS = {
     "cuda": ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn_4", "FLASH", "TRITON"),
@@ -39,18 +41,10 @@ YARDSTICK = {"cuda": "sdpa_flash", "cpu": "sdpa"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """What to measure: the options of the commands, checked.
 
-    Attributes:
-        lengths: tokens, queries and keys alike.
-        configs: selectors. densities: of synthetic selections, instead of selectors.
-        backends: for each of those.
-        heads, kv_heads, head_dim, batch, dtype: of the inputs; the needle model has its own heads and head_dim.
-        workload: one of `WORKLOADS`. layer: of the needle model.
-        device, seed: where, and of what.
-        repeats: measurements of each time, fewer where they would take longer than `seconds`.
-        dense: whether to time the dense kernels too.
-        mean_correction: whether to time attention with mean correction too.
+    `configs` are selectors, `densities` those of synthetic selections instead; each is run by every one of `backends`.
+    The needle model has its own heads and head_dim.
     """
 
     lengths: Sequence[int]
@@ -150,3 +144,37 @@ def _head_shape(
     if found[2] % 16:
         raise UsageError(f"head-dim must be a multiple of 16, got {found[2]}")
     return found
+
+
+def needed_bytes(
+    length: int, batch: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """An estimate of what measuring one length takes at once, inputs included, on the safe side."""
+    query = batch * heads * length * head_dim * dtype.itemsize
+    key = batch * kv_heads * length * head_dim * dtype.itemsize
+    blocks = -(-length // 128)
+    lists = 6 * 4 * batch * heads * blocks * blocks  # two selections of two int32 lists each, and block scores
+    groups = heads // kv_heads
+    check = 8 * length * (2 * head_dim + 4 * groups * SAMPLED_ROWS)  # fp64 keys and values, scores of a kv group
+    needed = query + 2 * key + _OUTPUTS * query + lists + check
+    if device.type == "cpu":  # the plain selection: fp32 scores of 128 queries; queries, and keys for every head
+        needed += heads * length * 4 * (5 * 128 + 2 * head_dim)
+    return needed
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on the device: the GPU's, or the machine's."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no line MemAvailable")
+
+
+def shortage(needed: int, free: int) -> str | None:
+    """One line with both numbers where memory is short, else None."""
+    if needed <= free:
+        return None
+    return f"it needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.synthetic import chunk_selection
 from bench.timing import Stopwatch, described
-from flexprefill_fa import BlockSelection
 from flexprefill_fa.region import Call, run_attend
 from flexprefill_fa.tools.loading import first_line
 from flexprefill_fa.tools.rows import Row
@@ -20,9 +19,9 @@ DENSITIES = (0.06, 0.25)
 _BLOCK = 128
 _HEADS, _KV_HEADS = 32, 8
 _SAME = 0.005  # relative L2 distance of two tiles' outputs
-# BLOCK_M, BLOCK_N, num_warps, num_stages; None: torch's own choice.
-CANDIDATES: tuple[tuple[int, int, int, int] | None, ...] = (
-    None,
+_NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+CANDIDATES: tuple[tuple[int, ...], ...] = (
+    (),  # torch's own choice
     (128, 128, 8, 3),
     (128, 128, 8, 2),
     (128, 128, 4, 3),
@@ -33,12 +32,6 @@ CANDIDATES: tuple[tuple[int, int, int, int] | None, ...] = (
     (64, 64, 4, 2),
     (128, 32, 8, 2),
 )
-NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-
-
-def tile_options(candidate: tuple[int, int, int, int] | None) -> dict[str, int]:
-    """A candidate as kernel_options."""
-    return {} if candidate is None else dict(zip(NAMES, candidate, strict=True))
 
 
 def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
@@ -55,19 +48,17 @@ def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repea
     watch = Stopwatch(device, repeats, 2.0)
     selections = [chunk_selection(length, length, _HEADS, density, device=device) for density in DENSITIES]
     for head_dim in head_dims:
-        query, key, value = (
-            torch.randn(1, heads, length, head_dim, dtype=dtype, device=device)
-            for heads in (_HEADS, _KV_HEADS, _KV_HEADS)
-        )
+        heads = (_HEADS, _KV_HEADS, _KV_HEADS)
+        tensors = [torch.randn(1, count, length, head_dim, dtype=dtype, device=device) for count in heads]
         expected: dict[float, Tensor] = {}
         for candidate in CANDIDATES:
-            tile = tile_options(candidate)
+            tile = dict(zip(_NAMES, candidate, strict=False))
             shape = {"length": length, "heads": _HEADS, "kv_heads": _KV_HEADS, "head_dim": head_dim}
             row = described("tuning", device, dtype, **shape, tile=tile)
-            options = {"BACKEND": "TRITON", "IS_DIVISIBLE": True, **tile}
+            how = Call(_BLOCK, options={"BACKEND": "TRITON", "IS_DIVISIBLE": True, **tile})
             try:
                 for density, selection in zip(DENSITIES, selections, strict=True):
-                    call = partial(_attend, query, key, value, selection, options)
+                    call = partial(run_attend, *tensors, selection.lists, None, None, how)
                     out = call().float()
                     difference = (out - expected.setdefault(density, out)).norm() / out.norm()
                     if not difference < _SAME:
@@ -80,20 +71,12 @@ def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repea
             yield row
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, options: dict[str, Any]) -> Tensor:
-    return run_attend(query, key, value, selection.lists, None, None, Call(_BLOCK, options=options))
-
-
 def best_tiles(rows: Sequence[Row]) -> dict[tuple[tuple[int, int], int], dict[str, int]]:
     """The tile with the least product of times, by compute capability and head dim."""
     best: dict[tuple[tuple[int, int], int], tuple[float, dict[str, int]]] = {}
     for row in rows:
-        if row.get("kind") != "tuning" or "error" in row:
-            continue
-        product = 1.0
-        for density in DENSITIES:
-            product *= row[f"attend_{density:g}_ms"]
-        where = (row["capability"][0], row["capability"][1]), row["head_dim"]
-        if where not in best or product < best[where][0]:
-            best[where] = product, row["tile"]
+        if row.get("kind") == "tuning" and "error" not in row:
+            product = math.prod(row[f"attend_{density:g}_ms"] for density in DENSITIES)
+            where = (row["capability"][0], row["capability"][1]), row["head_dim"]
+            best[where] = min(best.get(where, (math.inf, {})), (product, row["tile"]), key=lambda found: found[0])
     return {where: tile for where, (_, tile) in best.items()}

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 import bench.attention
 from bench.attention import _tflops
 from bench.cli import app
-from bench.memory import free_bytes, needed_bytes, shortage
+from bench.planning import free_bytes, needed_bytes, shortage
 from bench.spec import parse_lengths, parse_selector
 from bench.timing import Stopwatch, summarise
 from flexprefill_fa import FlexPrefillConfig
