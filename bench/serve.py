@@ -39,14 +39,8 @@ _LONG = 65536  # prompts from which on fewer repeats are enough
 _TOGETHER = 4  # prompts of the throughput rows
 
 
-_ENGINES_OF: dict[str, tuple[bool, ...]] = {
-    "all": (False, True),
-    "engines": (False, True),
-    "default": (False,),
-    "sparse": (True,),
-    "gather": (),
-}  # whether with sparse prefill, by the part
-PARTS = tuple(_ENGINES_OF)
+# By the part: whether with sparse prefill.
+_ENGINES_OF = {"all": (False, True), "engines": (False, True), "default": (False,), "sparse": (True,), "gather": ()}
 
 
 @dataclass(frozen=True)
@@ -54,13 +48,11 @@ class LoadPlan:
     """What to measure.
 
     Attributes:
-        lengths: of the prompts, in tokens.
+        lengths: of the prompts, in tokens. repeats: of each below 64K tokens; longer ones get a third.
         settings: of the backend, as under "sparse_prefill" in an engine's configuration.
-        density: of the synthetic blocks.
-        repeats: of each prompt below 64K tokens; longer ones get a third.
+        density: of the synthetic blocks. seed: of those and of the prompts.
         batched_tokens: the most prompt tokens of a step, vLLM's max_num_batched_tokens, SGLang's chunked_prefill_size.
         layers: of the model.
-        seed: of prompts and blocks.
         only: "all", or a part: "engines", one of them ("default" or "sparse"), or "gather".
         name: of the engine, "vllm" or "sglang".
     """
@@ -76,8 +68,8 @@ class LoadPlan:
     name: str = "vllm"
 
     def __post_init__(self) -> None:
-        if self.only not in PARTS:
-            raise ValueError(f"only must be one of {', '.join(PARTS)}, got {self.only!r}")
+        if self.only not in _ENGINES_OF:
+            raise ValueError(f"only must be one of {', '.join(_ENGINES_OF)}, got {self.only!r}")
         if self.name not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.name!r}")
         make_settings(self.settings, "settings")
@@ -85,36 +77,37 @@ class LoadPlan:
     def engine(self, folder: str, sparse: bool) -> dict[str, Any]:
         """Arguments of `vllm.LLM` or `sglang.Engine`."""
         length = max(self.lengths) + _ANSWER_TOKENS
-        common = {"load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16"}
+        arguments: dict[str, Any] = {"load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16"}
         section = {SECTION: self.settings}
         if self.name == "vllm":
-            sizes = {"max_model_len": length, "max_num_batched_tokens": self.batched_tokens}
+            arguments |= {"model": folder, "max_model_len": length, "seed": self.seed}
             ours = {"attention_backend": "CUSTOM", "additional_config": section}
-            arguments: dict[str, Any] = {"model": folder, **common, **sizes, "seed": self.seed}
         else:
-            sizes = {"context_length": length, "chunked_prefill_size": self.batched_tokens}
+            arguments |= {"model_path": folder, "context_length": length, "random_seed": self.seed, "log_level": "info"}
             ours = {"prefill_attention_backend": "flexprefill", "json_model_override_args": json.dumps(section)}
-            arguments = {"model_path": folder, **common, **sizes, "random_seed": self.seed, "log_level": "info"}
-        return arguments | (ours if sparse else {})
+        return arguments | {ENGINES[self.name].step_tokens: self.batched_tokens} | (ours if sparse else {})
 
     def phases(self) -> list[dict[str, Any]]:
         """One of each length to time the first token, one of several long prompts at once, one of decoding."""
         draw = random.Random(self.seed)
 
-        def prompts(count: int, length: int) -> list[list[int]]:
-            return [[draw.randrange(1000, 120000) for _ in range(length)] for _ in range(count)]
+        def phase(count: int, length: int, **more: Any) -> dict[str, Any]:
+            prompts = [[draw.randrange(1000, 120000) for _ in range(length)] for _ in range(count)]
+            return {"prompts": prompts, "max_tokens": 1, "ignore_eos": True, **more}
 
         phases = []
         for length in self.lengths:
             count = max(1, self.repeats // 3) if length >= _LONG else self.repeats
             # The first prompt of each length compiles and fills caches; it is not counted.
-            phases.append({"prompts": prompts(count + 1, length), "max_tokens": 1, "ignore_eos": True})
-        middle = sorted(self.lengths)[len(self.lengths) // 2]
-        together = {"together": True, "ignore_eos": True}
-        phases.append({"prompts": prompts(_TOGETHER, middle), "max_tokens": 1, **together})
-        decode = {"max_tokens": _DECODE_TOKENS, **together}
-        phases += [{"prompts": prompts(_DECODE_REQUESTS, _DECODE_PROMPT), **decode} for _ in range(2)]
-        return phases
+            phases.append(phase(count + 1, length))
+        phases.append(phase(_TOGETHER, self.middle, together=True))
+        decode = {"max_tokens": _DECODE_TOKENS, "together": True}
+        return phases + [phase(_DECODE_REQUESTS, _DECODE_PROMPT, **decode) for _ in range(2)]
+
+    @property
+    def middle(self) -> int:
+        """The length of several prompts at once."""
+        return sorted(self.lengths)[len(self.lengths) // 2]
 
 
 def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
@@ -158,14 +151,8 @@ def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
         return
     parts = gather_share(plan)
     note(f"one layer, a chunk of {plan.batched_tokens} queries over {max(plan.lengths)} keys: {parts}")
-    yield {
-        **conditions,
-        "backend": "gather",
-        "measure": "gather",
-        "length": max(plan.lengths),
-        "settings": plan.settings,
-        **parts,
-    }
+    same = {"backend": "gather", "measure": "gather", "length": max(plan.lengths), "settings": plan.settings}
+    yield {**conditions, **same, **parts}
 
 
 def _versions(engine: str, log: str) -> Row:
@@ -188,12 +175,11 @@ def _measured(plan: LoadPlan, result: dict[str, Any]) -> Iterator[Row]:
             "repeats": len(seconds),
             **_density(phase),
         }
-    tokens = sum(map(len, plan.phases()[len(plan.lengths)]["prompts"]))
     yield {
         "measure": "prefill",
-        "length": tokens // _TOGETHER,
+        "length": plan.middle,
         "requests": _TOGETHER,
-        "prompt_tokens_per_s": round(tokens / together["seconds"][0], 1),
+        "prompt_tokens_per_s": round(_TOGETHER * plan.middle / together["seconds"][0], 1),
         **_density(together),
     }
     yield {
@@ -216,13 +202,8 @@ def _density(phase: dict[str, Any]) -> Row:
     if failures:
         raise EngineError(f"sparse attention failed for {failures} chunks of {len(everyone)} layers, see the log")
     layers = [layer for layer in everyone if layer["chunks"]]
-    if not layers:
-        return {"density": None, "chunks": 0, "failures": 0}
-    return {
-        "density": round(statistics.fmean(layer["density"] for layer in layers), 5),
-        "chunks": max(layer["chunks"] for layer in layers),
-        "failures": 0,
-    }
+    density = round(statistics.fmean(layer["density"] for layer in layers), 5) if layers else None
+    return {"density": density, "chunks": max((layer["chunks"] for layer in layers), default=0), "failures": 0}
 
 
 def attend_synthetic(worker: Any, density: float) -> None:
@@ -272,15 +253,13 @@ def gather_share(plan: LoadPlan, page: int = 16) -> Row:
             return [gather(part, order, kv_len, out) for part, out in zip(cache.unbind(1), room, strict=True)]
 
         key, value = gather_both()
-        attend = synthetic_attention(plan.density)
-        chosen = attend(query, key, value, settings, scale)[1]
+        chosen = synthetic_attention(plan.density)(query, key, value, settings, scale)[1]
+        attend = functools.partial(block_sparse_attention, query, key, value, chosen)
         return {
             "q_len": q_len,
             "gather_ms": _milliseconds(gather_both),
             "select_ms": _milliseconds(lambda: select_blocks(query, key, settings.selector, scale=scale)),
-            "attend_ms": _milliseconds(
-                lambda: block_sparse_attention(query, key, value, chosen, scale=scale, backend=settings.backend)
-            ),
+            "attend_ms": _milliseconds(lambda: attend(scale=scale, backend=settings.backend)),
         }
 
 

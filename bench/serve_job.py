@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ def run_job(job: dict[str, Any], timeout: float = 600.0, engine: str = "vllm") -
         if done.returncode or not out.is_file():
             raise EngineError(f"the engine's process ended with {done.returncode}:\n{done.stdout[-8000:]}")
         return {**json.loads(out.read_text()), "log": done.stdout}
+
+
+def timed_batches(phase: dict[str, Any], generate: Callable[[list[Any]], list[Any]]) -> tuple[list[Any], list[float]]:
+    """The answers to a phase's prompts, all at once or one at a time, and the seconds of each call."""
+    prompts, answers, seconds = phase["prompts"], [], []
+    for batch in [prompts] if phase.get("together") else [[prompt] for prompt in prompts]:
+        start = time.perf_counter()
+        answers += generate(batch)
+        seconds.append(time.perf_counter() - start)
+    return answers, seconds
 
 
 def answer(run_engine: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import os
 import time
 from typing import Any
 
-from bench.serve_job import answer
+from bench.serve_job import answer, timed_batches
 
 _DENSITY = "FLEXPREFILL_FA_BENCH_DENSITY"  # how that function is told; no setting of the backend
 
@@ -51,13 +51,8 @@ def _run_phase(engine: Any, phase: dict[str, Any]) -> dict[str, Any]:
         "max_new_tokens": phase["max_tokens"],
         "ignore_eos": phase.get("ignore_eos", False),
     }
-    batches = [phase["prompts"]] if phase.get("together") else [[prompt] for prompt in phase["prompts"]]
     before = statistics_of(engine)
-    answers, seconds = [], []
-    for batch in batches:
-        start = time.perf_counter()
-        answers += engine.generate(input_ids=batch, sampling_params=sampling)
-        seconds.append(time.perf_counter() - start)
+    answers, seconds = timed_batches(phase, lambda batch: engine.generate(input_ids=batch, sampling_params=sampling))
     return {
         "outputs": [list(answer["output_ids"]) for answer in answers],
         "cached": [answer["meta_info"]["cached_tokens"] for answer in answers],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from bench.serve_job import answer
+from bench.serve_job import answer, timed_batches
 
 _EXTENSION = "flexprefill_fa.integrations.vllm.WorkerExtension"
 
@@ -37,15 +37,13 @@ def _run_phase(llm: Any, phase: dict[str, Any], memory: Any) -> dict[str, Any]:
         ignore_eos=phase.get("ignore_eos", False),
         detokenize=False,
     )
-    prompts = [{"prompt_token_ids": ids} for ids in phase["prompts"]]
-    batches = [prompts] if phase.get("together") else [[prompt] for prompt in prompts]
+
+    def generate(batch: list[list[int]]) -> list[Any]:
+        return llm.generate([{"prompt_token_ids": ids} for ids in batch], sampling, use_tqdm=False)
+
     if phase.get("fault"):
         llm.collective_rpc(_break_sparse_attention)
-    answers, seconds = [], []
-    for batch in batches:
-        start = time.perf_counter()
-        answers += llm.generate(batch, sampling, use_tqdm=False)
-        seconds.append(time.perf_counter() - start)
+    answers, seconds = timed_batches(phase, generate)
     if phase.get("fault"):
         llm.collective_rpc(_mend_sparse_attention)
     return {
