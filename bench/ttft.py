@@ -13,7 +13,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -38,12 +38,9 @@ from flexprefill_fa.tools.rows import Row, package_version
 
 @dataclass(frozen=True)
 class Attention:
-    """What a row is about: a dense kernel, or a selector.
+    """What a row is about: a dense kernel of `flexprefill_fa.dense.DENSE_KERNELS`, or a selector's config.
 
-    Attributes:
-        kernel: of `flexprefill_fa.dense.DENSE_KERNELS`, None for a selector.
-        config: of the selector, None for a kernel.
-        density: of the blocks that take the place of the selector's choice; None for its own choice.
+    `density` is that of the blocks that take the place of the selector's choice; None for its own choice.
     """
 
     kernel: str | None = None
@@ -56,14 +53,8 @@ class Attention:
 
     def fields(self) -> Row:
         """What tells its rows from others."""
-        if self.config is None:
-            return {"selector": None, "kernel": self.kernel, "settings": {}, "synthetic_density": None}
-        return {
-            "selector": self.config.name,
-            "kernel": None,
-            "settings": dataclasses.asdict(self.config),
-            "synthetic_density": self.density,
-        }
+        name, settings = (self.config.name, dataclasses.asdict(self.config)) if self.config else (None, {})
+        return {"selector": name, "kernel": self.kernel, "settings": settings, "synthetic_density": self.density}
 
 
 @dataclass(frozen=True)
@@ -71,10 +62,8 @@ class TtftPlan:
     """What to measure.
 
     Attributes:
-        shape: name of the config.
-        config: transformers config of the model.
-        lengths: prompt lengths in tokens.
-        attentions: what to measure at each length.
+        shape: name of the config. config: of transformers, of the model.
+        lengths: of prompts in tokens. attentions: what to measure at each length.
         modes: whether the model is compiled, for each that is measured; uncompiled first.
         chunk: tokens of the prompt at a time, transformers' prefill_chunk_size; None for the whole prompt.
         repeats: timed passes, fewer (at least one) where they would take longer than `seconds` together.
@@ -122,30 +111,22 @@ def make_plan(**options: Any) -> TtftPlan:
     attentions += [Attention(config=found) for found in parse_selectors("own", given.own)]
     if not attentions:
         raise UsageError("there is nothing to measure: give selectors, own or dense")
-    plan = TtftPlan(
-        shape=given.config,
-        config=config,
-        lengths=parse_lengths(given.lengths),
-        attentions=attentions,
-        modes=[mode == "compiled" for mode in ("eager", "compiled") if mode in modes],
-        chunk=chunk,
-        repeats=given.repeats,
-        seconds=given.seconds,
-        device=device,
-        dtype=dtype,
-        seed=given.seed,
-    )
+    ordered = [mode == "compiled" for mode in ("eager", "compiled") if mode in modes]
+    lengths = parse_lengths(given.lengths)
+    limits = (given.repeats, given.seconds)
+    plan = TtftPlan(given.config, config, lengths, attentions, ordered, chunk, *limits, device, dtype, given.seed)
     if not any(plan.passes()):
         raise UsageError("there is nothing to measure: selectors keep every block of prompts so short")
     shortest = min((length for _, length, attention in plan.passes() if attention.config), default=MIN_QUERY_TOKENS)
     if shortest < MIN_QUERY_TOKENS:
         raise UsageError(f"lengths must be at least {MIN_QUERY_TOKENS} tokens for selectors to run, got {shortest}")
-    least = max((attention.config.dense_tokens for attention in attentions if attention.config), default=0)
-    if chunk is not None and chunk <= least:
-        raise UsageError(f"chunk must be above {least} tokens, of which a selector keeps every block, got {chunk}")
-    for length in plan.lengths:
-        if chunk is not None and chunk < length and 0 < (rest := length % chunk) < MIN_QUERY_TOKENS:
-            raise UsageError(f"the last chunk must hold at least {MIN_QUERY_TOKENS} tokens, got {rest} of {length}")
+    if chunk is not None:
+        least = max((attention.config.dense_tokens for attention in attentions if attention.config), default=0)
+        if chunk <= least:
+            raise UsageError(f"chunk must be above {least} tokens, of which a selector keeps every block, got {chunk}")
+        for length in lengths:
+            if chunk < length and 0 < (rest := length % chunk) < MIN_QUERY_TOKENS:
+                raise UsageError(f"the last chunk must hold at least {MIN_QUERY_TOKENS} tokens, got {rest} of {length}")
     return plan
 
 
@@ -217,19 +198,10 @@ class _ModelBenchmark:
         self._dense = DensePrefill(model)
         self._stand_ins: dict[Attention, StandIn] = {}
         config = plan.config
-        self._same = described(
-            "ttft",
-            ranks.device,
-            plan.dtype,
-            transformers=package_version("transformers"),
-            shape=plan.shape,
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            ranks=ranks.world_size,
-            seed=plan.seed,
-        )
+        sizes = {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
+        sizes |= {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        same = {"transformers": package_version("transformers"), "shape": plan.shape, **sizes}
+        self._same = described("ttft", ranks.device, plan.dtype, **same, ranks=ranks.world_size, seed=plan.seed)
 
     def conditions(self, attention: Attention, length: int, compiled: bool) -> Row:
         """The fields of a row that are known before it is measured."""
@@ -315,12 +287,11 @@ class _ModelBenchmark:
 
     @contextmanager
     def _installed(self, attention: Attention, stand_in: StandIn | None, compiled: bool) -> Iterator[None]:
-        if attention.kernel is not None:
-            with self._dense.installed(attention.kernel, compiled):
-                yield
-            return
-        with (
-            enable_sparse_prefill(self.model, stand_in),
-            compile_prefill(self.model) if compiled else nullcontext(),
-        ):
+        with ExitStack() as stack:
+            if attention.kernel is not None:
+                stack.enter_context(self._dense.installed(attention.kernel, compiled))
+            else:
+                stack.enter_context(enable_sparse_prefill(self.model, stand_in))
+                if compiled:
+                    stack.enter_context(compile_prefill(self.model))
             yield
