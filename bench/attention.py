@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.check import SAMPLED_ROWS, Reference, Verdict, reference, verify
 from bench.planning import YARDSTICK, Plan
 from bench.synthetic import chunk_selection
-from bench.timing import Stopwatch, Times, described
+from bench.timing import Stopwatch, Times, described, significant
 from flexprefill_fa import BlockSelection, select_blocks, sparse_prefill_attention
 from flexprefill_fa.attention import block_sparse_attention
 from flexprefill_fa.backends import resolve_backend
@@ -79,7 +79,7 @@ class LengthBenchmark:
             return None
         if "error" not in row:
             flop = causal_flop(batch=row["batch"], heads=row["heads"], head_dim=row["head_dim"], tokens=self.length)
-            row["tflops"] = _tflops(flop, row["total_ms"])
+            row["tflops"] = significant(flop / row["total_ms"] / 1e9)
             self.dense_rows[kernel] = row
         return row
 
@@ -101,26 +101,34 @@ class LengthBenchmark:
             if goes_dense:
                 row |= {"kernel": fastest_dense(query), "would_be_density": kept["density"]}
                 row |= self._checked(calls, dense)
-            else:
-                row |= {"kernel": kernel, **kept, "query_aware_heads": _query_aware(selection, config)}
-                attend = partial(block_sparse_attention, *self.tensors, selection, backend=backend)
-                calls = {**calls, "attend_ms": attend, "select_ms": select}
-                if self.plan.mean_correction:
-                    calls = {**calls, "corrected_ms": partial(attend, mean_correction=True)}
-                row |= self._checked(calls, sparse, known=known)
-                row |= self._throughput(row, selection)
-            yield row | self.speedups(row)
+                yield row | self.speedups(row)
+                continue
+            row |= {"kernel": kernel, **kept, "query_aware_heads": _query_aware(selection, config)}
+            attend = partial(block_sparse_attention, *self.tensors, selection, backend=backend)
+            calls = {**calls, "attend_ms": attend, "select_ms": select}
+            if self.plan.mean_correction:
+                calls = {**calls, "corrected_ms": partial(attend, mean_correction=True)}
+            yield self._finished(row, calls, sparse, selection, known)
 
     def _synthetic(self, density: float) -> Iterator[Row]:
-        query, selection = self.inputs.query, self.random_blocks(density)
+        selection = self.random_blocks(density)
         sparse = self.references[density] = reference(self.inputs, selection)
+        row: Row = {**self.conditions, "path": "sparse", "selector": "synthetic", "settings": {"density": density}}
+        row |= _kept(selection, sparse)
         for backend in self.plan.backends:
-            row: Row = {**self.conditions, "path": "sparse", "selector": "synthetic", "settings": {"density": density}}
-            row |= {"backend": backend, "kernel": resolve_backend(backend, query, _BLOCK), **_kept(selection, sparse)}
+            kernel = resolve_backend(backend, self.inputs.query, _BLOCK)
             attend = partial(block_sparse_attention, *self.tensors, selection, backend=backend)
-            row |= self._checked({"attend_ms": attend}, sparse)
-            row |= self._throughput(row, selection)
-            yield row | self.speedups(row)
+            yield self._finished(
+                {**row, "backend": backend, "kernel": kernel}, {"attend_ms": attend}, sparse, selection
+            )
+
+    def _finished(
+        self, row: Row, calls: Calls, expected: Reference, selection: BlockSelection, known: Any = None
+    ) -> Row:
+        """A sparse row with its times and what follows from them."""
+        row = row | self._checked(calls, expected, known=known)
+        row |= self._throughput(row, selection)
+        return row | self.speedups(row)
 
     def random_blocks(self, density: float) -> BlockSelection:
         """A synthetic selection."""
@@ -187,9 +195,8 @@ class LengthBenchmark:
         """Of scores and values of the kept blocks, the masked half of a diagonal block included."""
         if "error" in row:
             return {}
-        block = 4 * selection.block_size**2 * self.inputs.query.shape[-1]
-        tflops = _tflops(int(selection.kept_blocks().sum()) * block, row["attend_ms"])
-        dense = self.dense_rows.get(row["kernel"])
+        flop = int(selection.kept_blocks().sum()) * 4 * selection.block_size**2 * self.inputs.query.shape[-1]
+        tflops, dense = significant(flop / row["attend_ms"] / 1e9), self.dense_rows.get(row["kernel"])
         return {"tflops": tflops, "share_of_dense_tflops": dense and round(tflops / dense["tflops"], 4)}
 
     def _peak(self, call: Callable[[], object]) -> Row:
@@ -214,10 +221,6 @@ def _verdict(verdict: Verdict) -> Row:
         return {**found, "error": verdict.problem}
     share = verdict.sparse_share
     return found if share is None else {**found, "check_sparse_share": round(share, 4)}
-
-
-def _tflops(flop: int, milliseconds: float) -> float:
-    return float(f"{flop / milliseconds / 1e9:.4g}")  # digits that count: what a busy CPU does rounds to no hundredth
 
 
 def spread(name: str, per_head: Tensor, ends: str) -> Row:

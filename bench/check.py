@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ class Reference:
 
     Attributes:
         positions: int64 `[R]`, which rows.
-        expected: fp64, over the kept blocks.
-        dense: fp64, over every causal key.
+        expected, dense: fp64, over the kept blocks; over every causal key.
         plain: over the kept blocks by plain PyTorch, with probabilities and values in the inputs' dtype.
         recall: fp64 `[B, Hq]`, share of the exact probability in kept blocks, mean over the rows.
         density: mean share of causal blocks that are kept, over whole heads; 1 without a selection.
@@ -42,16 +42,12 @@ class Reference:
     density: float
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What the check found.
 
-    Attributes:
-        error: relative L2 distance of the output from `Reference.expected`.
-        allowed: the largest error that passes.
-        sparse_share: how far the output lies on the way from dense (0) to the expected attention (1); None where
-            nearly everything is kept.
-        problem: what is wrong in one line, or None.
+    `error` is the relative L2 distance of the output from `Reference.expected`, `allowed` the largest that passes.
+    `sparse_share` is how far the output lies on the way from dense (0) to the expected attention (1), None where nearly
+    everything is kept. `problem` is what is wrong in one line, or None.
     """
 
     error: float
@@ -62,13 +58,10 @@ class Verdict:
 
 def kept_rows(selection: BlockSelection, positions: Tensor) -> Tensor:
     """bool `[B, Hq, R, nk]`: which blocks the selection keeps for the query rows at these positions."""
-    rows = (positions // selection.block_size).to(selection.kv_indices.device)
-    width = selection.grid.kv_blocks
-    kept = torch.zeros(*selection.kv_num_blocks.shape[:2], len(rows), width + 1, dtype=torch.bool, device=rows.device)
-    for count, indices in (
-        (selection.kv_num_blocks, selection.kv_indices),
-        (selection.full_kv_num_blocks, selection.full_kv_indices),
-    ):
+    partial_count, partial, full_count, full = selection.lists
+    rows, width = (positions // selection.block_size).to(partial.device), selection.grid.kv_blocks
+    kept = torch.zeros(*partial_count.shape[:2], len(rows), width + 1, dtype=torch.bool, device=rows.device)
+    for count, indices in ((partial_count, partial), (full_count, full)):
         listed = torch.arange(indices.shape[-1], device=rows.device) < count[:, :, rows, None]
         kept.scatter_(-1, torch.where(listed, indices[:, :, rows], width).long(), True)
     return kept[..., :width]

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from bench.attention import spread
 from bench.check import reference, verify
 from bench.exact import Exact, exact_attention
 from bench.needle.capture import capture_layers
 from bench.quality_tables import KIND
-from bench.timing import described
+from bench.timing import described, significant
 from bench.workloads import Inputs
 from flexprefill_fa import get_selector, selector_names, sparse_prefill_attention
 from flexprefill_fa.tools.digests import model_sha256
@@ -28,16 +27,16 @@ from flexprefill_fa.tools.rows import Row
 BACKEND = {"cuda": "TRITON", "cpu": "CPU"}
 """The kernel that runs, by device."""
 
-# With little that is always kept: only so a prompt of a few thousand tokens reaches densities of 5 and 10 %.
-_LEAN = {
-    "flexprefill": [f"variant={variant}+min_budget=128" for variant in ("published", "paper")],
-    "flashprefill": ["sink_blocks=1+window_blocks=1+last_full_blocks=0"],
-}
-_OTHER = {
+_VARIANTS = ("published", "paper")
+_BESIDE = {
     "flexprefill": [
-        f"variant={variant}+tau={tau}+min_budget=512" for variant in ("published", "paper") for tau in (0.1, 0)
-    ]
+        *(f"variant={variant}+tau={tau}+min_budget=512" for variant in _VARIANTS for tau in (0.1, 0)),
+        *(f"variant={variant}+min_budget=128" for variant in _VARIANTS),
+    ],
+    "flashprefill": ["", "sink_blocks=1+window_blocks=1+last_full_blocks=0"],
 }
+"""What stands beside the swept settings. With little that is always kept, a prompt of a few thousand tokens reaches
+densities of 5 and 10 %."""
 
 
 def sweep() -> str:
@@ -51,7 +50,7 @@ def sweep() -> str:
         ]
         found += [
             f"{name}:{'+'.join(filter(None, (setting, others)))}"
-            for others in (*_OTHER.get(name, [""]), *_LEAN.get(name, []))
+            for others in _BESIDE.get(name, [""])
             for setting in settings
         ]
     return ",".join(found)
@@ -59,14 +58,9 @@ def sweep() -> str:
 
 @dataclass(frozen=True)
 class QualityPlan:
-    """What to measure.
+    """What to measure: selectors with their settings, with mean correction, without, or both, in layers of the model.
 
-    Attributes:
-        configs: selectors with their settings.
-        corrections: with mean correction, without, or both.
-        layers: of the needle model.
-        dtype, device: of the model and the attention; the yardstick is fp32 in any case.
-        seed: of the prompt.
+    `dtype` is of the model and the attention; the yardstick is fp32 in any case. `seed` is of the prompt.
     """
 
     configs: Sequence[Any]
@@ -104,7 +98,11 @@ def quality_rows(plan: QualityPlan, failed: Callable[[str], None], length: int) 
         conditions = described(KIND, plan.device, plan.dtype, length=length, **shape, **where)
         with torch.no_grad(), on_device:
             exact = exact_attention(inputs.query, inputs.key, inputs.value)
-            conditions["dense_error"] = _four_digits(exact.head_errors(_dense(inputs)).mean().item())
+            # Of rounding alone. Repeated by hand: in fp32 on a GPU, grouped heads would take a kernel that holds all
+            # scores.
+            key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (inputs.key, inputs.value))
+            dense = F.scaled_dot_product_attention(inputs.query, key, value, is_causal=True)
+            conditions["dense_error"] = significant(exact.head_errors(dense).mean().item())
             for config in plan.configs:
                 for correction in plan.corrections:
                     try:
@@ -149,16 +147,4 @@ def measure(inputs: Inputs, exact: Exact, config: Any, backend: str, correction:
     row["mean_correction"] = correction
     for name, ends in (("density", "min max"), ("recall", "min"), ("error", "max")):
         row |= spread(name, found[name], ends)
-    return row | {f"head_{name}": [_four_digits(value) for value in each[0].tolist()] for name, each in found.items()}
-
-
-def _dense(inputs: Inputs) -> Tensor:
-    """Dense attention `[1, Hq, n, D]` in the inputs' dtype: its error is that of rounding alone."""
-    groups = inputs.query.shape[1] // inputs.key.shape[1]
-    # Repeated by hand: in fp32 on a GPU, grouped heads would take a kernel that holds all scores.
-    key, value = (tensor.repeat_interleave(groups, 1) for tensor in (inputs.key, inputs.value))
-    return F.scaled_dot_product_attention(inputs.query, key, value, is_causal=True)
-
-
-def _four_digits(value: float) -> float:
-    return float(f"{value:.4g}")
+    return row | {f"head_{name}": [significant(value) for value in each[0].tolist()] for name, each in found.items()}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 
 from flexprefill_fa.tools.rows import Row, environment
@@ -25,6 +26,11 @@ def described(kind: str, device: torch.device, dtype: torch.dtype, **fields: Any
     """What a row says before it is measured: its kind, where it is measured, and other fields."""
     name = str(dtype).removeprefix("torch.")
     return {"kind": kind, "device": device.type, **environment(device), "dtype": name, **fields}
+
+
+def significant(value: float) -> float:
+    """Four digits that count: what a busy CPU does rounds to no hundredth."""
+    return float(f"{value:.4g}")
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,8 @@ class Times:
 
 def summarise(milliseconds: list[float], timed_by: str) -> Times:
     """Median and percentiles, between the nearest two measurements."""
-    if len(milliseconds) == 1:
-        low = high = milliseconds[0]
-    else:
-        low, *_, high = statistics.quantiles(milliseconds, n=5, method="inclusive")
-    return Times(statistics.median(milliseconds), low, high, len(milliseconds), timed_by)
+    low, middle, high = numpy.quantile(milliseconds, (0.2, 0.5, 0.8)).tolist()
+    return Times(middle, low, high, len(milliseconds), timed_by)
 
 
 class Stopwatch:

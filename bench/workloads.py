@@ -15,6 +15,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -30,16 +31,12 @@ _THREADS = min(4, os.cpu_count() or 1)  # a group takes 1 GB at 256K tokens
 _SLOWEST_WAVE, _FASTEST_WAVE = 1 / 1024, 2.5  # radians per token
 
 
-@dataclass(frozen=True)
-class Archetype:
+class Archetype(NamedTuple):
     """What a query head looks for: scores in nats at sharpness 1, before noise.
 
-    Attributes:
-        local: of the query's own position; it falls off like a power of the distance.
-        sink: of the first token.
-        heavy: of the strongest heavy token.
-        slash: of each key at one of `offsets` tokens before the query.
-        topic: of keys in segments of the topic that the query's own topic points to.
+    `local` is that of the query's own position, and falls off like a power of the distance; `sink` of the first token;
+    `heavy` of the strongest heavy token; `slash` of each key at one of `offsets` tokens before the query; `topic` of
+    keys in segments of the topic that the query's own topic points to.
     """
 
     local: float = 0.0
@@ -72,8 +69,7 @@ def strength_of(head: int) -> float:
     return 0.9 + 0.2 * (head * 0.6180339887 % 1.0)
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """query `[B, Hq, n, D]`, key and value `[B, Hkv, n, D]`."""
 
     query: Tensor

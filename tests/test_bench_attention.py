@@ -10,11 +10,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 import bench.attention
-from bench.attention import _tflops
 from bench.cli import app
 from bench.planning import free_bytes, needed_bytes, shortage
 from bench.spec import parse_lengths, parse_selector
-from bench.timing import Stopwatch, summarise
+from bench.timing import Stopwatch, significant, summarise
 from flexprefill_fa import FlexPrefillConfig
 from flexprefill_fa.tools.loading import UsageError
 
@@ -239,4 +238,4 @@ def test_auto_that_goes_dense_is_checked_and_reported_as_dense(out: Path) -> Non
 
 def test_a_slow_cpu_has_a_throughput() -> None:
     """Rows say how it compares with dense, which 0.00 would not."""
-    assert [_tflops(10**6, 1e3), _tflops(123_456 * 10**9, 1000.0)] == [1e-06, 123.5]
+    assert [significant(1e-6), significant(123.456)] == [1e-06, 123.5]

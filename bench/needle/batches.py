@@ -7,6 +7,7 @@ numbers of statements and questions, in another order, at other places, with oth
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -158,26 +159,19 @@ class Builder:
     def _mixed(self, mix: Mix, units: list[_Units]) -> _Mixed:
         if mix in self._mixes:
             return self._mixes[mix]
-        weights, tasks, scored = [], [], []
+        weights, tasks, scored, sizes = [], [], [], []
         for unit in units:
-            layout = unit.layout
+            layout, count = unit.layout, unit.tokens.shape[1]
             due = range(layout.answer, len(layout.literals))
-            count = unit.tokens.shape[1]
+            sizes += [len(layout.literals)] * count
             weights += [1.0 if layout.holes[place] >= 0 else _LITERAL_WEIGHT for place in due] * count
             scored += [place < layout.end for place in due] * count
             tasks += [unit.task] * len(due) * count
-        sizes = [len(unit.layout.literals) for unit in units for _ in range(unit.tokens.shape[1])]
-        self._mixes[mix] = _Mixed(
-            total=sum(sizes),
-            sizes=torch.tensor(sizes, device=self._text.device),
-            weights=torch.tensor(weights, device=self._text.device),
-            scored=torch.tensor(scored, device=self._text.device),
-            columns=[
-                (task, torch.tensor([place for place, at in enumerate(tasks) if at == task], device=self._text.device))
-                for task in sorted(set(tasks))
-            ],
-        )
-        return self._mixes[mix]
+        moved = partial(torch.tensor, device=self._text.device)
+        columns = {task: moved([place for place, at in enumerate(tasks) if at == task]) for task in sorted(set(tasks))}
+        found = _Mixed(sum(sizes), moved(sizes), moved(weights), list(columns.items()), moved(scored))
+        self._mixes[mix] = found
+        return found
 
     def _draw(self, rows: int, mix: Mix, generator: Generator) -> list[_Units]:
         device = self._text.device
@@ -197,27 +191,28 @@ class Builder:
         numbers, times = digits(mix.needles, ANSWER_DIGITS), uniform(mix.needles)
         if mix.needles:
             units.append(self._fill(formats.NEEDLE_FORM, keys[..., None], numbers, times))
+
+        def ask(form: Form, asked: Tensor, count: int, task: str) -> None:
+            """`count` questions about needles `[B, count x each]`."""
+            several = (count, asked.shape[1] // count)
+            when = _later(times.gather(1, asked).unflatten(1, several).amax(2), uniform(count))
+            found = numbers.gather(1, asked[..., None].expand(-1, -1, ANSWER_DIGITS)).unflatten(1, several).flatten(2)
+            units.append(self._fill(form, keys.gather(1, asked).unflatten(1, several), found, when, task))
+
         if mix.asked:
-            asked = uniform(mix.needles).argsort(1)[:, : mix.asked]
-            when = _later(times.gather(1, asked), uniform(mix.asked))
-            chosen = numbers.gather(1, asked[..., None].expand(-1, -1, ANSWER_DIGITS))
-            units.append(self._fill(formats.QUESTION_FORM, keys.gather(1, asked)[..., None], chosen, when, "multikey"))
+            ask(formats.QUESTION_FORM, uniform(mix.needles).argsort(1)[:, : mix.asked], mix.asked, "multikey")
         if mix.queries:
             asked = uniform(mix.queries, mix.needles).argsort(2)[..., : mix.several].flatten(1)
-            several = (mix.queries, mix.several)
-            when = _later(times.gather(1, asked).unflatten(1, several).amax(2), uniform(mix.queries))
-            chosen = numbers.gather(1, asked[..., None].expand(-1, -1, ANSWER_DIGITS)).unflatten(1, several).flatten(2)
-            form = formats.all_keys_form(mix.several)
-            units.append(self._fill(form, keys.gather(1, asked).unflatten(1, several), chosen, when, "multiquery"))
+            ask(formats.all_keys_form(mix.several), asked, mix.queries, "multiquery")
         if mix.lists:
             numbers, times = digits(mix.lists, mix.several, ANSWER_DIGITS), uniform(mix.lists, mix.several).sort(2)[0]
             for place in range(mix.several):
                 form = formats.numbered_needle(place)
                 units.append(self._fill(form, list_keys[..., None], numbers[:, :, place], times[..., place]))
-            ask = mix.lists_asked
-            when = _later(times[:, :ask, -1], uniform(ask))
-            form = formats.all_values_form(mix.several)
-            units.append(self._fill(form, list_keys[:, :ask, None], numbers[:, :ask].flatten(2), when, "multivalue"))
+            count = mix.lists_asked
+            when = _later(times[:, :count, -1], uniform(count))
+            form, chosen = formats.all_values_form(mix.several), numbers[:, :count].flatten(2)
+            units.append(self._fill(form, list_keys[:, :count, None], chosen, when, "multivalue"))
         if mix.chains:
             chain = variables.unflatten(1, (mix.chains, CHAIN))
             values, times = digits(mix.chains, VALUE_DIGITS), uniform(mix.chains, CHAIN).sort(2)[0]
@@ -225,9 +220,9 @@ class Builder:
             pairs = torch.stack((chain[..., 1:], chain[..., :-1]), -1).flatten(1, 2)
             none = values.new_empty(rows, pairs.shape[1], 0)
             units.append(self._fill(formats.HAND_ON, pairs, none, times[..., 1:].flatten(1)))
-            ask = mix.chains_asked
-            when = _later(times[:, :ask, -1], uniform(ask))
-            units.append(self._fill(formats.VARIABLES_FORM, chain[:, :ask], values[:, :ask], when, "vt"))
+            count = mix.chains_asked
+            when = _later(times[:, :count, -1], uniform(count))
+            units.append(self._fill(formats.VARIABLES_FORM, chain[:, :count], values[:, :count], when, "vt"))
         return units
 
     def _fill(self, form: Form, names: Tensor, digits: Tensor, times: Tensor, task: str = TASKS[0]) -> _Units:
