@@ -31,20 +31,13 @@ Calls = Mapping[str, Callable[[], Any]]
 
 
 class LengthBenchmark:
-    """All rows of one length.
-
-    Args:
-        plan: what to measure.
-        length: tokens n, queries and keys alike.
-        note: called with a line about what is left out.
-    """
+    """All rows of one length n, of queries and keys alike; `note` is called with a line about what is left out."""
 
     def __init__(self, plan: Plan, length: int, note: Callable[[str], None]) -> None:
         self.plan = plan
         self.length = length
         self.note = note
         self.inputs, found = plan.inputs(length)
-        self.tensors = self.inputs.query, self.inputs.key, self.inputs.value
         self.watch = Stopwatch(plan.device, plan.repeats, plan.seconds)
         self.cuda = plan.device.type == "cuda"
         same = ("batch", "heads", "kv_heads", "head_dim", "workload", "seed")
@@ -73,7 +66,7 @@ class LengthBenchmark:
     def _dense(self, kernel: str, dense: Reference) -> Row | None:
         row: Row = {**self.conditions, "path": "dense", "selector": None, "backend": None, "kernel": kernel}
         try:
-            row |= self._checked({"total_ms": partial(causal_attention, *self.tensors, kernel)}, dense, ValueError)
+            row |= self._checked({"total_ms": partial(causal_attention, *self.inputs, kernel)}, dense, ValueError)
         except ValueError as error:  # what causal_attention says of a kernel that does not fit
             self.note(f"{self.length} tokens: dense {kernel} cannot run: {first_line(error)}")
             return None
@@ -85,7 +78,7 @@ class LengthBenchmark:
 
     def selector_rows(self, config: Any, dense: Reference) -> Iterator[Row]:
         """Those of a selector, one for each backend."""
-        query, key, _ = self.tensors
+        query, key, _ = self.inputs
         select = partial(select_blocks, query, key, config)
         selection = select()
         sparse = self.references[config] = reference(self.inputs, selection)
@@ -97,14 +90,14 @@ class LengthBenchmark:
             row: Row = {**self.conditions, "path": "dense" if goes_dense else "sparse", "selector": config.name}
             row |= {"settings": dataclasses.asdict(config), "backend": backend}
             way: Any = {"dense": "auto" if backend == "auto" else "never", "backend": backend}
-            calls: Calls = {"total_ms": partial(sparse_prefill_attention, *self.tensors, config, **way)}
+            calls: Calls = {"total_ms": partial(sparse_prefill_attention, *self.inputs, config, **way)}
             if goes_dense:
                 row |= {"kernel": fastest_dense(query), "would_be_density": kept["density"]}
                 row |= self._checked(calls, dense)
                 yield row | self.speedups(row)
                 continue
             row |= {"kernel": kernel, **kept, "query_aware_heads": _query_aware(selection, config)}
-            attend = partial(block_sparse_attention, *self.tensors, selection, backend=backend)
+            attend = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
             calls = {**calls, "attend_ms": attend, "select_ms": select}
             if self.plan.mean_correction:
                 calls = {**calls, "corrected_ms": partial(attend, mean_correction=True)}
@@ -117,7 +110,7 @@ class LengthBenchmark:
         row |= _kept(selection, sparse)
         for backend in self.plan.backends:
             kernel = resolve_backend(backend, self.inputs.query, _BLOCK)
-            attend = partial(block_sparse_attention, *self.tensors, selection, backend=backend)
+            attend = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
             yield self._finished(
                 {**row, "backend": backend, "kernel": kernel}, {"attend_ms": attend}, sparse, selection
             )
@@ -210,7 +203,7 @@ class LengthBenchmark:
         call()
         torch.cuda.synchronize(self.plan.device)
         above = torch.cuda.max_memory_allocated(self.plan.device) - before
-        inputs = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        inputs = sum(tensor.numel() * tensor.element_size() for tensor in self.inputs)
         return {"peak_bytes": above, "peak_total_bytes": above + inputs}
 
 

@@ -68,14 +68,11 @@ def kept_rows(selection: BlockSelection, positions: Tensor) -> Tensor:
 
 
 def reference(inputs: Inputs, selection: BlockSelection | None, rows: int = SAMPLED_ROWS) -> Reference:
-    """The attention of sampled rows over a selection's blocks, or over every causal key without one.
+    """The attention of `rows` sampled query rows of every head over a selection's blocks, or over every causal key.
 
-    Args:
-        inputs: as many queries as keys, without padding.
-        selection: of these inputs.
-        rows: how many query rows to sample, all heads each.
+    Of inputs with as many queries as keys, without padding.
     """
-    query, key, value = inputs.query, inputs.key, inputs.value
+    query, key, value = inputs
     batch, heads, length, dim = query.shape
     groups = heads // key.shape[1]
     positions = sample_positions(length, rows).to(query.device)

@@ -19,12 +19,10 @@ _SCORE_BYTES = 256 * 2**20  # fp32 scores of one kv head held at a time
 
 @dataclass(frozen=True)
 class Exact:
-    """Dense causal attention of as many queries as keys.
+    """Dense causal attention of as many queries as keys: its output, fp32 `[B, Hq, n, D]`, and `mass`.
 
-    Attributes:
-        out: fp32 `[B, Hq, n, D]`.
-        mass: fp32 `[B, Hq, nb, nb]`, the probability that the rows of query block I give to the keys of key block J,
-            summed over the rows; blocks of `MASS_BLOCK` tokens.
+    That is fp32 `[B, Hq, nb, nb]`: the probability that the rows of a query block give to the keys of a key block,
+    summed over the rows; blocks of `MASS_BLOCK` tokens.
     """
 
     out: Tensor
@@ -53,11 +51,7 @@ class Exact:
         return kept.sum((-2, -1)) / length
 
     def head_errors(self, out: Tensor) -> Tensor:
-        """Relative L2 distance of an output `[B, Hq, n, D]` from `out`, over each head's rows, fp64 `[B, Hq]`.
-
-        Raises:
-            ValueError: for an output of another shape.
-        """
+        """Relative L2 distance of an output `[B, Hq, n, D]` from `out`, over each head's rows, fp64 `[B, Hq]`."""
         if out.shape != self.out.shape:
             raise ValueError(f"out must have the shape {tuple(self.out.shape)}, got {tuple(out.shape)}")
         exact = self.out.double()
@@ -65,11 +59,7 @@ class Exact:
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Exact:
-    """Dense causal attention in fp32 at the default scale, some rows of one kv head at a time.
-
-    Args:
-        query: `[B, Hq, n, D]`. key, value: `[B, Hkv, n, D]`, Hq a multiple of Hkv.
-    """
+    """Dense causal attention of `[B, H, n, D]` in fp32 at the default scale, some rows of one kv head at a time."""
     groups, length = query.shape[1] // key.shape[1], value.shape[2]
     values = F.pad(value.float(), (0, 0, 0, -length % MASS_BLOCK))
     out = torch.empty(*query.shape, device=query.device)

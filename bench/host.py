@@ -37,17 +37,16 @@ def host_us(call: Callable[[], object], device: torch.device, repeats: int) -> l
 def host_rows(device: torch.device, dtype: torch.dtype, repeats: int, length: int) -> Iterator[Row]:
     """SDPA, dense attention through `dense="auto"`, and every selector: one row each, medians and percentiles in µs."""
     inputs = structured_inputs(length, HEADS, KV_HEADS, HEAD_DIM, sharpness=1.0, dtype=dtype, device=device)
-    tensors = inputs.query, inputs.key, inputs.value
-    sdpa = partial(F.scaled_dot_product_attention, *tensors, is_causal=True, enable_gqa=True)
+    sdpa = partial(F.scaled_dot_product_attention, *inputs, is_causal=True, enable_gqa=True)
     short = FlexPrefillConfig(min_budget=length)  # keeps every block of a prompt of this length
     cases: list[tuple[str, str, Callable[[], object]]] = [
         ("sdpa", "sdpa", sdpa),
-        ("dense auto", fastest_dense(inputs.query), partial(sparse_prefill_attention, *tensors, short)),
+        ("dense auto", fastest_dense(inputs.query), partial(sparse_prefill_attention, *inputs, short)),
     ]
     kernel, _ = kernel_for(inputs.query, inputs.key, 128, Request())
     for name in selector_names():
         config: Selector = get_selector(name)()
-        cases.append((name, kernel, partial(sparse_prefill_attention, *tensors, config, dense="never")))
+        cases.append((name, kernel, partial(sparse_prefill_attention, *inputs, config, dense="never")))
     base = None
     shape = {"length": length, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
     for case, backend, call in cases:

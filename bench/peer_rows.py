@@ -57,7 +57,7 @@ class PeerBenchmark(LengthBenchmark):
         for row in super().selector_rows(config, dense):
             row["implementation"] = OURS
             if row["path"] == "sparse" and "error" not in row:
-                out = sparse_prefill_attention(*self.tensors, config, dense="never", backend=row["backend"])
+                out = sparse_prefill_attention(*self.inputs, config, dense="never", backend=row["backend"])
                 row["dense_error"] = relative_error(out[:, :, dense.positions], dense.dense)
             yield row
 

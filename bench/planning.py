@@ -104,7 +104,7 @@ def make_plan(**options: Any) -> Plan:
     density = given.density
     configs = [] if density else parse_selectors("selectors", given.selectors)
     densities = [parse_share("density", item) for item in parse_list("density", density)] if density else []
-    shape = _head_shape(given.workload, given.layer, given.heads, given.kv_heads, given.head_dim)
+    shape = _head_shape(given)
     device, dtype = parse_place(given.device, given.dtype)
     backends = parse_list("backends", given.backends) if given.backends else backends_of(device, dtype, shape[2])
     check_backends(backends, dtype, shape[2], configs, device)
@@ -125,25 +125,24 @@ def make_plan(**options: Any) -> Plan:
     return Plan(lengths, configs, densities, backends, *shape, dtype=dtype, device=device, **plain)
 
 
-def _head_shape(
-    workload: str, layer: int, heads: int | None, kv_heads: int | None, head_dim: int | None
-) -> tuple[int, int, int]:
+def _head_shape(given: SimpleNamespace) -> tuple[int, int, int]:
     """Query heads, kv heads and head_dim of a workload; None means its default."""
-    if workload not in WORKLOADS:
-        raise UsageError(f"workload must be one of {', '.join(WORKLOADS)}, got {workload!r}")
-    if workload == "needle":
-        if (heads, kv_heads, head_dim) != (None, None, None):
+    asked = (given.heads, given.kv_heads, given.head_dim)
+    if given.workload not in WORKLOADS:
+        raise UsageError(f"workload must be one of {', '.join(WORKLOADS)}, got {given.workload!r}")
+    if given.workload == "needle":
+        if asked != (None, None, None):
             raise UsageError("the needle model has its own heads, kv-heads and head-dim: leave those options out")
         config = model_config()
-        if layer >= config["num_hidden_layers"]:
-            raise UsageError(f"layer must be in [0, {config['num_hidden_layers']}), got {layer}")
+        if given.layer >= config["num_hidden_layers"]:
+            raise UsageError(f"layer must be in [0, {config['num_hidden_layers']}), got {given.layer}")
         return config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-    found = (heads or _HEADS[0], kv_heads or _HEADS[1], head_dim or _HEADS[2])
-    if found[0] % found[1]:
-        raise UsageError(f"heads must be a multiple of kv-heads, got {found[0]} and {found[1]}")
-    if found[2] % 16:
-        raise UsageError(f"head-dim must be a multiple of 16, got {found[2]}")
-    return found
+    heads, kv_heads, head_dim = (size or usual for size, usual in zip(asked, _HEADS, strict=True))
+    if heads % kv_heads:
+        raise UsageError(f"heads must be a multiple of kv-heads, got {heads} and {kv_heads}")
+    if head_dim % 16:
+        raise UsageError(f"head-dim must be a multiple of 16, got {head_dim}")
+    return heads, kv_heads, head_dim
 
 
 def needed_bytes(

@@ -45,10 +45,9 @@ for _kernel in DENSE_KERNELS:
 
 
 class DensePrefill:
-    """A model that can take dense kernels as its attention; what was compiled for one is kept for its next time.
+    """A model, for whole prompts without padding, that can take dense kernels as its attention.
 
-    Args:
-        model: for whole prompts without padding.
+    What was compiled for one is kept for its next time.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

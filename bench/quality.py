@@ -76,12 +76,8 @@ class QualityPlan:
 
 
 def quality_rows(plan: QualityPlan, failed: Callable[[str], None], length: int) -> Iterator[Row]:
-    """The rows of one length.
-
-    Args:
-        plan: what to measure.
-        failed: called with a line about each setting that raised an error or whose output was wrong; it has no row.
-        length: tokens n of the prompt.
+    """The rows of one length; `failed` is called with a line about each setting that raised an error or whose output
+    was wrong, which has no row.
 
     Raises:
         ValueError: for a length that the prompt cannot have.
@@ -97,7 +93,7 @@ def quality_rows(plan: QualityPlan, failed: Callable[[str], None], length: int) 
         where = {"workload": "needle", "model_sha256": model_sha256(MODEL_DIR), "layer": layer, "seed": plan.seed}
         conditions = described(KIND, plan.device, plan.dtype, length=length, **shape, **where)
         with torch.no_grad(), on_device:
-            exact = exact_attention(inputs.query, inputs.key, inputs.value)
+            exact = exact_attention(*inputs)
             # Of rounding alone. Repeated by hand: in fp32 on a GPU, grouped heads would take a kernel that holds all
             # scores.
             key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (inputs.key, inputs.value))
@@ -117,17 +113,10 @@ def quality_rows(plan: QualityPlan, failed: Callable[[str], None], length: int) 
 
 
 def measure(inputs: Inputs, exact: Exact, config: Any, backend: str, correction: bool) -> Row:
-    """Density, recall and output error of one setting: over the heads, and head by head.
+    """Density, recall and output error of one setting in one layer, batch 1: over the heads, and head by head.
 
     `error` is the relative L2 distance of a head's output from exact dense attention, in the mean over heads;
     `error_max` is the worst head's.
-
-    Args:
-        inputs: of one layer, batch 1.
-        exact: dense attention of these inputs.
-        config: the selector and its settings.
-        backend: "TRITON", "FLASH" or "CPU".
-        correction: whether to ask for mean correction.
 
     Raises:
         ArithmeticError: if the output is not finite, or (without correction) is not attention over the kept blocks.
@@ -135,7 +124,7 @@ def measure(inputs: Inputs, exact: Exact, config: Any, backend: str, correction:
     """
     options: dict[str, Any] = {"mean_correction": True} if correction else {}
     out, selection = sparse_prefill_attention(
-        inputs.query, inputs.key, inputs.value, config, dense="never", backend=backend, return_selection=True, **options
+        *inputs, config, dense="never", backend=backend, return_selection=True, **options
     )
     problem = None if correction else verify(out, reference(inputs, selection)).problem
     found = {"density": selection.density(), "recall": exact.recall(selection), "error": exact.head_errors(out)}

@@ -111,11 +111,7 @@ class LoadPlan:
 
 
 def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
-    """The rows of both engines, the default one first, and of the gather.
-
-    Args:
-        plan: what to measure.
-        note: called with a line before each engine.
+    """The rows of both engines, the default one first, and of the gather; `note` is called with a line before each.
 
     Raises:
         EngineError: if an engine failed, or sparse attention in it.

@@ -1,4 +1,7 @@
-"""The options that commands of `python -m bench` share, each described once, and what their values mean."""
+"""The options that commands of `python -m bench` share, each described once, and what their values mean.
+
+What cannot be read, or cannot be had here, is a `UsageError`.
+"""
 
 from __future__ import annotations
 
@@ -79,11 +82,7 @@ def takes(names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callab
 
 
 def parse_list(option: str, text: str) -> list[str]:
-    """The items of a comma-separated list, each once.
-
-    Raises:
-        UsageError: for an empty list or item, or one that comes twice.
-    """
+    """The items of a comma-separated list, none empty, each once."""
     items = [item.strip() for item in text.split(",")]
     if not all(items):
         raise UsageError(f"{option} must be a comma-separated list, got {text!r}")
@@ -94,20 +93,12 @@ def parse_list(option: str, text: str) -> list[str]:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """Prompt lengths in tokens, ascending.
-
-    Raises:
-        UsageError: for anything but whole numbers from 1.
-    """
+    """Prompt lengths in tokens, whole numbers from 1, ascending."""
     return sorted(token_count(item) for item in parse_list("lengths", text))
 
 
 def parse_whole(option: str, text: str, least: int, most: int) -> list[int]:
-    """Whole numbers, ascending.
-
-    Raises:
-        UsageError: for anything but whole numbers in [least, most].
-    """
+    """Whole numbers in [least, most], ascending."""
     items = parse_list(option, text)
     for item in items:
         if not item.isdecimal() or not least <= int(item) <= most:
@@ -116,11 +107,7 @@ def parse_whole(option: str, text: str, least: int, most: int) -> list[int]:
 
 
 def parse_share(option: str, text: str) -> float:
-    """A share.
-
-    Raises:
-        UsageError: for anything but a number in (0, 1].
-    """
+    """A number in (0, 1]."""
     try:
         number = float(text)
     except ValueError:
@@ -131,11 +118,7 @@ def parse_share(option: str, text: str) -> float:
 
 
 def parse_selector(spec: str) -> Any:
-    """The config of `name` or `name:field=value+field=value`, by the selector's own fields.
-
-    Raises:
-        UsageError: for an unknown selector or field, a malformed pair, or a value that the selector refuses.
-    """
+    """The config of `name` or `name:field=value+field=value`, by the selector's own fields."""
     name, options = selector_spec(spec)
     return make_config(name, **options)
 
@@ -146,11 +129,7 @@ def parse_selectors(option: str, text: str) -> list[Any]:
 
 
 def parse_place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Where something runs, and in which precision.
-
-    Raises:
-        UsageError: for a device or dtype that cannot be had.
-    """
+    """Where something runs, and in which precision."""
     where, precision = resolve_device(device), resolve_dtype(dtype)
     if precision is None:
         raise UsageError("dtype must be bfloat16, float16 or float32, got 'auto'")
@@ -172,11 +151,7 @@ def backends_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> list
 def check_backends(
     backends: Sequence[str], dtype: torch.dtype, head_dim: int, configs: Sequence[Any], device: torch.device
 ) -> None:
-    """Check that each backend can run with each selector here at all.
-
-    Raises:
-        UsageError: saying which cannot, and why.
-    """
+    """Check that each backend can run with each selector here at all."""
     probe = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
     for backend in backends:
         for block_size in {config.block_size for config in configs} or {128}:

@@ -26,18 +26,12 @@ _numbers = itertools.count()
 
 
 class StandIn(Selector, name="stand_in", register=False):
-    """A selector config around another one, which runs in full and is timed.
+    """A selector config around another one, `inner`, which runs in full and is timed by `selecting`, `calls` times.
 
     Args:
-        inner: the selector that runs.
         density: of the blocks that take the place of its choice; None keeps the choice. Raised to what every row keeps
             (its diagonal and the first block).
         seed: of the blocks. The same for every layer: one draw for each shape.
-        device: on which it runs.
-
-    Attributes:
-        selecting: times of the inner selector.
-        calls: how often it ran.
     """
 
     name: ClassVar[str] = "stand_in"
@@ -78,11 +72,7 @@ class StandIn(Selector, name="stand_in", register=False):
         self.selecting.take_ms()
 
     def kept_density(self) -> float:
-        """Kept blocks / causal blocks of all calls since `forget`, over all heads; reads back from the GPU.
-
-        Raises:
-            ValueError: if there was none.
-        """
+        """Kept blocks / causal blocks of all calls since `forget`, over all heads; reads back from the GPU."""
         if not self._kept:
             raise ValueError("no selection has run")
         return float(torch.stack(self._kept).sum()) / self._causal

@@ -22,13 +22,8 @@ def chunk_selection(
 ) -> BlockSelection:
     """`round(density x causal blocks)` blocks per head: the diagonal, the first column, others at random.
 
-    Args:
-        q_len, kv_len: tokens; the queries are the last of the keys.
-        heads, batch: each head of each element draws its own blocks.
-        density: kept blocks / causal blocks; higher where what is always kept is more.
-        block_size: tokens per block.
-        device: where the lists go; the blocks are the same on every device.
-        seed: of the draw.
+    The queries are the last `q_len` of `kv_len` keys. Each head of each element draws its own blocks, the same on every
+    device. The density is higher where what is always kept is more.
     """
     grid = Grid(q_len, kv_len, block_size)
     ranges = real_ranges(None, None, 1, kv_len, torch.device("cpu"))

@@ -27,16 +27,13 @@ def plain(console: Console) -> Callable[[str], None]:
 
 
 class Recorder:
-    """Measured rows: each is added to a file, told in a line on stderr and, where asked for, printed as JSON.
+    """Measured `rows`: each is added to a file, told in a line on stderr and, where asked for, printed as JSON.
+
+    `incomplete` says whether something could not be measured.
 
     Args:
         out: the file of rows; None where they are no results.
-        as_json: whether to print them.
         quiet: whether another process keeps and tells the same rows.
-
-    Attributes:
-        rows: all of them.
-        incomplete: whether something could not be measured.
 
     Raises:
         UsageError: for a file to which no rows can be added, before anything is measured.
@@ -60,9 +57,7 @@ class Recorder:
     def take(self, label: str, steps: int | None, rows: Callable[[], Iterable[Row]]) -> None:
         """Measure, row by row; where memory is short, or the GPU gave up, that is told and the rest is left out.
 
-        Args:
-            label: of what is measured. steps: how many rows that is, where it is known.
-            rows: measures them, one after the other.
+        The label says what is measured, `steps` how many rows that is, where it is known.
         """
         try:
             with WorkProgress(self._console).task(label, steps) as advance:

@@ -55,15 +55,8 @@ def summarise(milliseconds: list[float], timed_by: str) -> Times:
 
 
 class Stopwatch:
-    """Times calls on one device.
-
-    Args:
-        device: where the calls run.
-        repeats: measurements of each time.
-        seconds: fewer repeats (at least `LEAST_REPEATS`) where they would take longer than this.
-
-    Attributes:
-        captures: whether `graph` may try to capture a call.
+    """Times calls on one device: `repeats` measurements of each, or fewer where they would take longer than `seconds`,
+    but at least `LEAST_REPEATS`; `captures` says whether `graph` may try to capture a call.
     """
 
     def __init__(self, device: torch.device, repeats: int, seconds: float) -> None:
@@ -177,11 +170,7 @@ def _holds(graph: torch.cuda.CUDAGraph, result: object) -> bool:
 
 
 class Timer:
-    """The time that a part of a run takes, without waiting: CUDA events on a GPU, the wall clock on a CPU.
-
-    Args:
-        device: on which the part runs.
-    """
+    """The time that a part of a run takes, without waiting: CUDA events on a GPU, the wall clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -149,12 +149,7 @@ def _kernels(dense: str | None, chunk: int | None, device: torch.device, dtype: 
 
 def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iterator[Row]:
     """The rows, uncompiled ones first; one with `error` where something ran out of memory, or did not run sparse,
-    which `ran_sparse` then says.
-
-    Args:
-        plan: what to measure.
-        ranks: this process among those that share the model.
-        note: called with a line about what is being done.
+    which `ran_sparse` then says. `ranks` is this process among those that share the model.
     """
     started = time.perf_counter()
     model = build_model(plan.config, plan.dtype, ranks, plan.seed)
@@ -176,13 +171,10 @@ def ttft_rows(plan: TtftPlan, ranks: Ranks, note: Callable[[str], None]) -> Iter
 
 
 def kernels_of(probe: Tensor, block_size: int, *, offset_in_graph: bool) -> str:
-    """The kernel that sparse prefill takes, or that of the first chunk and that of the others.
+    """The kernel that sparse prefill takes for queries like the probe, or that of the first chunk and of the others.
 
-    Args:
-        probe: a tensor of the queries' device, dtype and head_dim.
-        block_size: of the selector.
-        offset_in_graph: whether the model is compiled and the prompt in chunks: those after the first then compute
-            their offset in the graph, which rules a kernel out.
+    Of a compiled model, with the prompt in chunks, those after the first compute their offset in the graph, which rules
+    a kernel out.
     """
     offsets = [False, True] if offset_in_graph else [False]
     found = [resolve_backend("auto", probe, block_size, position_in_graph=offset) for offset in offsets]

@@ -25,12 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among those that share a model; a context manager, or call `close()`.
+    """One process among `world_size` that share a model, on its device; a context manager, or call `close()`.
 
-    Attributes:
-        rank: from 0.
-        world_size: how many share the model; 1 without torchrun, and torch.distributed is then not started.
-        device: of this rank.
+    Without torchrun there is one, and torch.distributed is not started.
     """
 
     rank: int
@@ -41,9 +38,7 @@ class Ranks:
     def start(cls, device: str | torch.device) -> Ranks:
         """Join the other ranks, over NCCL on GPUs and over gloo on the CPU; once in a process.
 
-        Args:
-            device: "cpu", "cuda", which under torchrun is the GPU of the process's local rank, or "cuda:N" without
-                torchrun.
+        The device is "cpu", "cuda", which under torchrun is the GPU of the process's local rank, or "cuda:N" without.
 
         Raises:
             ValueError: for a GPU by number under torchrun, if there is no GPU for this rank, or GPUs are visible and
@@ -106,13 +101,8 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, ranks: Ranks, seed
 
     Matrices are drawn from a normal distribution with the config's initializer_range; vectors (norms, biases) have
     the values of the model's own initialisation. On one kind of device the weights depend on nothing but the config,
-    the dtype and the seed: several ranks hold slices of what one process holds.
-
-    Args:
-        config: of a transformers model; it is left as it is.
-        dtype: of the weights.
-        ranks: see `Ranks.start`. Several need accelerate installed, as tensor parallelism in transformers does.
-        seed: of the weights.
+    the dtype and the seed: several ranks hold slices of what one process holds. Several need accelerate installed, as
+    tensor parallelism in transformers does. The config is left as it is.
 
     Raises:
         ValueError: for a number of ranks that does not divide the heads; before anything is built.

@@ -79,12 +79,7 @@ class Inputs(NamedTuple):
 
 @dataclass
 class Group:
-    """One kv head with the query heads that read it; fp32 on the CPU.
-
-    Args:
-        length: tokens n.
-        head_dim: D, a multiple of 16.
-        seed: of everything in the group.
+    """One kv head of `length` tokens with the query heads that read it, all from one seed; fp32 on the CPU.
 
     `query` draws from the group's generator: call it for the heads of the group in order.
     """
@@ -188,16 +183,13 @@ def structured_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Inputs:
-    """Inputs of the archetypes, head h of kind `archetype_of(h)`.
+    """Inputs of the archetypes, head h of kind `archetype_of(h)`, as many queries as keys.
 
     Args:
-        length: tokens n, queries and keys alike.
-        heads, kv_heads: Hq, a multiple of Hkv.
-        head_dim: D, a multiple of 16.
+        heads, kv_heads: Hq, a multiple of Hkv. head_dim: D, a multiple of 16.
         sharpness: factor on the queries, see `sharpness_of`.
         batch: elements B, each with a seed of its own.
         dtype, device: of the result; the numbers are the same on every device.
-        seed: of everything.
 
     Raises:
         ValueError: for head counts or a head_dim that do not fit.

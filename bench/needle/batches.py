@@ -75,13 +75,7 @@ class _Units:
 
 
 class Builder:
-    """Builds sequences from the tokens of a text.
-
-    Args:
-        tokenizer: the needle model's.
-        text: uint16 `[tokens]`, its source text.
-        device: where batches are built.
-    """
+    """Builds sequences from the tokens of a text, uint16 `[tokens]`, on a device."""
 
     def __init__(self, tokenizer: Tokenizer, text: np.ndarray, device: torch.device):
         self._tokenizer = tokenizer

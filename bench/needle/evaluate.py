@@ -32,16 +32,10 @@ _TOKENS_AT_ONCE = 131072
 
 
 def accuracies(model: Path, text: np.ndarray | None, settings: Settings, device: torch.device) -> Iterator[Row]:
-    """The dense accuracy of each task at the length of each goal.
+    """The dense accuracy of each task at the length of each of the settings' goals, with the conditions in each row.
 
     Args:
-        model: its folder.
-        text: its tokens of held-out text; None for those of this Python.
-        settings: whose goals and seed count.
-        device: where it is measured.
-
-    Returns:
-        Rows that say which model they are of, what it was asked (text, seed), and the conditions.
+        model: its folder. text: its tokens of held-out text; None for those of this Python.
 
     Raises:
         UsageError: for a folder without a model, or a GPU without the kernel that it takes.
@@ -61,18 +55,11 @@ def accuracies(model: Path, text: np.ndarray | None, settings: Settings, device:
 
 @torch.no_grad()
 def measure(network: nn.Module, builder: Builder, task: str, length: int, samples: int, seed: int) -> Row:
-    """Ask `samples` questions, each at the end of a text of its own.
+    """Ask `samples` questions of a task of `EVALUATED`, each at the end of `length` tokens of a text of its own.
 
     The model reads the right answer and must find each token of it the most likely one, which is so exactly where
-    greedy decoding gives that answer.
-
-    Args:
-        network: in eval mode or not: it has no dropout. builder: of held-out text.
-        task: one of `EVALUATED`. length: tokens of text, question and answer. seed: of the questions.
-
-    Returns:
-        "exact", the share of the questions whose whole answer is right; "parts", that of the names and digits that are
-        right, each behind the right ones before it; the three arguments that it depends on.
+    greedy decoding gives that answer: "exact" is the share of the questions whose whole answer is right, "parts" that
+    of the names and digits that are right, each behind the right ones before it.
 
     Raises:
         ValueError: where the text is too short.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +40,8 @@ def draw(builder: Builder, settings: Settings, step: int, generator: Generator) 
     number, inside = settings.locate(step)
     stage = settings.stages[number]
     mixes = stage.mixes_at(inside)
-    rows = stage.rows // len(mixes)
-    return [
-        builder.build(rows, stage.length, mix, generator, questions_last=last, heaped=settings.heaped if last else 0.0)
-        for mix, last in mixes
-    ]
+    build = partial(builder.build, stage.rows // len(mixes), stage.length, generator=generator)
+    return [build(mix=mix, questions_last=last, heaped=settings.heaped if last else 0.0) for mix, last in mixes]
 
 
 def take_step(

@@ -51,11 +51,7 @@ class Corpus(NamedTuple):
 
 
 def build_corpus(folder: Path, files: int | None = None) -> Corpus:
-    """Train a tokenizer on the training files, and write all text as tokens.
-
-    Args:
-        folder: is made where it is missing.
-        files: use only the first so many of each part; for tests.
+    """Train a tokenizer on the training files, and write all text as tokens; of the first `files` of each part alone.
 
     Raises:
         UsageError: where this Python has too little source text.

@@ -26,16 +26,9 @@ from flexprefill_fa.tools.rows import Row, append
 def train_model(
     settings: Settings, corpus: Corpus, folder: Path, device: torch.device, say: Callable[[str], object]
 ) -> list[Row]:
-    """Train a model, write it to the folder 'model' in `folder`, and measure it.
+    """Train a model, write it to the folder 'model' in `folder`, and measure it; the accuracies.
 
-    Args:
-        settings: of the training. corpus: what it reads and is asked about.
-        folder: for the model, the curve of its losses and its accuracies, all made anew.
-        device: where it computes; on a GPU the layers are compiled.
-        say: shows a line.
-
-    Returns:
-        The accuracies.
+    The curve of its losses and its accuracies lie beside it, all made anew. On a GPU the layers are compiled.
 
     Raises:
         ValueError: where the loss is no number any more.

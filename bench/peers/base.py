@@ -83,7 +83,7 @@ class Peer:
 
     def tensors(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, copied once into contiguous `[B, L, H, D]`."""
-        query, key, value = (x.transpose(1, 2).contiguous().clone() for x in (inputs.query, inputs.key, inputs.value))
+        query, key, value = (x.transpose(1, 2).contiguous().clone() for x in inputs)
         return query, key, value
 
     def identity(self, folder: Path) -> Row:
