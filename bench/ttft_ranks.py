@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 import os
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+
+from flexprefill_fa.tools.loading import require_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -107,6 +106,7 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, ranks: Ranks, seed
     Raises:
         ValueError: for a number of ranks that does not divide the heads; before anything is built.
     """
+    require_transformers()  # and keep its table of weights that were in no checkpoint off the terminal: none are
     from transformers import AutoModelForCausalLM
     from transformers.distributed.configuration_utils import DistributedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -123,61 +123,28 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, ranks: Ranks, seed
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        with _no_loading_report():
-            # Made on no device, then cut: an empty state dict leaves every weight to the initialisation, of which each
-            # rank does its share.
-            model = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict={},
-                dtype=dtype,
-                distributed_config=DistributedConfig(tp_size=ranks.world_size, tp_plan="auto"),
-            )
+        # Made on no device, then cut: an empty state dict leaves every weight to the initialisation, of which each rank
+        # does its share.
+        options: dict[str, Any] = {"config": config, "state_dict": {}, "dtype": dtype}
+        shares = DistributedConfig(tp_size=ranks.world_size, tp_plan="auto")
+        model = model_class.from_pretrained(None, **options, distributed_config=shares)
     _draw_weights(model, text.initializer_range, seed)
     return model.eval()
 
 
 def _draw_weights(model: PreTrainedModel, deviation: float, seed: int) -> None:
     """Fill every matrix, whole on every rank for a moment, whose own part is kept."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
                 continue
-            local = _local(parameter)
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
             generator = torch.Generator(local.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=local.device)
             whole.normal_(0.0, deviation, generator=generator)
-            local.copy_(_cut_like(whole, parameter))
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter; shares its memory."""
-    from torch.distributed.tensor import DTensor
-
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
-
-
-def _cut_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """What one rank keeps of a tensor that every rank holds whole."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(parameter, DTensor):
-        return whole
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
-
-
-@contextmanager
-def _no_loading_report() -> Iterator[None]:
-    """Without the table of the weights that were in no checkpoint: none are meant to be."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
+            if isinstance(parameter, DTensor):
+                mesh, places = parameter.device_mesh, parameter.placements
+                whole = distribute_tensor(whole, mesh, places, src_data_rank=None).to_local()
+            local.copy_(whole)
