@@ -24,33 +24,29 @@ WORKLOADS = ("sharpened", "fixed", "needle")
 """Structured heads that get sharper with length, structured heads that do not, and a layer of the needle model."""
 
 _LENGTHS = "4096,8192,16384,32768,65536,131072,262144"
-_SPECS = "Comma-separated; name or name:field=value+field=value."
-OPTIONS: dict[str, tuple[Any, Any]] = {
-    "lengths": (Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")], _LENGTHS),
-    "selectors": (Annotated[str, typer.Option(help=_SPECS)], "flexprefill"),
-    "backends": (
-        Annotated[str | None, typer.Option(help="Default: auto and what the device has of FLASH, TRITON and CPU.")],
-        None,
-    ),
-    "heads": (Annotated[int | None, typer.Option(min=1, help="Query heads, 32 by default.")], None),
-    "kv_heads": (Annotated[int | None, typer.Option(min=1, help="Key and value heads, 8 by default.")], None),
-    "head_dim": (Annotated[int | None, typer.Option(min=16, help="128 by default.")], None),
-    "dtype": (Annotated[str, typer.Option(help="bfloat16, float16 or float32.")], "bfloat16"),
-    "workload": (Annotated[str, typer.Option(help=f"One of {', '.join(WORKLOADS)}.")], WORKLOADS[0]),
-    "layer": (Annotated[int, typer.Option(min=0, help="Of the needle model, for that workload.")], 2),
-    "dense": (Annotated[bool, typer.Option(help="Time the dense kernels too.")], True),
-    "device": (
-        Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or cuda:N (not under torchrun).")],
-        "auto",
-    ),
-    "seed": (Annotated[int, typer.Option(min=0, help="Of inputs, weights, prompts and random blocks.")], 0),
-    "repeats": (Annotated[int, typer.Option(min=1, help="Measurements of each time.")], 20),
-    "seconds": (Annotated[float, typer.Option(min=0, help="Fewer repeats where they would take longer.")], 5.0),
-    "out": (Annotated[Path, typer.Option(help="JSON lines; rows are added.")], None),
-    "as_json": (
-        Annotated[bool, typer.Option("--json", help="Print each row on stdout too, the table on stderr.")],
-        False,
-    ),
+
+
+def _option(kind: Any, default: Any, text: str, *names: str, **limits: Any) -> tuple[Any, Any]:
+    return Annotated[kind, typer.Option(*names, help=text, **limits)], default
+
+
+OPTIONS = {
+    "lengths": _option(str, _LENGTHS, "Prompt lengths in tokens, comma-separated."),
+    "selectors": _option(str, "flexprefill", "Comma-separated; name or name:field=value+field=value."),
+    "backends": _option(str | None, None, "Default: auto and what the device has of FLASH, TRITON and CPU."),
+    "heads": _option(int | None, None, "Query heads, 32 by default.", min=1),
+    "kv_heads": _option(int | None, None, "Key and value heads, 8 by default.", min=1),
+    "head_dim": _option(int | None, None, "128 by default.", min=16),
+    "dtype": _option(str, "bfloat16", "bfloat16, float16 or float32."),
+    "workload": _option(str, WORKLOADS[0], f"One of {', '.join(WORKLOADS)}."),
+    "layer": _option(int, 2, "Of the needle model, for that workload.", min=0),
+    "dense": _option(bool, True, "Time the dense kernels too."),
+    "device": _option(str, "auto", "auto (the GPU if there is one), cpu, cuda or cuda:N (not under torchrun)."),
+    "seed": _option(int, 0, "Of inputs, weights, prompts and random blocks.", min=0),
+    "repeats": _option(int, 20, "Measurements of each time.", min=1),
+    "seconds": _option(float, 5.0, "Fewer repeats where they would take longer.", min=0),
+    "out": _option(Path, None, "JSON lines; rows are added."),
+    "as_json": _option(bool, False, "Print each row on stdout too, the table on stderr.", "--json"),
 }
 """By name: what it is, and its default."""
 
