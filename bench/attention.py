@@ -100,7 +100,8 @@ class LengthBenchmark:
             attend = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
             calls = {**calls, "attend_ms": attend, "select_ms": select}
             if self.plan.mean_correction:
-                calls = {**calls, "corrected_ms": partial(attend, mean_correction=True)}
+                ways: Any = {"corrected_ms": True, "tilted_ms": "tilted"}
+                calls |= {name: partial(attend, mean_correction=means) for name, means in ways.items()}
             yield self._finished(row, calls, sparse, selection, known)
 
     def _synthetic(self, density: float) -> Iterator[Row]:

@@ -106,7 +106,9 @@ def _attention_columns(rows: list[Row]) -> list[Column]:
         return f"{row['path']} {row['kernel']}: {milliseconds(row['total_ms'])} ms, {speedup}"
 
     def correction(row: Row) -> str:
-        return f"+{row['corrected_ms'] / row['attend_ms'] - 1:.0%} of attend" if "corrected_ms" in row else "-"
+        means = {"corrected_ms": "", "tilted_ms": "tilted "}
+        more = [f"{means[name]}+{row[name] / row['attend_ms'] - 1:.0%}" for name in means if name in row]
+        return f"{' / '.join(more)} of attend" if more else "-"
 
     corrected = [name for name in explicit if any(row["backend"] == name and "corrected_ms" in row for row in selected)]
     density, recall, select = map(_sparse, ("density", "recall", "select_ms"))

@@ -113,6 +113,8 @@ def test_attention_table() -> None:
 def test_a_later_row_takes_an_earlier_ones_place() -> None:
     corrected = attention_tables([*ROWS, sparse("TRITON", 7.0, corrected_ms=7.7, attend_ms=7.0)], "cuda", "sharpened")
     assert "| mean correction, TRITON |" in corrected and "| +10% of attend |" in corrected
+    both = sparse("TRITON", 7.0, corrected_ms=7.7, tilted_ms=8.4, attend_ms=7.0)
+    assert "| +10% / tilted +20% of attend |" in attention_tables([*ROWS, both], "cuda", "sharpened")
     table = attention_tables([*ROWS, sparse("TRITON", 7.0)], "cuda", "sharpened")
     assert "mean correction" not in table
     assert dict(zip(cells(table, "tokens"), cells(table, "65,536"), strict=True))["total ms, TRITON"] == "7"
