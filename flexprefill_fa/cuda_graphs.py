@@ -1,5 +1,6 @@
 """Sparse prefill for one shape as a CUDA graph: the launches of selection and attention cost the CPU one call."""
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -143,14 +144,26 @@ def _capture(call: Callable[[], Tensor], device: torch.device) -> tuple[torch.cu
 
 
 def _check_that_nothing_waits(call: Callable[[], object]) -> None:
-    """Run the call, and refuse it if it waits for the GPU: a capture that fails leaves torch's generators unusable."""
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as found:
+    """Run the call, and refuse it if it waits for the GPU: a capture that fails leaves torch's generators unusable.
+
+    torch's mode and Python's warnings are the process's: that other threads wait meanwhile is nothing to this call.
+    """
+    mode, mine, waits = torch.cuda.get_sync_debug_mode(), threading.get_ident(), []
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, *where: Any, **named: Any) -> None:
+            if _WAITS not in str(message):
+                shown(message, *where, **named)
+            elif threading.get_ident() == mine:
+                waits.append(message)
+
+        warnings.showwarning = show
         torch.cuda.set_sync_debug_mode("warn")
         try:
             call()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    if any(_WAITS in str(warning.message) for warning in found):
+    if waits:
         raise ValueError("no CUDA graph can hold this call: it waits for the GPU, in its selector or in a mod")

@@ -92,7 +92,8 @@ def test_what_ran_sparse(sparse) -> None:
     assert "6 of 6 layers run long prefill chunks sparse, " in sparse["log"]
     assert "sparse prefill: compiled and ran" in sparse["log"], "before the first request"
     for layer in layers(sparse["single"]):
-        assert layer["chunks"] == 3 and layer["queries"] == 24576 and layer["failures"] == 0
+        # The radix cache has the first token of every prompt after the first.
+        assert layer["chunks"] == 3 and layer["queries"] in (24575, 24576) and layer["failures"] == 0
         assert 0 < layer["density"] < 0.9
     assert all(cached > 8000 for cached in sparse["again"]["cached"]), "the radix cache stays on"
     assert {layer["chunks"] for layer in layers(sparse["again"])} == {0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -113,3 +114,5 @@ def test_a_call_that_waits_is_refused_before_its_capture(monkeypatch: pytest.Mon
         with pytest.raises(ValueError, match="no CUDA graph can hold this call: it waits for the GPU"):
             cuda_graphs._check_that_nothing_waits(waits)
         assert modes[-1] == 1
+    other = threading.Thread(target=waits)
+    cuda_graphs._check_that_nothing_waits(lambda: (other.start(), other.join()))
