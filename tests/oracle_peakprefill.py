@@ -52,7 +52,7 @@ def count_of(positions: int, per_block: int | None) -> int:
     """R, of a batch of so many positions, padding included."""
     if per_block is not None:
         return per_block
-    return 8 if positions <= 65536 else 4 if positions <= 131072 else 2
+    return 8 if positions <= 65536 else 4
 
 
 # --- Representatives --------------------------------------------------------------------------------------------------

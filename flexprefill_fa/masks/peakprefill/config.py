@@ -38,7 +38,7 @@ class PeakPrefillConfig(Selector, name="peakprefill"):
         peak: a query block keeps a key block to which some row of it gives at least this share, in (0, 1).
         representatives: "clusters" of a block's keys, or its "outliers" by themselves and the mean of the rest.
         per_block: representatives of a key block, from 1 to 16; None: 8 for up to 65,536 positions, padding
-            included, 4 for up to 131,072, and 2 for more.
+            included, and 4 for more.
         variance: whether a representative also stands for how far its keys lie from it.
         last_full_blocks: last query blocks with a real query, which keep all they see (at least 0).
         block_size: tokens per block, 64 or 128.

@@ -28,14 +28,15 @@ CLUSTER_STEPS = 3
 """Rounds in which keys move to the nearest centre and centres to their keys' mean (Lloyd's algorithm)."""
 QUERY_STEP = 16
 """Positions from one query to the next in E[q^2]."""
-BY_LENGTH = ((65536, 8), (131072, 4))
-"""Representatives of a block for batches of up to so many positions; 2 for longer ones. The longer, the more they cost
-beside the blocks that they spare."""
+BY_LENGTH = (8, 4, 65536)
+"""Representatives of a block for batches of up to so many positions, and for longer ones, where they cost more to score
+than the blocks that they spare."""
 
 
 def count_of(config: PeakPrefillConfig, kv_len: int) -> int:
     """Representatives of a block in a batch of this many positions, padding included."""
-    return config.per_block or next((count for longest, count in BY_LENGTH if kv_len <= longest), 2)
+    most, fewest, longest = BY_LENGTH
+    return config.per_block or (most if kv_len <= longest else fewest)
 
 
 def representatives(element: Element, config: PeakPrefillConfig) -> tuple[Tensor, Tensor]:
