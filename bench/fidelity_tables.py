@@ -20,6 +20,7 @@ from bench.tables import (
     ends,
     group_rows,
     markdown_table,
+    method,
     milliseconds,
     number,
     paragraphs,
@@ -97,6 +98,35 @@ _GROUPS = Table(
 def single_settings(rows: Iterable[Row]) -> str:
     """One table for each model and text that was read with a few settings, no sweeps: a line for each row."""
     return paragraphs(_GROUPS.one(group) for group in _GROUPS.groups(rows) if not _is_sweep(group))
+
+
+def _chunked(group: list[Row]) -> list[Row]:
+    """A line for each setting, which keeps its rows by chunk."""
+    parts = group_rows(group, ["selector", "settings"])
+    return [part[0] | {"by_chunk": {row["chunk"]: row for row in part}} for part in parts]
+
+
+def _chunk_columns(group: list[Row]) -> list[Column]:
+    def cell(line: Row, chunk: int | None) -> str:
+        row = line["by_chunk"].get(chunk)
+        return f"{row['kl']:.3f} at {row['density']:.3f}" if row else "-"
+
+    chunks = sorted({row["chunk"] for row in group}, key=lambda chunk: -(chunk or math.inf))
+    titles = ["whole" if chunk is None else f"in chunks of {chunk:,}" for chunk in chunks]
+    columns: list[Column] = [("selector", method)]
+    return columns + [(title, partial(cell, chunk=chunk)) for title, chunk in zip(titles, chunks, strict=True)]
+
+
+CHUNKS = Table(
+    group_by=("model", "model_sha256", "length", "text", "skip", "dtype", "device"),
+    identity=("chunk", "selector", "settings"),
+    columns=_chunk_columns,
+    lines=_chunked,
+    caption=lambda group: _subject(
+        [group[0] | {"chunk": None}, *group[1:]], f"{group[0]['length']:,} tokens; KL to dense attention at density."
+    ),
+)
+"""What it costs that a chunk's selection sees its own queries alone."""
 
 
 Costs = dict[tuple[str, int], Row]

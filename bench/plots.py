@@ -12,7 +12,7 @@ import matplotlib  # pyright: ignore[reportMissingImports]  # the bench extra al
 from bench.accuracy_tables import TASKS, cells_of, title_of
 from bench.fidelity_tables import sweeps
 from bench.quality_tables import SELECTORS, families
-from bench.speed_tables import ATTENTION, shown_first
+from bench.speed_tables import shown_first
 from bench.tables import KERNEL_NAMES, split, values
 from flexprefill_fa.choice import DENSE
 from flexprefill_fa.tools.fidelity.plot import save_panels
@@ -52,9 +52,8 @@ def _save(figure: Any, title: str, path: Path) -> None:
 
 
 def draw_attention(rows: list[Row], path: Path) -> None:
-    """Time and speed-up against the length, of the first table's rows."""
-    group = ATTENTION.groups(filter(shown_first, rows))[0]
-    dense, selected = split(group)
+    """Time and speed-up against the length."""
+    dense, selected = split(shown_first(rows))
     figure, ((time, speedup),) = _axes(1, 2, 5.5)
 
     def line(axes: Any, members: list[Row], field: str, name: str, colour: str, style: str) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.accuracy_tables import ANSWERS, REAL_TASKS, SUMMARY, TASKS
-from bench.fidelity_tables import fidelity_summary, leaderboards, single_settings, sweeps
+from bench.fidelity_tables import CHUNKS, fidelity_summary, leaderboards, single_settings, sweeps
 from bench.needle.tables import run_tables
 from bench.paths import ROOT
 from bench.quality_tables import CORRECTION, SELECTORS
 from bench.serve_tables import ENGINES, serve_tables
 from bench.speed_tables import (
-    ATTENTION,
     GIVEN,
     PEERS,
     attention_tables,
@@ -36,6 +35,7 @@ DOCUMENTS: dict[Path, tuple[str, ...]] = {
         "docs/accuracy.md": "fidelity-plot fidelity fidelity-settings ruler accuracy-plot accuracy-summary needle "
         "accuracy quality-plot quality mean-correction",
         "docs/command_line.md": "demo",
+        "docs/serving.md": "chunks",
     }.items()
 }
 """Which blocks stand in which document."""
@@ -66,6 +66,7 @@ TABLES: dict[str, tuple[Any, ...]] = {
     "fidelity": (leaderboards, "fidelity", "attention", ANSWERS),
     "fidelity-settings": (single_settings, "fidelity"),
     "fidelity-summary": (fidelity_summary, "fidelity"),
+    "chunks": (CHUNKS.markdown, "chunks"),
     "ruler": (REAL_TASKS.markdown, ANSWERS),
     "peers": (PEERS.markdown, "peers"),
     "given": (GIVEN.markdown, "peers"),
@@ -88,7 +89,7 @@ PLOTS = {
     "plot": Plot(
         "attention.png",
         "attention.jsonl",
-        lambda rows: ATTENTION.groups(filter(shown_first, rows)),
+        shown_first,
         "Time and speed-up of sparse prefill attention against the length of the prompt",
         "draw_attention",
     ),

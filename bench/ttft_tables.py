@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from bench.speed_tables import ATTENTION, best_dense, by_length, selector_caption, shown_first
+from bench.speed_tables import best_dense, by_length, selector_caption, shown_first
 from bench.tables import (
     KERNEL_NAMES,
     Column,
@@ -171,17 +171,17 @@ def ttft_tables(rows: Sequence[Row], accuracy: Iterable[Row]) -> str:
 def first_tokens(rows: Iterable[Row], selector: str, settings: Row) -> dict[int, tuple[Row, Row]]:
     """By length: the fastest dense row, and the selector's fastest over random blocks; uncompiled, whole, on one rank.
 
-    Of the first model and density measured; lengths without either are left out.
+    Of the first model and density measured with the selector; lengths without either are left out.
     """
     plain = [row for group in FIRST_TOKEN.groups(rows) for row in group if "error" not in row]
     plain = [row for row in plain if row["ranks"] == 1 and not row["chunk"] and not row["compiled"]]
-    plain = group_rows(plain, _GROUP)[0] if plain else []
-    sparse = [row for row in plain if (row["selector"], row["settings"]) == (selector, settings)]
-    sparse = [row for row in sparse if row["synthetic_density"] is not None]
-    sparse = group_rows(sparse, ["synthetic_density"])[0] if sparse else []
+    asked = (selector, settings)
+    sparse = [row for row in plain if (row["selector"], row["settings"]) == asked and row["synthetic_density"]]
+    sparse = group_rows(sparse, [*_GROUP, "synthetic_density"])[0] if sparse else []
+    beside = [row for row in split(plain)[0] if sparse and key(row, _GROUP) == key(sparse[0], _GROUP)]
     dense, own = (
         {row["length"]: row for row in sorted(part, key=lambda row: -row["ttft_ms"])}  # the last one is the fastest
-        for part in (split(plain)[0], sparse)
+        for part in (beside, sparse)
     )
     return {length: (dense[length], row) for length, row in own.items() if length in dense}
 
@@ -190,11 +190,11 @@ def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:
     """The README's table, of the lengths at which both were measured: one layer's attention, a model's first token.
 
     Args:
-        attention: of `python -m bench attention`; its first table, which the plot shows.
+        attention: of `python -m bench attention`; those that the plot shows.
         ttft: of `python -m bench ttft`; the same selector with the same settings.
     """
-    rows = next(iter(ATTENTION.groups(row for row in attention if shown_first(row))), None)
-    if rows is None:
+    rows = shown_first(attention)
+    if not rows:
         return ""
     selected = split(rows)[1][0]
     whole = first_tokens(ttft, selected["selector"], selected["settings"])
