@@ -9,7 +9,7 @@ Long prefill chunks are then attended sparsely over the keys that they see, cach
 chunks and layers that cannot run sparse are served by the backend that SGLang would have chosen itself, or that
 `--attention-backend` names. Importing this module imports no SGLang.
 
-Written from the files of SGLang 0.5.23; it has not run on a GPU yet.
+Written for SGLang 0.5.23.
 """
 
 from __future__ import annotations
