@@ -59,6 +59,10 @@ def fit_rates(rows: Sequence[Row], selector: str, backend: str, longest: int) ->
     if len(lengths) < 2:
         raise ValueError(f"a fit needs dense and {backend} rows of two lengths, got {sorted(lengths)}")
     dense_launch, dense_slope = _costs([row["total_ms"] for row in dense], [_flop(row) for row in dense])
+    if not dense_slope:
+        raise ValueError(
+            f"a fit needs dense times that rise with the length, got {[row['total_ms'] for row in dense]} ms"
+        )
     select_launch, select_slope, select_flop = _costs(
         [row["select_ms"] for row in sparse],
         [row["length"] * row["batch"] * row["heads"] for row in sparse],

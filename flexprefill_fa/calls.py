@@ -7,6 +7,7 @@ with something else to it is checked and planned each time.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ def kind_of(query: Tensor, key: Tensor, value: Tensor, config: Any, options: tup
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
     place = query.device
-    if place.type not in DEVICES or torch.is_autocast_enabled(place.type) or not hasattr(config, "__dict__"):
+    if place.type not in DEVICES or torch.is_autocast_enabled(place.type) or not is_dataclass(config):
         return None
-    values = (*config.__dict__.values(), *options)
+    values = (*(getattr(config, name) for name in config.__dataclass_fields__), *options)
     shapes = query.shape, key.shape, value.shape
     kinds = query.dtype, key.dtype, value.dtype, place, key.device, value.device, torch.is_inference_mode_enabled()
     return type(config), shapes, kinds, values, tuple(map(type, values))

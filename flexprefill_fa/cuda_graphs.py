@@ -13,6 +13,7 @@ from flexprefill_fa.attention import sparse_prefill_attention
 from flexprefill_fa.masks.selector import Selector
 from flexprefill_fa.validation import check_padding, check_query_key, check_value
 
+_ASKED = threading.Lock()
 _WAITS = "called a synchronizing CUDA operation"  # what torch warns of
 
 
@@ -146,10 +147,13 @@ def _capture(call: Callable[[], Tensor], device: torch.device) -> tuple[torch.cu
 def _check_that_nothing_waits(call: Callable[[], object]) -> None:
     """Run the call, and refuse it if it waits for the GPU: a capture that fails leaves torch's generators unusable.
 
-    torch's mode and Python's warnings are the process's: that other threads wait meanwhile is nothing to this call.
+    torch's mode and Python's warnings are the process's: that other threads wait meanwhile is nothing to this call, and
+    one call at a time is asked. A thread that catches warnings itself at that moment may still hide them.
     """
-    mode, mine, waits = torch.cuda.get_sync_debug_mode(), threading.get_ident(), []
-    with warnings.catch_warnings():
+    waits: list[Warning | str] = []
+    mine = threading.get_ident()
+    with _ASKED, warnings.catch_warnings():
+        mode = torch.cuda.get_sync_debug_mode()
         warnings.simplefilter("always")
         shown = warnings.showwarning
 

@@ -30,6 +30,7 @@ MOST_GRAPHS = 8
 MOST_TOKENS = 16384  # keys; beyond them the GPU takes longer than the CPU needs to launch its work
 _FIRST_PATIENCE = 2  # sights of a kind until it is captured
 _MORE_PATIENCE = 8  # times as many once its graph had to go: shapes that take turns are not captured again and again
+_MOST_PATIENCE = 1024
 _MOST_SIGHTS = 1024  # kinds that are counted
 
 _T = TypeVar("_T")
@@ -90,7 +91,8 @@ class GraphCache:
                 self._drop_all()
             except (ValueError, RuntimeError) as error:
                 logger.warning("calls of this kind go without a CUDA graph: %s", str(error))
-                self._held.pop(kind, None)
+                if kind in self._held:
+                    self._drop(kind)
                 self._sights[kind] = (0, math.inf)
         return None
 
@@ -105,9 +107,10 @@ class GraphCache:
         return call()
 
     def release(self) -> None:
-        """Drop all graphs; waits for the replays under way."""
+        """Drop all graphs, and count their kinds anew; waits for the replays under way."""
         with self._lock:
             self._drop_all()
+            self._sights = {kind: state for kind, state in self._sights.items() if math.isinf(state[1])}
 
     def _is_due(self, kind: Hashable) -> bool:
         sights, needed = self._sights.get(kind, (0, _FIRST_PATIENCE))
@@ -118,7 +121,7 @@ class GraphCache:
 
     def _wait_longer(self, kind: Hashable) -> None:
         _, needed = self._sights.get(kind, (0, _FIRST_PATIENCE))
-        self._sights[kind] = (0, needed * _MORE_PATIENCE)
+        self._sights[kind] = (0, min(needed * _MORE_PATIENCE, _MOST_PATIENCE))
 
     def _drop(self, kind: Hashable) -> None:
         held = self._held.pop(kind)

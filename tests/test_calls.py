@@ -178,3 +178,12 @@ def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         given = inputs(tokens)
         torch.testing.assert_close(sparse_prefill_attention(*given, SHORT), causal_attention(*given))
         assert 0 < len(calls._known) <= 3
+
+
+@torch.no_grad()
+def test_what_a_config_keeps_beside_its_fields_counts_for_nothing(planned: list[Any]) -> None:
+    config = FlexPrefillConfig(gamma=0.4, tau=0.0, min_budget=1)
+    for kept in ([1], {"a": 2}):
+        object.__setattr__(config, "kept", kept)  # as functools.cached_property does
+        sparse_prefill_attention(*inputs(), config)
+    assert planned == [config]

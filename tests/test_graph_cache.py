@@ -270,6 +270,8 @@ def test_graphs_are_released_by_name(made: list[Graph]) -> None:
     assert len(graph_cache.GRAPHS) == 0
     check(1)
     assert len(made) == 1
+    check(2)
+    assert len(made) == 2, "counted as before"
 
 
 def test_threads_take_turns(made: list[Graph]) -> None:

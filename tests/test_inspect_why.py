@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ def test_a_selector_without_shares(needle_model: Any, input_ids: Tensor) -> None
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ((6, 0, 0), "layer must be from 0 to 5, got 6"),
+        ((6, 0, 0), "layer must be one with attention (0, 1, 2, 3, 4, 5), got 6"),
         ((0, 8, 0), "head must be from 0 to 7, got 8"),
         ((0, 0, 10), "query block must be from 0 to 9, got 10"),
         ((0, 0, 4, 5), "key block for query block 4 must be from 0 to 4, got 5"),
@@ -135,6 +136,17 @@ def test_a_selector_without_shares(needle_model: Any, input_ids: Tensor) -> None
 def test_places_that_are_not_there(needle_model: Any, input_ids: Tensor, place: tuple[int, ...], message: str) -> None:
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
         explain(needle_model, input_ids, *place)
+
+
+def test_layers_count_as_the_model_counts_them(input_ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose other layers have no attention."""
+    described = [SimpleNamespace(layer=layer, runs="sparse", why="") for layer in (3, 7)]
+    monkeypatch.setattr(why, "watch_prefill", lambda *arguments: arguments[-1](described))
+    for layer in (0, 1, 8):
+        with pytest.raises(UsageError, match=rf"^layer must be one with attention \(3, 7\), got {layer}$"):
+            explain(None, input_ids, layer, 0, 4)
+    with pytest.raises(UsageError, match=r"^layer 7 ran dense in this prompt"):
+        explain(None, input_ids, 7, 0, 4)
 
 
 def test_layers_that_do_not_run_sparse(input_ids: Tensor, monkeypatch: pytest.MonkeyPatch, needle_model: Any) -> None:
@@ -173,5 +185,8 @@ def test_bad_input(prompt: Path, tmp_path: Path) -> None:  # noqa: F811
         refused = inspect(tmp_path / "missing", *OPTIONS, f"--why={text}")
         assert_refused(refused, "why must be LAYER,HEAD,QUERY_BLOCK or LAYER,HEAD,QUERY_BLOCK,KEY_BLOCK", repr(text))
     out = tmp_path / "report.html"
-    assert_refused(inspect(prompt, *OPTIONS, "--why", "9,0,0", "--out", str(out)), "layer must be from 0 to 5, got 9")
+    assert_refused(
+        inspect(prompt, *OPTIONS, "--why", "9,0,0", "--out", str(out)),
+        "layer must be one with attention (0, 1, 2, 3, 4, 5), got 9",
+    )
     assert not out.exists()

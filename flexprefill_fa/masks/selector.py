@@ -180,7 +180,10 @@ class Selector:
         """bool `[nq, nk]`: blocks that are kept whatever the rule says, those of all `clauses`."""
         if type(self).clauses is Selector.clauses:
             return element.first_and_diagonal()
-        return functools.reduce(torch.logical_or, self.clauses(element).values())
+        parts = self.clauses(element)
+        if not parts:
+            raise ValueError(f"{type(self).__name__}.clauses must name a part of what is always kept, got none")
+        return functools.reduce(torch.logical_or, parts.values())
 
     def clauses(self, element: Element) -> dict[str, Tensor]:
         """The parts of `always` by their names, bool `[nq or 1, nk or 1]`: the first block, and a row's own positions.

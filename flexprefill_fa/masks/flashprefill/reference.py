@@ -11,16 +11,11 @@ Shapes in comments: H query heads, nq row blocks, nk key blocks, B block size, D
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from flexprefill_fa.masks.element import Element
-
-if TYPE_CHECKING:
-    pass
 
 
 def block_scores(element: Element) -> Tensor:

@@ -41,8 +41,10 @@ def explain_place(
     lines: list[str] = []
 
     def begin(described: list[LayerDescription]) -> Look:
-        _check("layer", place.layer, len(described))
-        layer = described[place.layer]
+        layers = {layer.layer: layer for layer in described}
+        layer = layers.get(place.layer)
+        if layer is None:
+            raise UsageError(f"layer must be one with attention ({', '.join(map(str, layers))}), got {place.layer}")
         if layer.runs != "sparse":
             raise UsageError(f"layer {place.layer} runs {layer.runs}, no selector decides there: {layer.why}")
         _check("query block", place.query_block, cdiv(tokens, config.block_size))
