@@ -19,11 +19,13 @@ from bench.tables import (
     distinct,
     ends,
     group_rows,
+    key,
     markdown_table,
     method,
     milliseconds,
     number,
     paragraphs,
+    pivot,
     settings_of,
 )
 from flexprefill_fa.masks import get_selector
@@ -100,20 +102,16 @@ def single_settings(rows: Iterable[Row]) -> str:
     return paragraphs(_GROUPS.one(group) for group in _GROUPS.groups(rows) if not _is_sweep(group))
 
 
-def _chunked(group: list[Row]) -> list[Row]:
-    """A line for each setting, which keeps its rows by chunk."""
-    parts = group_rows(group, ["selector", "settings"])
-    return [part[0] | {"by_chunk": {row["chunk"]: row for row in part}} for part in parts]
-
-
 def _chunk_columns(group: list[Row]) -> list[Column]:
-    def cell(line: Row, chunk: int | None) -> str:
-        row = line["by_chunk"].get(chunk)
+    """Of lines that are a setting's rows by chunk."""
+
+    def cell(line: dict[int | None, Row], chunk: int | None) -> str:
+        row = line.get(chunk)
         return f"{row['kl']:.3f} at {row['density']:.3f}" if row else "-"
 
     chunks = sorted({row["chunk"] for row in group}, key=lambda chunk: -(chunk or math.inf))
     titles = ["whole" if chunk is None else f"in chunks of {chunk:,}" for chunk in chunks]
-    columns: list[Column] = [("selector", method)]
+    columns: list[Column] = [("selector", lambda line: method(next(iter(line.values()))))]
     return columns + [(title, partial(cell, chunk=chunk)) for title, chunk in zip(titles, chunks, strict=True)]
 
 
@@ -121,7 +119,7 @@ CHUNKS = Table(
     group_by=("model", "model_sha256", "length", "text", "skip", "dtype", "device"),
     identity=("chunk", "selector", "settings"),
     columns=_chunk_columns,
-    lines=_chunked,
+    lines=lambda group: pivot(group, lambda row: key(row, ("selector", "settings")), lambda row: row["chunk"]).values(),
     caption=lambda group: _subject(
         [group[0] | {"chunk": None}, *group[1:]], f"{group[0]['length']:,} tokens; KL to dense attention at density."
     ),

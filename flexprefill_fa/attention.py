@@ -84,14 +84,14 @@ def sparse_prefill_attention(
         check_scale(scale)
         check_mean_correction(mean_correction, mask_mod, score_mod, query.device)
         query, key, value = as_sdpa_casts(query, key, value)
-    if starts is not None or lengths is not None:
         starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
-    if prepared is None:
         request = dispatch.Request(
             scale, starts, lengths, mask_mod, score_mod, mean_correction, dense=dense, backend=backend
         )
         prepared = dispatch.prepare(query, key, config, request)
         remember(kind, prepared)
+    elif starts is not None or lengths is not None:  # whose values are no part of the kind
+        starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
     if graph == "auto" and kind is not None:
         from flexprefill_fa.graph_cache import GRAPHS  # which needs this function
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from every_selector import example
+from threads import together
 from torch import Tensor
 from workloads import structured_qk
 
@@ -171,11 +172,7 @@ def test_threads_take_turns() -> None:
                 if not torch.equal(call(given[number]), expected[number]):
                     wrong.append(number)
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together([partial(run, number) for number in range(4)])
     assert not wrong and held() == 1
 
 

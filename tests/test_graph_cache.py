@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from threads import together
 from torch import Tensor
 from workloads import structured_qk
 
@@ -285,9 +286,5 @@ def test_threads_take_turns(made: list[Graph]) -> None:
                 if not torch.equal(attend(*given[number], CONFIG, graph="auto"), expected[number]):
                     wrong.append(number)
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together([partial(run, number) for number in range(4)])
     assert not wrong and len(made) == 1 and made[0].replays == 79

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from every_selector import example
 from surroundings import CONFIG, check_call, check_output
+from threads import together
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -269,11 +270,7 @@ def test_threads(counted: Counted) -> None:
             if not torch.allclose(found[0], region(*arguments)[0]):
                 failures.append(seed)
 
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together([partial(run, seed) for seed in range(4)])
     assert not failures and counted.compiled < 50
 
 

@@ -9,30 +9,11 @@ import torch
 import torch.fx.experimental._config as fx_config
 from hf_models import prompt, tiny_model
 from surroundings import CONFIG, check_call
+from threads import together
 
 from flexprefill_fa.integrations.transformers import enable_sparse_prefill
 
 THREADS = 8
-
-
-def together(tasks: list[Callable[[], None]]) -> None:
-    """All at once, each in a thread of its own; the first error is raised."""
-    barrier, errors = threading.Barrier(len(tasks)), []
-
-    def run(task: Callable[[], None]) -> None:
-        barrier.wait()
-        try:
-            task()
-        except BaseException as error:  # handed on below
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def test_cold_calls() -> None:

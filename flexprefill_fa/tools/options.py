@@ -22,12 +22,14 @@ Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, 
 Repeats = Annotated[int, typer.Option(min=1, help="Timed prefills of each kind; the median is reported.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
+USUAL = f"{masks.DEFAULT_SELECTOR} with tilted means where the model can have them"
+"""What runs where no selector is named."""
+
 _SELECTOR = Annotated[
     str | None,
     typer.Option(
         help="Which selector chooses the blocks: name, or name:field=value+field=value; default: "
-        f"{masks.DEFAULT_SELECTOR} with tilted means where the model can have them, or flexprefill where an option of "
-        "its own is given.",
+        f"{USUAL}, or flexprefill where an option of its own is given.",
         show_default=False,
     ),
 ]

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from flexprefill_fa.choice import Choice, parse_choice
-from flexprefill_fa.masks import DEFAULT_SELECTOR
 from flexprefill_fa.tools.loading import (
     UsageError,
     first_line,
@@ -25,7 +24,7 @@ from flexprefill_fa.tools.loading import (
     resolve_dtype,
     token_count,
 )
-from flexprefill_fa.tools.options import Device, Dtype, Model
+from flexprefill_fa.tools.options import USUAL, Device, Dtype, Model
 from flexprefill_fa.tools.progress import WorkProgress
 from flexprefill_fa.tools.reporting import open_console, settings_text
 from flexprefill_fa.tools.rows import Row, append, rows_before
@@ -42,8 +41,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="dense, or name:field=value+field=value, where mean_correction=tilted and dense_layers=0/4 are fields "
-            f"too. May be repeated; default: dense, and {DEFAULT_SELECTOR} with tilted "
-            "means where the model can have them."
+            f"too. May be repeated; default: dense, and {USUAL}."
         ),
     ] = None,
     lengths: Annotated[

@@ -35,7 +35,7 @@ from flexprefill_fa.tools.loading import (
     resolve_dtype,
     token_count,
 )
-from flexprefill_fa.tools.options import Device, Dtype, Model
+from flexprefill_fa.tools.options import USUAL, Device, Dtype, Model
 from flexprefill_fa.tools.progress import WorkProgress
 from flexprefill_fa.tools.reporting import open_console
 from flexprefill_fa.tools.rows import Row, append, rows_before
@@ -49,8 +49,7 @@ def fidelity(
         list[str] | None,
         typer.Option(
             help="name or name:field=value+field=value, where mean_correction=tilted and dense_layers=0/4 are fields "
-            f"too. May be repeated; default: {DEFAULT_SELECTOR} with tilted "
-            "means where the model can have them."
+            f"too. May be repeated; default: {USUAL}."
         ),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of text, comma-separated.")] = "4096",
