@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from bench.timing import described, summarise
 from bench.workloads import structured_inputs
@@ -35,22 +36,28 @@ def host_us(call: Callable[[], object], device: torch.device, repeats: int) -> l
 
 @torch.no_grad()
 def host_rows(device: torch.device, dtype: torch.dtype, repeats: int, length: int) -> Iterator[Row]:
-    """SDPA, dense attention through `dense="auto"`, and every selector: one row each, medians and percentiles in µs."""
+    """SDPA, dense attention through `dense="auto"`, every selector, launched and replayed: one row each, in µs.
+
+    Medians and percentiles. A row whose `graph` is "auto" is a replay of the CUDA graph that the option keeps.
+    """
     inputs = structured_inputs(length, HEADS, KV_HEADS, HEAD_DIM, sharpness=1.0, dtype=dtype, device=device)
     sdpa = partial(F.scaled_dot_product_attention, *inputs, is_causal=True, enable_gqa=True)
     short = FlexPrefillConfig(min_budget=length)  # keeps every block of a prompt of this length
-    cases: list[tuple[str, str, Callable[[], object]]] = [
+    cases: list[tuple[str, str, partial[Tensor]]] = [
         ("sdpa", "sdpa", sdpa),
         ("dense auto", fastest_dense(inputs.query), partial(sparse_prefill_attention, *inputs, short)),
     ]
     kernel, _ = kernel_for(inputs.query, inputs.key, 128, Request())
-    for name in selector_names():
-        config: Selector = get_selector(name)()
-        cases.append((name, kernel, partial(sparse_prefill_attention, *inputs, config, dense="never")))
+    for graph in ("never", "auto") if device.type == "cuda" else ("never",):
+        for name in selector_names():
+            config: Selector = get_selector(name)()
+            call = partial(sparse_prefill_attention, *inputs, config, dense="never", graph=graph)
+            cases.append((name, kernel, call))
     base = None
     shape = {"length": length, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
     for case, backend, call in cases:
         found = summarise(host_us(call, device, repeats), "wall clock")
         base = found.median if base is None else base
-        row = described("host", device, dtype, **shape, case=case, kernel=backend, repeats=repeats)
+        graph = call.keywords.get("graph", "never")
+        row = described("host", device, dtype, **shape, case=case, kernel=backend, graph=graph, repeats=repeats)
         yield row | found.fields("host_us") | {"more_than_sdpa_us": round(found.median - base, 1)}
