@@ -99,6 +99,13 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)  # its group, which is its own
         self.process.wait()
 
+    def kill_worker(self) -> None:
+        """Kill the process below it that runs the model: the one with most memory."""
+        import psutil  # which both engines bring
+
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        max(below, key=lambda each: each.memory_info().rss).kill()
+
     def get(self, path: str) -> bytes | None:
         """The body, None where the status is not 200."""
         return self._answer("GET", path, None)
@@ -135,7 +142,7 @@ class Server:
         """Stream an answer.
 
         Raises:
-            RuntimeError: for another status than 200, or a stream that breaks off.
+            RuntimeError: for another status than 200, an error in the stream, or one that breaks off.
         """
         start = time.monotonic()
         connection = self._open(prompt, tokens)
@@ -152,6 +159,8 @@ class Server:
                     done = True
                     break
                 event = json.loads(line[5:])
+                if "error" in event:
+                    raise RuntimeError(f"an error after {texts}: {event['error']}")
                 for choice in event.get("choices") or []:
                     if choice.get("text"):
                         first = first or time.monotonic() - start

@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import Any
 
 import pytest
@@ -84,6 +86,24 @@ def test_an_aborted_request_costs_the_others_nothing(server, needle_tokenizer) -
     assert all(right(prompts, replies))
     later = server.complete(prompts[0].token_ids)
     assert is_correct(later.text, prompts[0].answer) and server.process.poll() is None
+
+
+def test_a_worker_that_dies(tmp_path, needle_tokenizer) -> None:
+    """Requests that wait for it end with an error, soon, and the server ends and says why."""
+    prompt = build_prompt(needle_tokenizer, 32768, seed=60)
+    log = tmp_path / "log"
+    with ThreadPoolExecutor(4) as pool, Server(ENGINE, True, log) as server:
+        waiting = [pool.submit(server.complete, prompt.token_ids, 512) for _ in range(4)]
+        time.sleep(0.3)
+        server.kill_worker()
+        for each in waiting:
+            with pytest.raises((RuntimeError, OSError, HTTPException)) as error:
+                each.result(timeout=90)
+            print({"client": repr(error.value)[:300]})
+        server.process.wait(timeout=90)
+    said = re.findall(r".*(?:died|dead|crashed|exit code|sigquit).*", log.read_text(), re.IGNORECASE)
+    print({"exit": server.process.returncode, "log": said[:4]})
+    assert server.process.returncode != 0 and said
 
 
 def test_a_soak_of_mixed_lengths(tmp_path, needle_tokenizer) -> None:
