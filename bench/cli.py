@@ -220,6 +220,8 @@ def peers(
         run = Recorder(given["out"], given["as_json"])
     for name in sorted({config.name for config in plan.configs} - {one.selector for one, _ in found}):
         run.note(f"{name} is measured without a peer")
+    for one in (one for one, _ in found if one.adapter is None and not plan.densities):
+        run.note(f"{one.name} selects nothing itself: it is measured over given blocks, with --density")
     benches: dict[int, PeerBenchmark] = {}  # their inputs stay in memory for the peers, who come after every length
 
     def ours(length: int) -> Iterator[Row]:

@@ -67,7 +67,7 @@ class PeerBenchmark(LengthBenchmark):
             for density in self.plan.densities if peer.attend is not None else ():
                 over = partial(self._over, density, peer, folder)
                 yield self._row(peer, folder, "synthetic", {"density": density}, over)
-            if peer.selector is None and (self.plan.configs or not self.plan.densities):
+            if peer.adapter and peer.selector is None and (self.plan.configs or not self.plan.densities):
                 yield self._row(peer, folder, peer.name, None, partial(self._own, None, peer, folder))
             for config in self.plan.configs:
                 if config.name == peer.selector:
@@ -92,6 +92,7 @@ class PeerBenchmark(LengthBenchmark):
 
     def _own(self, config: Any, peer: Peer, folder: Path) -> Iterator[Row]:
         """Of a peer's own selection and attention."""
+        assert peer.adapter is not None
         call = peer.adapter(peer.load(folder), *peer.tensors(self.inputs), config)
         yield {"peer_version": peer.version, "peer_settings": call.settings}
         if config is None:

@@ -1,4 +1,4 @@
-"""Stand-ins for public implementations, with the signatures of two that are released, and runs of `bench peers`."""
+"""Stand-ins for public implementations, with the signatures of released ones, and runs of `bench peers`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ SELECTORS = (
     "flashprefill:sink_blocks=1+window_blocks=2+last_full_blocks=3+alpha=0.4",
 )
 FLEX_FILE, FLASH_FILE = "flex_prefill/ops/flex_prefill_attention.py", "ops/flashprefill_native_forward.py"
+INFER_FILE = "flashinfer/sparse.py"
 
 DENSE = """
 import torch
@@ -97,12 +98,39 @@ def flash_prefill(q, k, v, out, block_size, attention_sink, window_size, alpha, 
     assert min_budget == 0 and q.shape[2:] == (4, 32) and k.shape[2:] == v.shape[2:] == (2, 32)
     out.copy_(dense(q, k, v))
 """
+INFER = """
+import torch
+
+
+class VariableBlockSparseAttentionWrapper:
+    def __init__(self, float_workspace_buffer, backend="auto"):
+        assert float_workspace_buffer.dtype == torch.uint8 and backend == "auto"
+
+    def plan(self, block_mask_map, block_row_sz, block_col_sz, num_qo_heads, num_kv_heads, head_dim, causal=False,
+             sm_scale=None, q_data_type="float16", kv_data_type=None):
+        assert (num_qo_heads, num_kv_heads, head_dim, causal) == (4, 2, 32, True)
+        assert q_data_type == torch.float32 and kv_data_type is None and block_mask_map.dtype == torch.bool
+        assert (*block_row_sz.shape, block_col_sz.shape[1]) == block_mask_map.shape and len(block_mask_map) == 2
+        self.planned = block_mask_map, block_row_sz.long(), block_col_sz.long()
+
+    def run(self, q, k, v):
+        out = torch.full_like(q, float("nan"))
+        for head in range(4):
+            blocks, rows, columns = (part[head // 2] for part in self.planned)
+            assert q.shape[1] == rows.sum() and k.shape[1] == v.shape[1] == columns.sum()
+            for queries, into, chosen in zip(q[head].split(rows.tolist()), out[head].split(rows.tolist()), blocks):
+                tokens = chosen.repeat_interleave(columns).nonzero().flatten()
+                mask = torch.ones(len(queries), len(tokens), dtype=torch.bool).tril(len(tokens) - len(queries))
+                keys, values = k[head // 2, tokens], v[head // 2, tokens]
+                into[:] = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return out
+"""
 FLEX_PEER, FLASH_PEER = (PEERS[name] for name in ("flexprefill", "flashprefill"))
 
 
 def write(folder: Path, **files: str) -> None:
     """The modules of stand-ins by the name of their function; each package's other files are always the same."""
-    for name, file in (("flex", FLEX_FILE), ("flash", FLASH_FILE)):
+    for name, file in (("flex", FLEX_FILE), ("flash", FLASH_FILE), ("infer", INFER_FILE)):
         if name in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text(files[name])
@@ -121,7 +149,7 @@ def make_package(root: Path) -> Path:
 def forget_peers() -> None:
     """The peers' modules and what they change, gone."""
     torch.set_default_dtype(torch.float32)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("flex_prefill", "ops")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("flex_prefill", "ops", "flashinfer")]:
         del sys.modules[name]
 
 

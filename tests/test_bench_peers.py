@@ -14,6 +14,7 @@ from peer_packages import (
     FLASH_PEER,
     FLEX,
     FLEX_FILE,
+    INFER,
     SELECTORS,
     both,
     forget_peers,
@@ -65,6 +66,32 @@ def test_other_blocks_than_those_given_are_an_error(package: Path, tmp_path: Pat
     assert "error" not in flash
 
 
+def test_a_peer_that_selects_nothing_is_measured_over_given_blocks(tmp_path: Path) -> None:
+    write(tmp_path / "checkout", infer=INFER)
+    given = ("--peer", f"flashinfer={tmp_path / 'checkout'}")
+    out = tmp_path / "peers.jsonl"
+    result = run(out, *given, "--density", "0.7", "--lengths", "512,600")
+    assert result.exit_code == 0, result.output
+    rows = rows_of(out)[1]
+    assert [(row["implementation"], row["selector"], row["length"]) for row in rows] == [
+        ("FlashInfer", "synthetic", length) for length in (512, 600)
+    ]
+    for row in rows:
+        assert row["density"] < 0.9 and row["check_error"] < 1e-5 and row["attend_ms"] > 0 and "total_ms" not in row
+
+    own = run(tmp_path / "own.jsonl", *given)
+    assert own.exit_code == 0 and not rows_of(tmp_path / "own.jsonl")[1]
+    assert "FlashInfer selects nothing itself: it is measured over given blocks, with --density" in own.stderr
+
+
+def test_a_causal_mask_that_is_not_aligned_to_the_end_of_the_gathered_keys_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "checkout", infer=INFER.replace(".tril(len(tokens) - len(queries))", ".tril()"))
+    out = tmp_path / "peers.jsonl"
+    assert run(out, "--peer", f"flashinfer={tmp_path / 'checkout'}", "--density", "0.7").exit_code == 2
+    (row,) = rows_of(out)[1]
+    assert re.search(r"ValueError: relative error .* allowed 0.1", row["error"]) and "attend_ms" not in row
+
+
 def test_no_peer_is_measured_under_a_variant_that_it_does_not_select(package: Path, tmp_path: Path) -> None:
     out = tmp_path / "peers.jsonl"
     paper = SELECTORS[0].replace("gamma", "variant=paper+gamma")
@@ -83,7 +110,7 @@ def test_a_prompt_that_the_released_code_attends_densely_has_a_density_of_one(pa
     assert (flex["computational_ratio"], flex["density"]) == (1, 1)
 
 
-NAMES = "flexprefill, flashprefill, flashprefill-v2, xattention, spargeattn, minference"
+NAMES = "flexprefill, flashprefill, flashprefill-v2, xattention, spargeattn, minference, flashinfer"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.peers import flashprefill, flashprefill_v2, flexprefill, minference, spargeattn, xattention
+from bench.peers import flashinfer, flashprefill, flashprefill_v2, flexprefill, minference, spargeattn, xattention
 from bench.peers.base import Peer
 from flexprefill_fa.tools.loading import UsageError
 
@@ -16,6 +16,7 @@ PEERS: dict[str, Peer] = {
     "xattention": xattention.PEER,
     "spargeattn": spargeattn.PEER,
     "minference": minference.PEER,
+    "flashinfer": flashinfer.PEER,
 }
 """By the name that `--peer` takes."""
 

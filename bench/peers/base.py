@@ -45,10 +45,11 @@ class Peer:
 
     Attributes:
         name: of the implementation.
-        selector: the same method here; None for a method that is not here.
+        selector: the same method here; None for a method that is not here, or none.
         module: dotted name, from the folder of its repository.
         function: what is called, by its name in there.
-        adapter: module, queries, keys and values `[B, L, H, D]`, settings of the selector -> its call.
+        adapter: module, queries, keys and values `[B, L, H, D]`, settings of the selector -> its call; None where it
+            selects nothing itself.
         attend: module, queries, keys, values, kept blocks bool `[B, H, nq, nk]` of 128 tokens, which the query heads
             of a kv head share -> its attention over those; None where it takes no blocks.
         on_current_stream: whether all its kernels are launched on torch's current stream. One that is not runs while
@@ -59,7 +60,7 @@ class Peer:
     selector: str | None
     module: str
     function: str
-    adapter: Callable[[ModuleType, Tensor, Tensor, Tensor, Any], Call]
+    adapter: Callable[[ModuleType, Tensor, Tensor, Tensor, Any], Call] | None
     attend: Callable[[ModuleType, Tensor, Tensor, Tensor, Tensor], Attend] | None = None
     on_current_stream: bool = True
 
