@@ -15,14 +15,7 @@ from bench.needle.tables import run_tables
 from bench.paths import ROOT
 from bench.quality_tables import CORRECTION, SELECTORS
 from bench.serve_tables import ENGINES, serve_tables
-from bench.speed_tables import (
-    GIVEN,
-    PEERS,
-    attention_tables,
-    demo_table,
-    density_tables,
-    shown_first,
-)
+from bench.speed_tables import DENSITY, GIVEN, PEERS, attention_tables, demo_table, shown_first
 from bench.ttft_tables import speed_summary, ttft_tables
 from flexprefill_fa.tools.rows import Row, read
 
@@ -41,20 +34,15 @@ DOCUMENTS: dict[Path, tuple[str, ...]] = {
 """Which blocks stand in which document."""
 
 _BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /bench:(?P=name) -->", re.DOTALL)
-_MARKER = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
+_MARKER = re.compile(r"<!-- /?bench:([\w-]+) -->")
 
 Rows = list[Row]
 TABLES: dict[str, tuple[Any, ...]] = {
-    **{
-        name: (partial(attention_tables, device=device, workload=workload), "attention")
-        for name, device, workload in (
-            ("attention", "cuda", "sharpened"),
-            ("attention-fixed", "cuda", "fixed"),
-            ("attention-needle", "cuda", "needle"),
-            ("attention-cpu", "cpu", "needle"),
-        )
-    },
-    "density": (density_tables, "attention"),
+    "attention": (partial(attention_tables, device="cuda", workload="sharpened"), "attention"),
+    "attention-fixed": (partial(attention_tables, device="cuda", workload="fixed"), "attention"),
+    "attention-needle": (partial(attention_tables, device="cuda", workload="needle"), "attention"),
+    "attention-cpu": (partial(attention_tables, device="cpu", workload="needle"), "attention"),
+    "density": (DENSITY.markdown, "attention"),
     "speed-summary": (speed_summary, "attention", "ttft"),
     "accuracy": (TASKS.markdown, "quality"),
     "accuracy-summary": (SUMMARY.markdown, "quality"),
@@ -76,43 +64,31 @@ TABLES: dict[str, tuple[Any, ...]] = {
 
 
 class Plot(NamedTuple):
-    """A picture: its file beside its `rows`, whether there is something to draw, what it shows, and who draws it."""
+    """A picture, `name`.png beside its `rows`, by `draw_NAME` of `bench.plots`: whether there is something to draw."""
 
-    file: str
+    name: str
     rows: str
     drawn: Callable[[Rows], object]
     what: str
-    draw: str
 
 
+_AGAINST = "against the density it keeps"
 PLOTS = {
     "plot": Plot(
-        "attention.png",
-        "attention.jsonl",
+        "attention",
+        "attention",
         shown_first,
         "Time and speed-up of sparse prefill attention against the length of the prompt",
-        "draw_attention",
     ),
-    "accuracy-plot": Plot(
-        "accuracy.png",
-        "quality.jsonl",
-        TASKS.groups,
-        "Task accuracy of each selector against the density it keeps",
-        "draw_accuracy",
-    ),
+    "accuracy-plot": Plot("accuracy", "quality", TASKS.groups, f"Task accuracy of each selector {_AGAINST}"),
     "quality-plot": Plot(
-        "quality.png",
-        "quality.jsonl",
-        SELECTORS.groups,
-        "Recall and output error of each selector against the density it keeps",
-        "draw_quality",
+        "quality", "quality", SELECTORS.groups, f"Recall and output error of each selector {_AGAINST}"
     ),
     "fidelity-plot": Plot(
-        "fidelity.png",
-        "fidelity.jsonl",
+        "fidelity",
+        "fidelity",
         lambda rows: [group for group in sweeps(rows) if group[0]["text"] == "source"],
         "KL to dense attention against the density that each selector keeps, on real models",
-        "draw_fidelity",
     ),
 }
 """By the name of their markers."""
@@ -125,9 +101,9 @@ def body_of(block: str, results: Path) -> str:
         table, *files = TABLES[block]
         return table(*(read(results / f"{file}.jsonl") for file in files))
     plot = PLOTS[block]
-    if not plot.drawn(read(results / plot.rows)):
+    if not plot.drawn(read(results / f"{plot.rows}.jsonl")):
         return ""
-    file = results / plot.file
+    file = results / f"{plot.name}.png"
     folder = next(document.parent for document, names in DOCUMENTS.items() if block in names)
     return f"![{plot.what}]({os.path.relpath(file, folder) if file.is_relative_to(ROOT) else file})"
 
@@ -137,42 +113,25 @@ def draw_plots(results: Path) -> None:
     from bench import plots  # takes a second to import, and tables need none
 
     for plot in PLOTS.values():
-        if plot.drawn(rows := read(results / plot.rows)):
-            getattr(plots, plot.draw)(rows, results / plot.file)
+        if plot.drawn(rows := read(results / f"{plot.rows}.jsonl")):
+            getattr(plots, f"draw_{plot.name}")(rows, results / f"{plot.name}.png")
 
 
 def render_document(document: Path, expected: Sequence[str], results: Path) -> str:
-    """What a document shall say, by the rows in a folder.
+    """What a document shall say: its text with every block between markers rewritten by the rows in a folder.
 
     Raises:
-        ValueError: as `render_text`, and where other blocks stand in it than are expected.
+        ValueError: where it holds other blocks than are expected, or a marker without its partner; for a broken row.
     """
     text = document.read_text(encoding="utf-8")
-    rendered = render_text(text, results)
     blocks = [match["name"] for match in _BLOCK.finditer(text)]
-    if sorted(blocks) != sorted(expected):
-        raise ValueError(
-            f"{document.name} must hold the blocks {', '.join(expected) or 'none'}, got {', '.join(blocks) or 'none'}"
-        )
-    return rendered
-
-
-def render_text(text: str, results: Path) -> str:
-    """`text` with every block between markers rewritten.
-
-    Raises:
-        ValueError: for a marker without its partner, an unknown name, or a broken row.
-    """
     markers = _MARKER.findall(text)
-    blocks = [match["name"] for match in _BLOCK.finditer(text)]
-    if [name for slash, name in markers if not slash] != blocks or len(markers) != 2 * len(blocks):
+    if sorted(blocks) != sorted(expected) or len(markers) != 2 * len(blocks):
         raise ValueError(
-            f"every <!-- bench:NAME --> needs its <!-- /bench:NAME --> behind it, on lines of their own; got markers "
-            f"of {', '.join(sorted({name for _, name in markers}))}, whole blocks of {', '.join(blocks) or 'none'}"
+            f"{document.name} must hold the blocks {', '.join(expected) or 'none'}, each from a <!-- bench:NAME --> to "
+            f"its <!-- /bench:NAME --> on lines of their own, got whole ones {', '.join(blocks) or 'none'}, and "
+            f"markers of {', '.join(sorted(set(markers))) or 'none'}"
         )
-    unknown = sorted(set(blocks) - set(BLOCKS))
-    if unknown:
-        raise ValueError(f"unknown block {', '.join(unknown)}, expected one of {', '.join(BLOCKS)}")
 
     def rendered(match: re.Match[str]) -> str:
         body = body_of(match["name"], results)

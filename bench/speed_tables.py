@@ -166,11 +166,6 @@ def attention_tables(rows: Iterable[Row], device: str, workload: str) -> str:
     return ATTENTION.markdown(row for row in rows if (row["device"], row["workload"]) == (device, workload))
 
 
-def density_tables(rows: Iterable[Row]) -> str:
-    """The tables of GPUs."""
-    return DENSITY.markdown(row for row in rows if row["device"] == "cuda")
-
-
 def shown_first(rows: Iterable[Row]) -> list[Row]:
     """The rows that the plot and the README show; none without rows of a GPU.
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench.quality_tables import CORRECTION, SELECTORS, Family, Point, families
-from bench.render import draw_plots, render_text
+from bench.render import draw_plots, render_document
 from flexprefill_fa.tools.rows import append
 
 
@@ -116,14 +116,19 @@ def test_mean_correction_table() -> None:
 def test_render_round_trip_and_plot(tmp_path: Path) -> None:
     names = ("quality-plot", "quality", "mean-correction")
     markers = "\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in names)
-    assert render_text(markers, tmp_path) == markers
+
+    def rendered(text: str) -> str:
+        (tmp_path / "page.md").write_text(text)
+        return render_document(tmp_path / "page.md", names, tmp_path)
+
+    assert rendered(markers) == markers
     for row in ROWS:
         append(tmp_path / "quality.jsonl", row)
-    once = render_text(markers, tmp_path)
+    once = rendered(markers)
     assert "quality.png)" in once and "| with / without |" in once and "| recall at 10% |" in once
-    assert render_text(once, tmp_path) == once
+    assert rendered(once) == once
     append(tmp_path / "quality.jsonl", ROWS[0] | {"recall": 0.5})
-    assert render_text(once, tmp_path) != once
+    assert rendered(once) != once
     pytest.importorskip("matplotlib")
     draw_plots(tmp_path)
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
