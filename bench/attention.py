@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.check import SAMPLED_ROWS, Reference, Verdict, reference, verify
+from bench.check import Reference, Verdict, reference, verify
 from bench.planning import YARDSTICK, Plan
 from bench.synthetic import chunk_selection
 from bench.timing import Stopwatch, Times, described, significant
@@ -83,7 +83,7 @@ class LengthBenchmark:
         selection = select()
         sparse = self.references[config] = reference(self.inputs, selection)
         kept = _kept(selection, sparse)
-        known: dict[str, Times] = {}  # the selection is the same for every backend
+        taken = self.watch.graph(select)  # the same for every backend
         for backend in self.plan.backends:
             kernel = resolve_backend(backend, query, config.block_size)
             goes_dense = backend == "auto" and prefers_dense(query, key, config, kernel)
@@ -93,16 +93,15 @@ class LengthBenchmark:
             calls: Calls = {"total_ms": partial(sparse_prefill_attention, *self.inputs, config, **way)}
             if goes_dense:
                 row |= {"kernel": fastest_dense(query), "would_be_density": kept["density"]}
-                row |= self._checked(calls, dense)
-                yield row | self.speedups(row)
+                yield self._finished(row, calls, dense)
                 continue
-            row |= {"kernel": kernel, **kept, "query_aware_heads": _query_aware(selection, config)}
+            row |= {"kernel": kernel, **kept}
             attend = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
-            calls = {**calls, "attend_ms": attend, "select_ms": select}
+            calls = {**calls, "attend_ms": attend}
             if self.plan.mean_correction:
                 ways: Any = {"corrected_ms": True, "tilted_ms": "tilted"}
                 calls |= {name: partial(attend, mean_correction=means) for name, means in ways.items()}
-            yield self._finished(row, calls, sparse, selection, known)
+            yield self._finished(row, calls, sparse, selection, select_ms=taken)
 
     def _synthetic(self, density: float) -> Iterator[Row]:
         selection = self.random_blocks(density)
@@ -112,16 +111,20 @@ class LengthBenchmark:
         for backend in self.plan.backends:
             kernel = resolve_backend(backend, self.inputs.query, _BLOCK)
             attend = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
-            yield self._finished(
-                {**row, "backend": backend, "kernel": kernel}, {"attend_ms": attend}, sparse, selection
-            )
+            named = {**row, "backend": backend, "kernel": kernel}
+            yield self._finished(named, {"attend_ms": attend}, sparse, selection)
 
     def _finished(
-        self, row: Row, calls: Calls, expected: Reference, selection: BlockSelection, known: Any = None
+        self, row: Row, calls: Calls, expected: Reference, selection: BlockSelection | None = None, **taken: Times
     ) -> Row:
-        """A sparse row with its times and what follows from them."""
-        row = row | self._checked(calls, expected, known=known)
-        row |= self._throughput(row, selection)
+        """A row with its times, those that were `taken` already too, and what follows from them."""
+        row = row | self._checked(calls, expected, **taken)
+        if "error" in row:
+            return row
+        if selection is not None:  # scores and values of kept blocks, the masked half of a diagonal block included
+            flop = int(selection.kept_blocks().sum()) * 4 * selection.block_size**2 * self.inputs.query.shape[-1]
+            tflops, dense = significant(flop / row["attend_ms"] / 1e9), self.dense_rows.get(row["kernel"])
+            row |= {"tflops": tflops, "share_of_dense_tflops": dense and round(tflops / dense["tflops"], 4)}
         return row | self.speedups(row)
 
     def random_blocks(self, density: float) -> BlockSelection:
@@ -130,13 +133,7 @@ class LengthBenchmark:
         same: Any = {"batch": query.shape[0], "block_size": _BLOCK, "device": query.device, "seed": self.plan.seed}
         return chunk_selection(self.length, self.length, query.shape[1], density, **same)
 
-    def _checked(
-        self,
-        calls: Calls,
-        expected: Reference,
-        *let_through: type[Exception],
-        known: dict[str, Times] | None = None,
-    ) -> Row:
+    def _checked(self, calls: Calls, expected: Reference, *let_through: type[Exception], **taken: Times) -> Row:
         """The times of calls, after checking those that compute attention; of a wrong one or that raises, `error`."""
         found: Row = {}
         for name in ("total_ms", "attend_ms"):
@@ -151,30 +148,24 @@ class LengthBenchmark:
                 return {"error": f"{type(error).__name__}: {first_line(error)}"}
             if "error" in found:
                 return found
-        return found | self.times(calls, known)
+        return found | self.times(calls, **taken)
 
-    def times(self, calls: Calls, known: dict[str, Times] | None = None) -> Row:
-        """Memory of the first call and times of all, whose `select_ms` may be `known`.
+    def times(self, calls: Calls, **taken: Times) -> Row:
+        """The times of calls, beside those that were taken before.
 
         On a GPU a whole call is timed by the wall clock too; on a CPU every time is one.
         """
-        known = {} if known is None else known
-        row = self._peak(next(iter(calls.values())))
-        times = {name: known.get(name) or self.watch.graph(call) for name, call in calls.items()}
-        if "select_ms" in times:
-            known["select_ms"] = times["select_ms"]
+        times = {name: self.watch.graph(call) for name, call in calls.items()} | taken
         if self.cuda and "total_ms" in calls:
             times["total_eager_ms"] = self.watch.eager(calls["total_ms"])
-        row |= {"repeats": min(taken.repeats for taken in times.values())}
-        row["timed_by"] = {name: taken.timed_by for name, taken in times.items()}
-        for name, taken in times.items():
-            row |= taken.fields(name)
+        row: Row = {"repeats": min(one.repeats for one in times.values())}
+        row["timed_by"] = {name: one.timed_by for name, one in times.items()}
+        for name, one in times.items():
+            row |= one.fields(name)
         return row
 
     def speedups(self, row: Row) -> Row:
         """Of a row against dense attention on the same inputs; None for what did not run."""
-        if "error" in row:
-            return {}
         own, name = row.get("total_ms", row.get("attend_ms")), YARDSTICK[self.plan.device.type]
         dense = {kernel: found["total_ms"] for kernel, found in self.dense_rows.items()}
         best = min(dense, key=dense.__getitem__, default=None)
@@ -184,28 +175,6 @@ class LengthBenchmark:
             "best_dense": best,
             "dense_kernels": sorted(dense),
         }
-
-    def _throughput(self, row: Row, selection: BlockSelection) -> Row:
-        """Of scores and values of the kept blocks, the masked half of a diagonal block included."""
-        if "error" in row:
-            return {}
-        flop = int(selection.kept_blocks().sum()) * 4 * selection.block_size**2 * self.inputs.query.shape[-1]
-        tflops, dense = significant(flop / row["attend_ms"] / 1e9), self.dense_rows.get(row["kernel"])
-        return {"tflops": tflops, "share_of_dense_tflops": dense and round(tflops / dense["tflops"], 4)}
-
-    def _peak(self, call: Callable[[], object]) -> Row:
-        """GPU memory that one eager call takes beyond its inputs, and with them."""
-        if not self.cuda:
-            return {}
-        call()
-        torch.cuda.synchronize(self.plan.device)
-        before = torch.cuda.memory_allocated(self.plan.device)
-        torch.cuda.reset_peak_memory_stats(self.plan.device)
-        call()
-        torch.cuda.synchronize(self.plan.device)
-        above = torch.cuda.max_memory_allocated(self.plan.device) - before
-        inputs = sum(tensor.numel() * tensor.element_size() for tensor in self.inputs)
-        return {"peak_bytes": above, "peak_total_bytes": above + inputs}
 
 
 def _verdict(verdict: Verdict) -> Row:
@@ -224,13 +193,4 @@ def spread(name: str, per_head: Tensor, ends: str) -> Row:
 
 
 def _kept(selection: BlockSelection, found: Reference) -> Row:
-    row = spread("density", selection.density(), "min max") | spread("recall", found.recall, "min")
-    return {**row, "recall_rows": min(SAMPLED_ROWS, selection.q_len)}
-
-
-def _query_aware(selection: BlockSelection, config: Any) -> int | None:
-    """Number of heads that FlexPrefill finds query-aware; None where a selector or a short prompt has no such test."""
-    tau = getattr(config, "tau", None)
-    if tau is None or selection.q_len <= config.dense_tokens:
-        return None
-    return int((selection.js_distance < tau).sum())
+    return spread("density", selection.density(), "min max") | spread("recall", found.recall, "min")

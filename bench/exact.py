@@ -29,31 +29,17 @@ class Exact:
     mass: Tensor
 
     def recall(self, selection: BlockSelection) -> Tensor:
-        """Share of the exact probability in kept blocks, fp64 `[B, Hq]`, the mean over all rows.
+        """What `BlockSelection.recall` computes, fp64 `[B, Hq]`, without computing the scores again.
 
-        What `BlockSelection.recall` computes, without computing the scores again.
-
-        Raises:
-            ValueError: for a selection of other lengths, batch or heads, or of blocks that are no multiple of
-                `MASS_BLOCK`.
+        Its blocks must be a multiple of `MASS_BLOCK`.
         """
-        batch, heads, length, _ = self.out.shape
-        expected = (batch, heads, length, length)
-        got = (*selection.kv_num_blocks.shape[:2], selection.q_len, selection.kv_len)
-        if got != expected:
-            raise ValueError(f"the selection must be for (batch, heads, q_len, kv_len) = {expected}, got {got}")
-        factor, rest = divmod(selection.block_size, MASS_BLOCK)
-        if rest:
-            raise ValueError(f"block_size must be a multiple of {MASS_BLOCK}, got {selection.block_size}")
+        factor, blocks = selection.block_size // MASS_BLOCK, self.mass.shape[-1]
         keep = selection.to_dense().repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-        blocks = self.mass.shape[-1]
         kept = self.mass.double().masked_fill_(~keep[..., :blocks, :blocks], 0)
-        return kept.sum((-2, -1)) / length
+        return kept.sum((-2, -1)) / self.out.shape[2]
 
     def head_errors(self, out: Tensor) -> Tensor:
         """Relative L2 distance of an output `[B, Hq, n, D]` from `out`, over each head's rows, fp64 `[B, Hq]`."""
-        if out.shape != self.out.shape:
-            raise ValueError(f"out must have the shape {tuple(self.out.shape)}, got {tuple(out.shape)}")
         exact = self.out.double()
         return (out.double() - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)
 

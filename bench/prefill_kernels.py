@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from flexprefill_fa.region import compile_limits
 
 
 def implementation(kernel: str) -> str:
-    """The name under which a model takes a dense kernel as its attention; whole prompts without padding only."""
+    """The name under which a model takes a dense kernel as its attention."""
     return f"bench_{DENSE_KERNELS.index(kernel)}"  # names that hold "sdpa" or "flash" are taken for transformers' own
 
 
@@ -44,46 +44,29 @@ for _kernel in DENSE_KERNELS:
     AttentionMaskInterface.register(implementation(_kernel), _no_mask)
 
 
-class DensePrefill:
-    """A model, for whole prompts without padding, that can take dense kernels as its attention.
+@contextmanager
+def dense_prefill(model: PreTrainedModel, kernel: str, compiled: bool) -> Iterator[None]:
+    """Let every layer of a model attend by a kernel of `DENSE_KERNELS` inside a context; whole prompts without padding.
 
-    What was compiled for one is kept for its next time.
+    The forward pass is compiled as `compile_prefill` does it for the sparse model, or not at all.
     """
+    before, plain = model.config._attn_implementation, model.forward
+    graph = torch.compile(plain, fullgraph=True, dynamic=True)
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._graphs: dict[str, Callable[..., Any]] = {}
+    @functools.wraps(plain)  # `generate` looks at its signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kwargs["attention_mask"] = None  # all ones
+        with compile_limits():
+            return graph(*args, **kwargs)
 
-    @contextmanager
-    def installed(self, kernel: str, compiled: bool) -> Iterator[None]:
-        """Let every layer attend by a kernel of `DENSE_KERNELS` inside a context, the forward pass compiled or not."""
-        before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(implementation(kernel))
-        try:
-            with self._compiled(kernel) if compiled else nullcontext():
-                yield
-        finally:
-            self._model.set_attn_implementation(before or "sdpa")
-
-    @contextmanager
-    def _compiled(self, kernel: str) -> Iterator[None]:
-        """As `compile_prefill` does it for the sparse model."""
-        plain = self._model.forward
-        if kernel not in self._graphs:
-            self._graphs[kernel] = torch.compile(plain, fullgraph=True, dynamic=True)
-        graph = self._graphs[kernel]
-
-        @functools.wraps(plain)  # `generate` looks at its signature
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            kwargs["attention_mask"] = None  # all ones
-            with compile_limits():
-                return graph(*args, **kwargs)
-
-        self._model.forward = forward
-        try:
-            yield
-        finally:
-            del self._model.forward
+    model.set_attn_implementation(implementation(kernel))
+    if compiled:
+        model.forward = forward
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        model.set_attn_implementation(before)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.planning import DENSE_KERNELS
-from bench.prefill_kernels import DensePrefill, implementation, timed_attention
+from bench.prefill_kernels import dense_prefill, implementation, timed_attention
 from bench.shapes import FIRST_TOKEN, model_config
 from bench.spec import backends_of, parse_lengths, parse_list, parse_place, parse_selectors, parse_share
 from bench.stand_in import StandIn
@@ -187,7 +187,6 @@ class _ModelBenchmark:
         self.model = model
         self.ranks = ranks
         self.cuda = ranks.device.type == "cuda"
-        self._dense = DensePrefill(model)
         self._stand_ins: dict[Attention, StandIn] = {}
         config = plan.config
         sizes = {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
@@ -281,7 +280,7 @@ class _ModelBenchmark:
     def _installed(self, attention: Attention, stand_in: StandIn | None, compiled: bool) -> Iterator[None]:
         with ExitStack() as stack:
             if attention.kernel is not None:
-                stack.enter_context(self._dense.installed(attention.kernel, compiled))
+                stack.enter_context(dense_prefill(self.model, attention.kernel, compiled))
             else:
                 stack.enter_context(enable_sparse_prefill(self.model, stand_in))
                 if compiled:

@@ -62,7 +62,6 @@ def test_small_run(out: Path) -> None:
     assert sparse["settings"] | {"gamma": 0.5, "min_budget": 128, "tau": 0.1} == sparse["settings"]
     assert 0.2 < sparse["density_min"] <= sparse["density"] <= sparse["density_max"] < 1
     assert 0.3 < sparse["recall_min"] <= sparse["recall"] < 1
-    assert sparse["recall_rows"] == 32 and sparse["query_aware_heads"] in range(5)
     assert sparse["check_sparse_share"] == pytest.approx(1, abs=0.01)
     assert sparse["speedup_sdpa"] == pytest.approx(sdpa / sparse["total_ms"], abs=1e-3)
     assert sparse["speedup_best_dense"] == pytest.approx(best / sparse["total_ms"], abs=1e-3)

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.prefill_kernels import DensePrefill
+from bench.prefill_kernels import dense_prefill
 from bench.shapes import model_config
 from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa.tools.rows import read
@@ -49,7 +49,7 @@ def test_a_dense_kernel_gives_the_logits_of_sdpa(kernel: str, compiled: bool, la
 
     expected = logits()
     assert layers_run == [300]
-    with DensePrefill(model).installed(kernel, compiled):
+    with dense_prefill(model, kernel, compiled):
         torch.testing.assert_close(logits(), expected, atol=1e-3, rtol=1e-4)
     assert len(layers_run) == (1 if compiled else 2)
     assert model.config._attn_implementation == "sdpa" and "forward" not in vars(model)
