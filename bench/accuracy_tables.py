@@ -7,12 +7,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from bench.tables import Column, Table, bold, distinct, method, model_of, pivot, values, versions
+from bench.tables import Column, Table, bold, distinct, has_usual_knob, method, model_of, pivot, values, versions
 from flexprefill_fa.choice import DENSE
 from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.tools.evaluation import ACCURACY_KIND
-from flexprefill_fa.tools.fidelity.knobs import knob_fields
-from flexprefill_fa.tools.reporting import changed_settings
 from flexprefill_fa.tools.rows import Row
 
 MARGIN = 0.02
@@ -203,39 +201,22 @@ REAL_TASKS = dataclasses.replace(TASKS, group_by=tuple(name for name in TASKS.gr
 
 
 class RealAnswers:
-    """Mean accuracy of real models over tasks, by model, selector and length."""
+    """Mean accuracy of one real model over tasks; `asked` are the tasks at each length in tokens."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self._rows = [row for group in REAL_TASKS.groups(rows) for row in group]
+    def __init__(self, rows: Iterable[Row], model_sha256: str) -> None:
+        found = (row for group in REAL_TASKS.groups(rows) for row in group)
+        self._rows = [row for row in found if row["model_sha256"] == model_sha256 and not row["dense_layers"]]
+        self.asked: dict[int, set[str]] = {length: set() for length in values(self._rows, "length") if length}
+        for row in self._rows:
+            if row["selector"] == DENSE and row["length"]:
+                self.asked[row["length"]].add(row["task"])
 
-    def lengths(self, model_sha256: str) -> list[int]:
-        """Lengths in tokens at which a model was asked."""
-        return [length for length in values(self._of(model_sha256), "length") if length is not None]
-
-    def text(self, model_sha256: str, selector: str = DENSE, correction: MeanCorrection = False) -> str:
-        """Mean accuracy at each length, of the selector's usual knob; a dash where not all its tasks were asked.
-
-        Empty where none was.
-        """
-        rows = [row for row in self._of(model_sha256) if not row["dense_layers"]]
-        mine = [row for row in rows if (row["selector"], row["mean_correction"]) == (selector, correction)]
-        if not mine:
-            return ""
-        knobs = set() if selector == DENSE else set(knob_fields(selector))
-        usual = [row for row in mine if not knobs & changed_settings(selector, row["settings"]).keys()]
+    def text(self, selector: str = DENSE, correction: MeanCorrection = False) -> str:
+        """Mean accuracy at each length, of the selector's usual knob; a dash where not all its tasks were asked."""
+        who = {"selector": selector, "mean_correction": correction}
+        usual = [row for row in self._rows if row | who == row and has_usual_knob(row)]
         means = []
-        for length in self.lengths(model_sha256):
+        for length, asked in self.asked.items():
             found = {row["task"]: row["accuracy"] for row in usual if row["length"] == length}
-            whole = found and self._asked(model_sha256, length) <= set(found)
-            means.append(f"{statistics.fmean(found.values()):.2f}" if whole else "-")
-        return "-" if set(means) == {"-"} else " / ".join(means)
-
-    def tasks(self, model_sha256: str) -> str:
-        """How many tasks were asked at each length."""
-        return " / ".join(str(len(self._asked(model_sha256, length))) for length in self.lengths(model_sha256))
-
-    def _of(self, model_sha256: str) -> list[Row]:
-        return [row for row in self._rows if row["model_sha256"] == model_sha256]
-
-    def _asked(self, model_sha256: str, length: int) -> set[str]:
-        return {row["task"] for row in self._of(model_sha256) if (row["selector"], row["length"]) == (DENSE, length)}
+            means.append(f"{statistics.fmean(found.values()):.2f}" if found and asked <= set(found) else "-")
+        return "-" if set(means) <= {"-"} else " / ".join(means)

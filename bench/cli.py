@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from typer.core import TyperGroup
 
 from bench.attention import LengthBenchmark
 from bench.fit import fit_rates
@@ -38,7 +39,18 @@ from flexprefill_fa import selector_names
 from flexprefill_fa.tools.loading import UsageError, first_line, require_transformers
 from flexprefill_fa.tools.rows import Row, read
 
+
+class OneLineErrors(TyperGroup):
+    """Commands whose mistakes are told in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=OneLineErrors,
     help="Benchmarks. Their rows go to bench/results/, and the tables of the README and docs/ are rendered from those.",
     no_args_is_help=True,
     add_completion=False,
@@ -62,9 +74,8 @@ def attention(
 
     Exits with 1 if an output was wrong and with 2 if something could not run.
     """
-    with one_line_errors():
-        plan = make_plan(density=density, batch=batch, mean_correction=mean_correction, **given)
-        run = Recorder(given["out"], given["as_json"])
+    plan = make_plan(density=density, batch=batch, mean_correction=mean_correction, **given)
+    run = Recorder(given["out"], given["as_json"])
 
     def measured(length: int) -> Iterator[Row]:
         return LengthBenchmark(plan, length, run.note).rows()
@@ -91,28 +102,27 @@ def quality(
 
     Exits with 1 if a setting failed and with 2 if something could not run.
     """
+    model, configs = needle_config(), parse_selectors("selectors", sweep() if selectors is None else selectors)
+    last = model["num_hidden_layers"] - 1
+    where, precision = parse_place(given["device"], given["dtype"])
+    check_backends([BACKEND[where.type]], precision, model["head_dim"], configs, where)
+    plan = QualityPlan(
+        configs=configs,
+        corrections=(False, True) if mean_correction is None else (mean_correction,),
+        layers=list(range(last + 1)) if layers is None else parse_whole("layers", layers, 0, last),
+        dtype=precision,
+        device=where,
+        seed=given["seed"],
+    )
+    wanted = parse_lengths(given["lengths"])
+    run = Recorder(given["out"], given["as_json"])
     failures: list[str] = []
 
     def failed(line: str) -> None:
         failures.append(line)
         run.note(line)
 
-    with one_line_errors():
-        model, configs = needle_config(), parse_selectors("selectors", sweep() if selectors is None else selectors)
-        last = model["num_hidden_layers"] - 1
-        where, precision = parse_place(given["device"], given["dtype"])
-        check_backends([BACKEND[where.type]], precision, model["head_dim"], configs, where)
-        plan = QualityPlan(
-            configs=configs,
-            corrections=(False, True) if mean_correction is None else (mean_correction,),
-            layers=list(range(last + 1)) if layers is None else parse_whole("layers", layers, 0, last),
-            dtype=precision,
-            device=where,
-            seed=given["seed"],
-        )
-        wanted = parse_lengths(given["lengths"])
-        run = Recorder(given["out"], given["as_json"])
-        run.each(wanted, plan.steps(), partial(quality_rows, plan, failed))
+    run.each(wanted, plan.steps(), partial(quality_rows, plan, failed))
     run.finish(SETTINGS.markdown(run.rows), wrong=bool(failures))
 
 
@@ -143,16 +153,15 @@ def ttft(
     run sparse did not, and with 2 if something could not run.
     """
     options = {name: value for name, value in locals().items() if name != "given"} | given
-    with one_line_errors():
-        require_transformers()
-        # They need transformers at import, which the other commands do without.
-        from bench.ttft import make_plan, ttft_rows
-        from bench.ttft_ranks import Ranks
+    require_transformers()
+    # They need transformers at import, which the other commands do without.
+    from bench.ttft import make_plan, ttft_rows
+    from bench.ttft_ranks import Ranks
 
-        plan = make_plan(**options)
-        with Ranks.start(plan.device) as ranks:
-            run = Recorder(given["out"], given["as_json"], quiet=int(os.environ.get("RANK", "0")) > 0)
-            run.take(config, len(list(plan.passes())), partial(ttft_rows, plan, ranks, run.note))
+    plan = make_plan(**options)
+    with Ranks.start(plan.device) as ranks:
+        run = Recorder(given["out"], given["as_json"], quiet=int(os.environ.get("RANK", "0")) > 0)
+        run.take(config, len(list(plan.passes())), partial(ttft_rows, plan, ranks, run.note))
     run.incomplete |= any("error" in row for row in run.rows)
     run.finish(ttft_tables(run.rows, []), wrong=not all(row.get("ran_sparse", True) for row in run.rows))
 
@@ -178,21 +187,18 @@ def serve(
 
     Exits with 2 if something could not run.
     """
-    with one_line_errors():
-        try:
-            chosen = json.loads(settings)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"settings must be a JSON object, got {settings!r}: {first_line(error)}") from error
-        if not isinstance(chosen, dict):
-            raise UsageError(f"settings must be a JSON object, got {settings!r}")
-        lengths, share = parse_lengths(given["lengths"]), parse_share("density", f"{density:g}")
-        plan = LoadPlan(lengths, chosen, share, repeats, batched_tokens, layers, only=only, name=engine)
-        title = ENGINES[engine].title
-        if not torch.cuda.is_available():
-            raise UsageError(f"{title} is measured on a CUDA GPU, and there is none")
-        if only != "gather" and importlib.util.find_spec(engine) is None:
-            raise UsageError(f"{title} is not installed: pip install 'flexprefill-fa[{engine}]'")
-        run = Recorder(out or RESULTS / f"{engine}.jsonl", given["as_json"])
+    try:
+        chosen = dict(json.loads(settings))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"settings must be a JSON object, got {settings!r}: {first_line(error)}") from error
+    lengths, share = parse_lengths(given["lengths"]), parse_share("density", f"{density:g}")
+    plan = LoadPlan(lengths, chosen, share, repeats, batched_tokens, layers, only=only, name=engine)
+    title = ENGINES[engine].title
+    if not torch.cuda.is_available():
+        raise UsageError(f"{title} is measured on a CUDA GPU, and there is none")
+    if only != "gather" and importlib.util.find_spec(engine) is None:
+        raise UsageError(f"{title} is not installed: pip install 'flexprefill-fa[{engine}]'")
+    run = Recorder(out or RESULTS / f"{engine}.jsonl", given["as_json"])
     run.take(title, None, partial(load_rows, plan, run.note))
     run.finish(serve_tables(run.rows))
 
@@ -214,10 +220,9 @@ def peers(
     Peers of the same method get the same settings. Without --peer only this package and dense attention are measured.
     Exits with 1 if an output of this package was wrong and with 2 if a peer's was, or something could not run.
     """
-    with one_line_errors():
-        found = parse_peers(peer or [])
-        plan = make_plan(density=density, **given)
-        run = Recorder(given["out"], given["as_json"])
+    found = parse_peers(peer or [])
+    plan = make_plan(density=density, **given)
+    run = Recorder(given["out"], given["as_json"])
     for name in sorted({config.name for config in plan.configs} - {one.selector for one, _ in found}):
         run.note(f"{name} is measured without a peer")
     for one in (one for one, _ in found if one.adapter is None and not plan.densities):
@@ -248,15 +253,14 @@ def tune(
     **given: Any,
 ) -> None:
     """Try tiles of FlexAttention's Triton kernel on this GPU, for the table in flexprefill_fa/backends.py."""
-    with one_line_errors():
-        where, precision = parse_place("auto", dtype)
-        if precision == torch.float32:
-            raise UsageError(f"dtype must be bfloat16 or float16, got {dtype!r}")
-        dims = parse_whole("head-dims", head_dims, 16, 256)
-        if where.type != "cuda":
-            raise UsageError("tiles are tuned on a CUDA GPU, and there is none")
-        run = Recorder(given["out"], given["as_json"])
-        run.take(f"{length} tokens", None, partial(tuning_rows, dims, length, precision, given["repeats"]))
+    where, precision = parse_place("auto", dtype)
+    if precision == torch.float32:
+        raise UsageError(f"dtype must be bfloat16 or float16, got {dtype!r}")
+    dims = parse_whole("head-dims", head_dims, 16, 256)
+    if where.type != "cuda":
+        raise UsageError("tiles are tuned on a CUDA GPU, and there is none")
+    run = Recorder(given["out"], given["as_json"])
+    run.take(f"{length} tokens", None, partial(tuning_rows, dims, length, precision, given["repeats"]))
     for (capability, head_dim), tile in best_tiles(run.rows).items():
         run.note(f"compute capability {capability}, head_dim {head_dim}: {tile}")
     run.finish("")
@@ -271,11 +275,9 @@ def host(
     **given: Any,
 ) -> None:
     """Time what a call costs the CPU before the GPU has its work, for SDPA, dense attention and every selector."""
-    with one_line_errors():
-        where, precision = parse_place(given["device"], given["dtype"])
-        wanted = parse_lengths(given["lengths"])
-        run = Recorder(out if where.type == "cuda" else None, as_json=True)
-        run.each(wanted, None, partial(host_rows, where, precision, repeats))
+    where, precision = parse_place(given["device"], given["dtype"])
+    run = Recorder(out if where.type == "cuda" else None, as_json=True)
+    run.each(parse_lengths(given["lengths"]), None, partial(host_rows, where, precision, repeats))
     run.finish("")
 
 
@@ -289,11 +291,10 @@ def fit(
     / "attention.jsonl",
 ) -> None:
     """Fit the constants of flexprefill_fa/cost_model.py to measured rows, and print them."""
-    with one_line_errors():
-        same = {"head_dim": head_dim, "workload": "sharpened"}
-        chosen = [row for row in read(rows) if gpu in row["gpu"] and row | same == row]
-        for backend in ("FLASH", "TRITON"):
-            typer.echo(f"{selector}, {backend}, head_dim {head_dim}: {fit_rates(chosen, selector, backend, longest)}")
+    same = {"head_dim": head_dim, "workload": "sharpened"}
+    chosen = [row for row in read(rows) if gpu in row["gpu"] and row | same == row]
+    for backend in ("FLASH", "TRITON"):
+        typer.echo(f"{selector}, {backend}, head_dim {head_dim}: {fit_rates(chosen, selector, backend, longest)}")
 
 
 @app.command()
@@ -303,8 +304,7 @@ def render(
     ] = False,
 ) -> None:
     """Write the documents' tables and the plots from the rows in bench/results/."""
-    with one_line_errors():
-        after = {document: render_document(document, names, RESULTS) for document, names in DOCUMENTS.items()}
+    after = {document: render_document(document, names, RESULTS) for document, names in DOCUMENTS.items()}
     if check:
         stale = [document.name for document, text in after.items() if document.read_text(encoding="utf-8") != text]
         if stale:

@@ -19,6 +19,7 @@ from bench.tables import (
     distinct,
     ends,
     group_rows,
+    has_usual_knob,
     key,
     markdown_table,
     method,
@@ -28,8 +29,6 @@ from bench.tables import (
     pivot,
     settings_of,
 )
-from flexprefill_fa.masks import get_selector
-from flexprefill_fa.tools.fidelity.knobs import knob_fields
 from flexprefill_fa.tools.fidelity.plot import curves, without_correction
 from flexprefill_fa.tools.reporting import settings_text
 from flexprefill_fa.tools.rows import Row
@@ -132,12 +131,8 @@ Costs = dict[tuple[str, int], Row]
 
 def selection_costs(rows: Iterable[Row]) -> Costs:
     """The latest row of each selector and length that timed a selection of the benchmark's own shape on a GPU."""
-    found = {}
-    for row in (row for group in ATTENTION.groups(rows) for row in group):
-        own = all(row.get(name) == value for name, value in _COSTS.items()) and row["length"] in _COST_LENGTHS
-        if own and row["selector"] is not None and row.get("select_ms") is not None:
-            found[row["selector"], row["length"]] = row
-    return found
+    own = (row for group in ATTENTION.groups(rows) for row in group if row | _COSTS == row and "select_ms" in row)
+    return {(row["selector"], row["length"]): row for row in own if row["length"] in _COST_LENGTHS}
 
 
 def leaderboards(rows: Iterable[Row], attention: Iterable[Row], answers: Iterable[Row]) -> str:
@@ -146,11 +141,11 @@ def leaderboards(rows: Iterable[Row], attention: Iterable[Row], answers: Iterabl
     Args:
         rows: of `flexprefill fidelity`. attention: of `python -m bench attention`. answers: of `flexprefill eval`.
     """
-    costs, asked = selection_costs(attention), RealAnswers(answers)
+    costs, answers = selection_costs(attention), list(answers)
     table = dataclasses.replace(
         _GROUPS,
-        columns=partial(_columns, costs=costs, answers=asked),
-        caption=partial(_caption, answers=asked),
+        columns=partial(_columns, costs=costs, answers=answers),
+        caption=partial(_caption, answers=answers),
         lines=lambda group: dict.fromkeys(name for part in _by_length(group) for name in curves(part)),
     )
     tables = [table.one(group) for group in sweeps(rows)]
@@ -159,7 +154,7 @@ def leaderboards(rows: Iterable[Row], attention: Iterable[Row], answers: Iterabl
     return paragraphs([f"{timed}{conditions(list(costs.values()))}." if tables and costs else "", *tables])
 
 
-def _columns(group: list[Row], costs: Costs, answers: RealAnswers) -> list[Column]:
+def _columns(group: list[Row], costs: Costs, answers: list[Row]) -> list[Column]:
     """Of lines that are names of curves."""
     columns: list[Column] = [("selector", str)]
     for part in _by_length(group):
@@ -173,10 +168,10 @@ def _columns(group: list[Row], costs: Costs, answers: RealAnswers) -> list[Colum
         columns.append(
             (f"select {length // 1024}K, ms", lambda name, timed=timed: _cell(timed, without_correction(name)[0]))
         )
-    sha = group[0]["model_sha256"]
-    if lengths := answers.lengths(sha):
-        title = f"answers at {' / '.join(f'{length // 1024}K' for length in lengths)}"
-        columns.append((title, lambda name: answers.text(sha, *without_correction(name)) or "-"))
+    found = RealAnswers(answers, group[0]["model_sha256"])
+    if found.asked:
+        title = f"answers at {' / '.join(f'{length // 1024}K' for length in found.asked)}"
+        columns.append((title, lambda name: found.text(*without_correction(name))))
     return columns
 
 
@@ -184,20 +179,18 @@ def _cell(cells: dict[str, str], name: str) -> str:
     return cells.get(name, "-")
 
 
-def _caption(group: list[Row], answers: RealAnswers) -> str:
+def _caption(group: list[Row], answers: list[Row]) -> str:
     told = _subject(
         group,
         f"density needed for a KL to dense attention of {', '.join(f'{target:g}' for target in TARGETS)} nats, "
         f"mean over the positions after the first {group[0]['skip']}, read between the settings of a sweep; - "
         "where the sweep does not span it. Bold: the least.",
     )
-    sha = group[0]["model_sha256"]
-    if not answers.lengths(sha):
+    found = RealAnswers(answers, group[0]["model_sha256"])
+    if not found.asked:
         return told
-    return (
-        f"{told} Answers: mean accuracy on {answers.tasks(sha)} RULER tasks, below, of the selector's usual "
-        f"knob; dense {answers.text(sha) or '-'}."
-    )
+    tasks = " / ".join(str(len(asked)) for asked in found.asked.values())
+    return f"{told} Answers: mean accuracy on {tasks} RULER tasks, below, of the selector's usual knob; dense {found.text()}."
 
 
 # The same in one line a selector: how many sweeps reach a KL, at how many times the fewest blocks.
@@ -246,11 +239,7 @@ def _share(reached: Sequence[dict[str, float]], name: str) -> str:
 
 
 def _as_it_comes(rows: Sequence[Row], name: str) -> Row | None:
-    usual = dataclasses.asdict(get_selector(name)())
-    for row in rows:
-        if row["selector"] == name and all(row["settings"][field] == usual[field] for field in knob_fields(name)):
-            return row
-    return None
+    return next((row for row in rows if row["selector"] == name and has_usual_knob(row)), None)
 
 
 def _usual(rows: Sequence[Row], name: str) -> str:

@@ -99,8 +99,7 @@ def make_plan(**options: Any) -> Plan:
     Raises:
         UsageError: for a device, dtype, workload, shape, backend or density that cannot be had, or too little memory.
     """
-    usual = {"density": None, "batch": 1, "dense": True, "mean_correction": False}
-    given = SimpleNamespace(**{**usual, **options})
+    given = SimpleNamespace(**{"density": None, "batch": 1, "dense": True, "mean_correction": False, **options})
     density = given.density
     configs = [] if density else parse_selectors("selectors", given.selectors)
     densities = [parse_share("density", item) for item in parse_list("density", density)] if density else []
@@ -118,8 +117,10 @@ def make_plan(**options: Any) -> Plan:
                 f"are always kept), got {share:g}"
             )
     for length in lengths:
-        if problem := shortage(needed_bytes(length, given.batch, *shape, dtype, device), free_bytes(device)):
-            raise UsageError(f"{length} tokens: {problem}")
+        needed, free = needed_bytes(length, given.batch, *shape, dtype, device), free_bytes(device)
+        if needed > free:
+            sizes = f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+            raise UsageError(f"{length} tokens: it needs about {sizes}")
     same = ("batch", "workload", "layer", "seed", "repeats", "seconds", "dense", "mean_correction")
     plain = {name: getattr(given, name) for name in same}
     return Plan(lengths, configs, densities, backends, *shape, dtype=dtype, device=device, **plain)
@@ -166,14 +167,5 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no line MemAvailable")
-
-
-def shortage(needed: int, free: int) -> str | None:
-    """One line with both numbers where memory is short, else None."""
-    if needed <= free:
-        return None
-    return f"it needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

@@ -50,7 +50,8 @@ def dense_prefill(model: PreTrainedModel, kernel: str, compiled: bool) -> Iterat
 
     The forward pass is compiled as `compile_prefill` does it for the sparse model, or not at all.
     """
-    before, plain = model.config._attn_implementation, model.forward
+    before: Any = model.config._attn_implementation
+    plain = model.forward
     graph = torch.compile(plain, fullgraph=True, dynamic=True)
 
     @functools.wraps(plain)  # `generate` looks at its signature

@@ -26,10 +26,11 @@ from bench.serve_tables import ENGINES
 from bench.serve_vllm import sparse_layers
 from bench.shapes import SHAPES
 from bench.synthetic import chunk_selection
+from bench.timing import Timer, described
 from flexprefill_fa import BlockSelection, block_sparse_attention, select_blocks
 from flexprefill_fa.integrations.engine_paged import GatherBuffer, gather
 from flexprefill_fa.integrations.engine_settings import SECTION, Settings, make_settings
-from flexprefill_fa.tools.rows import Row, environment, package_version
+from flexprefill_fa.tools.rows import Row, package_version
 
 MODEL = SHAPES["llama-3.1-8b"]
 
@@ -116,20 +117,10 @@ def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
     Raises:
         EngineError: if an engine failed, or sparse attention in it.
     """
-    device = torch.device("cuda")
-    conditions: Row = {
-        "kind": plan.name,
-        "device": device.type,
-        **environment(device),
-        "model": "Llama-3.1-8B shape, random weights",
-        "layers": plan.layers,
-        "heads": MODEL["num_attention_heads"],
-        "kv_heads": MODEL["num_key_value_heads"],
-        "head_dim": MODEL["head_dim"],
-        "dtype": MODEL["torch_dtype"],
-        ENGINES[plan.name].step_tokens: plan.batched_tokens,
-        "seed": plan.seed,
-    }
+    shape = {"heads": MODEL["num_attention_heads"], "kv_heads": MODEL["num_key_value_heads"]}
+    shape |= {"layers": plan.layers, "head_dim": MODEL["head_dim"], "model": "Llama-3.1-8B shape, random weights"}
+    step = {ENGINES[plan.name].step_tokens: plan.batched_tokens}
+    conditions = described(plan.name, torch.device("cuda"), torch.bfloat16, **shape, **step, seed=plan.seed)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": plan.layers}))
         for sparse in _ENGINES_OF[plan.only]:
@@ -262,10 +253,8 @@ def gather_share(plan: LoadPlan, page: int = 16) -> Row:
 def _milliseconds(call: Callable[[], Any], repeats: int = 10) -> float:
     """Of a call on the GPU, by events around several of them."""
     call()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return round(start.elapsed_time(end) / repeats, 4)
+    timer = Timer(torch.device("cuda"))
+    with timer.once():
+        for _ in range(repeats):
+            call()
+    return round(timer.take_ms() / repeats, 4)

@@ -199,14 +199,12 @@ def _implementation(row: Row) -> str:
     return f"{OURS} {row['backend']}" + (f" (dense {row['kernel']})" if row["path"] == "dense" else "")
 
 
+_DENSE_ERROR = {"dense": "check_error", "sparse": "dense_error", "peer": "dense_error"}
+
+
 def _failed(row: Row, name: str) -> str:
     """A time, or in its place the error; a table cell holds one line without bars."""
     return f"error: {row['error']}".replace("|", "/") if "error" in row else milliseconds(row.get(name))
-
-
-def _dense_error(row: Row) -> str:
-    measured = row.get("check_error") if row["selector"] is None else row.get("dense_error")
-    return number(None if "error" in row else measured, ".2g")
 
 
 def _against(rows: list[Row], name: str, yardstick: str | None = None) -> list[Column]:
@@ -253,7 +251,10 @@ PEERS = Table(
         ("method", method),
         ("implementation", _implementation),
         column("density", "density", ".3f"),
-        ("error against dense", _dense_error),
+        (
+            "error against dense",
+            lambda row: "-" if "error" in row else number(row.get(_DENSE_ERROR[row["path"]]), ".2g"),
+        ),
         ("select ms", lambda row: milliseconds(row.get("select_ms"))),
         ("total ms", lambda row: _failed(row, "total_ms")),
         ("wall clock ms", lambda row: milliseconds(row.get("total_eager_ms"))),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexprefill_fa.tools.fidelity.knobs import knob_fields
 from flexprefill_fa.tools.reporting import changed_settings
 from flexprefill_fa.tools.rows import Row, latest
 
@@ -158,6 +159,12 @@ def method(row: Row) -> str:
     if dense := row.get("dense_layers"):
         told.append(f"layer{'s' if len(dense) > 1 else ''} {', '.join(map(str, dense))} dense")
     return ", ".join([row["selector"], *told])
+
+
+def has_usual_knob(row: Row) -> bool:
+    """Whether the setting that trades density for fidelity is the selector's usual one; of dense attention, yes."""
+    changed = changed_settings(row["selector"], row["settings"])
+    return not changed or changed.keys().isdisjoint(knob_fields(row["selector"]))
 
 
 def settings_of(settings: dict[str, Any]) -> str:

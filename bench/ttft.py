@@ -8,12 +8,13 @@ choice. Rows say which it was.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -111,10 +112,9 @@ def make_plan(**options: Any) -> TtftPlan:
     attentions += [Attention(config=found) for found in parse_selectors("own", given.own)]
     if not attentions:
         raise UsageError("there is nothing to measure: give selectors, own or dense")
-    ordered = [mode == "compiled" for mode in ("eager", "compiled") if mode in modes]
-    lengths = parse_lengths(given.lengths)
+    lengths, compiled = parse_lengths(given.lengths), sorted(mode == "compiled" for mode in modes)
     limits = (given.repeats, given.seconds)
-    plan = TtftPlan(given.config, config, lengths, attentions, ordered, chunk, *limits, device, dtype, given.seed)
+    plan = TtftPlan(given.config, config, lengths, attentions, compiled, chunk, *limits, device, dtype, given.seed)
     if not any(plan.passes()):
         raise UsageError("there is nothing to measure: selectors keep every block of prompts so short")
     shortest = min((length for _, length, attention in plan.passes() if attention.config), default=MIN_QUERY_TOKENS)
@@ -187,7 +187,7 @@ class _ModelBenchmark:
         self.model = model
         self.ranks = ranks
         self.cuda = ranks.device.type == "cuda"
-        self._stand_ins: dict[Attention, StandIn] = {}
+        self._stand_in = functools.cache(lambda one: StandIn(one.config, one.density, plan.seed, ranks.device))
         config = plan.config
         sizes = {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
         sizes |= {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
@@ -215,17 +215,22 @@ class _ModelBenchmark:
         generator = torch.Generator().manual_seed(plan.seed)
         tokens = torch.randint(FIRST_TOKEN, plan.config.vocab_size, (1, length), generator=generator)
         tokens = tokens.to(self.ranks.device)
-        timer, stand_in = Timer(self.ranks.device), self._stand_in(attention)
+        timer, stand_in = Timer(self.ranks.device), None if attention.kernel else self._stand_in(attention)
         with ExitStack() as stack:
-            stack.enter_context(self._installed(attention, stand_in, compiled))
+            if attention.kernel is not None:
+                stack.enter_context(dense_prefill(self.model, attention.kernel, compiled))
+            else:
+                stack.enter_context(enable_sparse_prefill(self.model, stand_in))
+                if compiled:
+                    stack.enter_context(compile_prefill(self.model))
             if not compiled:
                 name = NAME if attention.kernel is None else implementation(attention.kernel)
                 stack.enter_context(timed_attention(name, timer))
-            first = warm = self._pass(tokens)
-            if self.ranks.least(int(first < plan.seconds)):
+            warm = self._pass(tokens)
+            if self.ranks.least(int(warm < plan.seconds)):
                 warm = self._pass(tokens)  # the first one may have compiled, or drawn blocks
             count = self.ranks.least(max(1, min(plan.repeats, int(plan.seconds / warm))))
-            row |= {"first_s": round(first, 3), "repeats": count}
+            row["repeats"] = count
             timer.take_ms()
             if stand_in is not None:
                 stand_in.forget()
@@ -253,36 +258,11 @@ class _ModelBenchmark:
     def _pass(self, tokens: Tensor) -> float:
         """Seconds to the first token."""
         chunk = self._chunk(tokens.shape[1])
-        options = {} if chunk is None else {"prefill_chunk_size": chunk}
+        options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+        options |= {} if chunk is None else {"prefill_chunk_size": chunk}
         self.ranks.barrier()
         start = time.perf_counter()
-        self.model.generate(  # pyright: ignore[reportCallIssue]
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=1,
-            do_sample=False,
-            pad_token_id=0,
-            **options,
-        )
+        self.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)  # pyright: ignore[reportCallIssue]
         if self.cuda:
             torch.cuda.synchronize(self.ranks.device)
         return time.perf_counter() - start
-
-    def _stand_in(self, attention: Attention) -> StandIn | None:
-        if attention.config is None:
-            return None
-        if attention not in self._stand_ins:
-            made = StandIn(attention.config, attention.density, self.plan.seed, self.ranks.device)
-            self._stand_ins[attention] = made
-        return self._stand_ins[attention]
-
-    @contextmanager
-    def _installed(self, attention: Attention, stand_in: StandIn | None, compiled: bool) -> Iterator[None]:
-        with ExitStack() as stack:
-            if attention.kernel is not None:
-                stack.enter_context(dense_prefill(self.model, attention.kernel, compiled))
-            else:
-                stack.enter_context(enable_sparse_prefill(self.model, stand_in))
-                if compiled:
-                    stack.enter_context(compile_prefill(self.model))
-            yield

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among `world_size` that share a model, on its device; a context manager, or call `close()`.
+    """One process among `world_size` that share a model, on its device; a context manager, which leaves them.
 
     Without torchrun there is one, and torch.distributed is not started.
     """
@@ -63,9 +63,8 @@ class Ranks:
             raise ValueError(
                 f"device must be 'cuda' where ranks see GPUs (hide them by CUDA_VISIBLE_DEVICES=), got {str(device)!r}"
             )
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
-        )
+        over = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(**over)
         return cls(dist.get_rank(), world_size, device)
 
     def barrier(self) -> None:
@@ -83,16 +82,12 @@ class Ranks:
         dist.all_reduce(shared, dist.ReduceOp.MIN)
         return int(shared)
 
-    def close(self) -> None:
-        """Leave the group; a second call does nothing."""
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
     def __enter__(self) -> Ranks:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        if self.world_size > 1:
+            dist.destroy_process_group()
 
 
 def build_model(config: PreTrainedConfig, dtype: torch.dtype, ranks: Ranks, seed: int = 0) -> PreTrainedModel:

@@ -180,7 +180,7 @@ def row(backend: str, **fields: Any) -> dict[str, Any]:
 def test_the_gather_alone(monkeypatch) -> None:
     import bench.serve
 
-    monkeypatch.setattr(bench.serve, "environment", lambda device: {"gpu": "NVIDIA H200"})
+    monkeypatch.setattr("bench.timing.environment", lambda device: {"gpu": "NVIDIA H200"})
     monkeypatch.setattr(bench.serve, "run_job", lambda job: pytest.fail("no engine is asked for"))
     monkeypatch.setattr(bench.serve, "gather_share", lambda plan: {"q_len": 8192, "gather_ms": 0.5})
     found = list(

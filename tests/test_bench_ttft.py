@@ -106,7 +106,7 @@ def test_rows_of_a_tiny_model(tmp_path: Path) -> None:
     sparse = rows[-1]
     assert sparse["density"] == pytest.approx(round(0.5 * 78) / 78, abs=1e-5)
     assert 0 < sparse["select_ms"] < sparse["attention_ms"] < sparse["ttft_ms"]
-    assert {"ttft_ms_p20", "first_s", "repeats", "commit", "transformers"} <= sparse.keys()
+    assert {"ttft_ms_p20", "repeats", "commit", "transformers"} <= sparse.keys()
     assert "flexprefill, min_budget 128, CPU | 0.500" in ttft_tables(rows, [])
 
 

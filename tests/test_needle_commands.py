@@ -147,7 +147,7 @@ def test_mistakes_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[1, 2]", b"null", b'"words"', b"{}"])
-@pytest.mark.parametrize("name", ["corpus.json", "train.npy", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["text.npz", "tokenizer.json"])
 def test_a_broken_corpus_is_named(name: str, content: bytes, work: Path) -> None:
     (work / "corpus" / name).write_bytes(content)
     refused(command(train, "--out", str(work)), f"no corpus in {work / 'corpus'} (", "bench.needle.prepare")

@@ -6,8 +6,10 @@ numbers of statements and questions, in another order, at other places, with oth
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Generator, Tensor
 
 from flexprefill_fa.tools.needle import formats
-from flexprefill_fa.tools.needle.formats import ANSWER_DIGITS, CHAIN, VALUE_DIGITS, Form, Layout, Mix, lay_out
+from flexprefill_fa.tools.needle.formats import ANSWER_DIGITS, CHAIN, VALUE_DIGITS, Form, Mix, lay_out
 from flexprefill_fa.tools.needle.prompts import key_words
 
 TASKS = ("multikey", "multivalue", "multiquery", "vt")
@@ -26,37 +28,24 @@ _LITERAL_WEIGHT = 0.5  # words of an answer that are the same each time, beside 
 
 
 @dataclass(frozen=True)
-class _Mixed:
-    """What all batches of a mix have in common.
-
-    Attributes:
-        total: tokens of all statements and questions.
-        sizes: `[units]`, tokens of each.
-        weights: `[A]` of the tokens of all answers: 1 for names and digits, less for words that are always the same.
-        columns: for each task in the batch, its index in `TASKS` and which of the A places are its.
-        scored: `[A]`, what an answer must say: not its end.
-    """
-
-    total: int
-    sizes: Tensor
-    weights: Tensor
-    columns: list[tuple[int, Tensor]]
-    scored: Tensor
-
-
-@dataclass(frozen=True)
-class Batch(_Mixed):
+class Batch:
     """Sequences and what is to be learnt from them.
 
     Attributes:
         tokens: `[B, n]`.
         places: `[B, A]`, positions of the tokens of all answers.
         source: `[B, n]`, positions that hold source text.
+        weights: `[A]` of the tokens of answers: 1 for names and digits, less for words that are always the same.
+        scored: `[A]`, what an answer must say: not its end.
+        columns: for each task in the batch, its index in `TASKS` and which of the A places are its.
     """
 
     tokens: Tensor
     places: Tensor
     source: Tensor
+    weights: Tensor
+    scored: Tensor
+    columns: list[tuple[int, Tensor]]
 
     @property
     def targets(self) -> Tensor:
@@ -64,11 +53,20 @@ class Batch(_Mixed):
         return self.tokens.gather(1, self.places)
 
 
-@dataclass
-class _Units:
+class _Words(NamedTuple):
+    """A form's tokens and holes `[len]`; weights and scored, as in a batch, of those from `answer` on."""
+
+    answer: int
+    literals: Tensor
+    holes: Tensor
+    weights: Tensor
+    scored: Tensor
+
+
+class _Units(NamedTuple):
     """Statements or questions of one form: tokens `[B, count, len]` and times `[B, count]`, which order a sequence."""
 
-    layout: Layout
+    words: _Words
     tokens: Tensor
     times: Tensor
     task: int
@@ -81,8 +79,7 @@ class Builder:
         self._tokenizer = tokenizer
         self._text = torch.from_numpy(text.astype("int32")).to(device)
         # Moving a list to the GPU waits for all that it has to do, so what is always the same is moved once.
-        self._mixes: dict[Mix, _Mixed] = {}
-        self._forms: dict[Form, tuple[Layout, Tensor, Tensor]] = {}
+        self._words = functools.cache(self._words_of)
         self._names, self._digits = (
             torch.tensor([tokenizer.token_to_id(word) for word in words], device=device)
             for words in (key_words(tokenizer), "0123456789")
@@ -110,17 +107,17 @@ class Builder:
             ValueError: where it does not fit.
         """
         units = self._draw(rows, mix, generator)
-        if questions_last:
-            for unit in units:
-                if unit.layout.answer < len(unit.layout.literals):
-                    unit.times += 1
         device = self._text.device
-        common = self._mixed(mix, units)
-        source = length - common.total
+        counts = [unit.tokens.shape[1:] for unit in units]
+        source = length - (total := sum(count * size for count, size in counts))
         if source < 1:
-            raise ValueError(f"length must be at least {common.total + 1} tokens for this mix, got {length}")
+            raise ValueError(f"length must be at least {total + 1} tokens for this mix, got {length}")
         if source >= len(self._text):
             raise ValueError(f"the text must have more than {source} tokens, got {len(self._text)}")
+        if questions_last:
+            for unit in units:
+                if len(unit.words.weights):
+                    unit.times.add_(1)
         # The units in their order, each after its share of the source text.
         order = torch.cat([unit.times for unit in units], 1).argsort(1)
         cuts = torch.randint(source + 1, order.shape, device=device, generator=generator).sort(1)[0]
@@ -129,43 +126,33 @@ class Builder:
         cuts = torch.where(in_heaps, cuts - cuts % grain, cuts)
         if questions_last:
             cuts[:, -1] = source
-        ordered = common.sizes[order]
+        ordered = torch.cat([torch.full((count,), size, device=device) for count, size in counts])[order]
         starts = torch.empty_like(cuts).scatter_(1, order, cuts + ordered.cumsum(1) - ordered)
 
         tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
         is_source = torch.ones(rows, length, dtype=torch.bool, device=device)
-        places = []
-        first = 0
-        for unit in units:
-            count, size = unit.tokens.shape[1:]
+        places, columns = [], []
+        first = answered = 0
+        for unit, (count, size) in zip(units, counts, strict=True):
             at = starts[:, first : first + count, None] + torch.arange(size, device=device)
             first += count
             tokens.scatter_(1, at.flatten(1), unit.tokens.flatten(1))
             is_source.scatter_(1, at.flatten(1), False)
-            places.append(at[..., unit.layout.answer :].flatten(1))
+            places.append(at[..., unit.words.answer :].flatten(1))
+            if due := count * len(unit.words.weights):
+                columns.append((unit.task, torch.arange(answered, answered + due, device=device)))
+                answered += due
         begin = torch.randint(len(self._text) - source, (rows, 1), device=device, generator=generator)
         text = self._text[begin + torch.arange(source, device=device)]
         # Source text runs on behind each unit where it stopped before it.
         reading = (is_source.cumsum(1) - 1).clamp(min=0)
         tokens = torch.where(is_source, text.long().gather(1, reading), tokens)
-        return Batch(**vars(common), tokens=tokens, places=torch.cat(places, 1), source=is_source)
-
-    def _mixed(self, mix: Mix, units: list[_Units]) -> _Mixed:
-        if mix in self._mixes:
-            return self._mixes[mix]
-        weights, tasks, scored, sizes = [], [], [], []
-        for unit in units:
-            layout, count = unit.layout, unit.tokens.shape[1]
-            due = range(layout.answer, len(layout.literals))
-            sizes += [len(layout.literals)] * count
-            weights += [1.0 if layout.holes[place] >= 0 else _LITERAL_WEIGHT for place in due] * count
-            scored += [place < layout.end for place in due] * count
-            tasks += [unit.task] * len(due) * count
-        moved = partial(torch.tensor, device=self._text.device)
-        columns = {task: moved([place for place, at in enumerate(tasks) if at == task]) for task in sorted(set(tasks))}
-        found = _Mixed(sum(sizes), moved(sizes), moved(weights), list(columns.items()), moved(scored))
-        self._mixes[mix] = found
-        return found
+        weights, scored = (
+            torch.cat([getattr(unit.words, name).repeat(unit.tokens.shape[1]) for unit in units])
+            for name in ("weights", "scored")
+        )
+        columns.sort(key=lambda column: column[0])
+        return Batch(tokens, torch.cat(places, 1), is_source, weights, scored, columns)
 
     def _draw(self, rows: int, mix: Mix, generator: Generator) -> list[_Units]:
         device = self._text.device
@@ -221,13 +208,16 @@ class Builder:
 
     def _fill(self, form: Form, names: Tensor, digits: Tensor, times: Tensor, task: str = TASKS[0]) -> _Units:
         """A form with names `[B, count, K]` and digits `[B, count, D]` in its holes."""
-        if form not in self._forms:
-            layout = lay_out(form, self._tokenizer)
-            holes = torch.tensor(layout.holes, device=self._text.device)
-            self._forms[form] = (layout, torch.tensor(layout.literals, device=self._text.device), holes)
-        layout, literals, holes = self._forms[form]
-        filled = torch.cat((names, digits), -1)[..., holes.clamp(min=0)]
-        return _Units(layout, torch.where(holes >= 0, filled, literals), times, TASKS.index(task))
+        words = self._words(form)
+        filled = torch.cat((names, digits), -1)[..., words.holes.clamp(min=0)]
+        return _Units(words, torch.where(words.holes >= 0, filled, words.literals), times, TASKS.index(task))
+
+    def _words_of(self, form: Form) -> _Words:
+        layout, moved = lay_out(form, self._tokenizer), partial(torch.tensor, device=self._text.device)
+        due = range(layout.answer, len(layout.literals))
+        weights = [1.0 if layout.holes[place] >= 0 else _LITERAL_WEIGHT for place in due]
+        scored = moved([place < layout.end for place in due], dtype=torch.bool)
+        return _Words(layout.answer, moved(layout.literals), moved(layout.holes), moved(weights), scored)
 
 
 def _later(after: Tensor, share: Tensor) -> Tensor:

@@ -30,24 +30,24 @@ from flexprefill_fa.tools.needle.source import ascii_text, held_out_files, is_he
 WORK = ROOT / "build" / "needle"
 """Where corpus and model are made; git ignores it."""
 
-_FACTS = "corpus.json"
+_TEXT = "text.npz"
 _SPECIAL = ("<pad>", "<bos>")
 _COMMON_WORDS = 3000  # names are drawn from the most common words of the text
 _TIMES = 2_000  # each form among the texts: enough for its words to become single tokens
 
 
 class Corpus(NamedTuple):
-    """Text as tokens, in a folder.
-
-    `train` and `held_out` are uint16 `[tokens]`, of different files; `facts` are the Python version, and for each part
-    its files and tokens.
-    """
+    """Text as tokens, in a folder: `train` and `held_out` are uint16 `[tokens]`, of different files."""
 
     folder: Path
     tokenizer: Tokenizer
     train: np.ndarray
     held_out: np.ndarray
-    facts: dict[str, Any]
+
+
+def training_files() -> list[Path]:
+    """The files that are not held out."""
+    return [file for file in source_files() if not is_held_out(file)]
 
 
 def build_corpus(folder: Path, files: int | None = None) -> Corpus:
@@ -57,20 +57,11 @@ def build_corpus(folder: Path, files: int | None = None) -> Corpus:
         UsageError: where this Python has too little source text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {
-        "train": [file for file in source_files() if not is_held_out(file)][:files],
-        "held_out": list(held_out_files())[:files],
-    }
-    texts = {name: [ascii_text(file) for file in chosen] for name, chosen in parts.items()}
-    tokenizer = train_tokenizer(texts["train"])
+    train, held_out = ([ascii_text(file) for file in part[:files]] for part in (training_files(), held_out_files()))
+    tokenizer = train_tokenizer(train)
     save_tokenizer(tokenizer, folder)
-    tokens = {name: encode(tokenizer, found) for name, found in texts.items()}
-    for name, found in tokens.items():
-        np.save(folder / f"{name}.npy", found)
-    files_of, tokens_of = ({name: len(found) for name, found in each.items()} for each in (parts, tokens))
-    facts = {"python": platform.python_version(), "files": files_of, "tokens": tokens_of}
     # Last, so that a corpus without it is one that was not finished.
-    (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    np.savez(folder / _TEXT, train=encode(tokenizer, train), held_out=encode(tokenizer, held_out))
     return load_corpus(folder)
 
 
@@ -135,15 +126,12 @@ def load_corpus(folder: Path) -> Corpus:
         UsageError: where there is none, or a broken one.
     """
     try:
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        parts = {name: np.load(folder / f"{name}.npy") for name in ("train", "held_out")}
-        if any(len(tokens) != facts["tokens"][name] for name, tokens in parts.items()):
-            raise ValueError("its parts are of different runs")
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        with np.load(folder / _TEXT) as text:
+            return Corpus(folder, tokenizer, text["train"], text["held_out"])
     except Exception as error:  # tokenizers raises no narrower one
         again = "run 'python -m bench.needle.prepare' first"
         raise UsageError(f"no corpus in {folder} ({first_line(error)}): {again}") from error
-    return Corpus(folder, tokenizer, **parts, facts=facts)
 
 
 def prepare(
@@ -155,10 +143,9 @@ def prepare(
     """
     with one_line_errors():
         corpus = build_corpus(out / "corpus")
-    tokens, files = corpus.facts["tokens"], corpus.facts["files"]
     typer.echo(
-        f"{tokens['train']:,} tokens of {files['train']} files to train on, {tokens['held_out']:,} of "
-        f"{files['held_out']} held out, Python {corpus.facts['python']}: {corpus.folder}"
+        f"{len(corpus.train):,} tokens of {len(training_files())} files to train on, {len(corpus.held_out):,} of "
+        f"{len(held_out_files())} held out, Python {platform.python_version()}: {corpus.folder}"
     )
 
 
