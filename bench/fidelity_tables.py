@@ -190,7 +190,8 @@ def _caption(group: list[Row], answers: list[Row]) -> str:
     if not found.asked:
         return told
     tasks = " / ".join(str(len(asked)) for asked in found.asked.values())
-    return f"{told} Answers: mean accuracy on {tasks} RULER tasks, below, of the selector's usual knob; dense {found.text()}."
+    usual = f"of the selector's usual knob; dense {found.text()}"
+    return f"{told} Answers: mean accuracy on {tasks} RULER tasks, below, {usual}."
 
 
 # The same in one line a selector: how many sweeps reach a KL, at how many times the fewest blocks.

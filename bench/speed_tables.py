@@ -199,7 +199,8 @@ def _implementation(row: Row) -> str:
     return f"{OURS} {row['backend']}" + (f" (dense {row['kernel']})" if row["path"] == "dense" else "")
 
 
-_DENSE_ERROR = {"dense": "check_error", "sparse": "dense_error", "peer": "dense_error"}
+def _dense_error(row: Row) -> float | None:
+    return None if "error" in row else row.get("dense_error" if row["selector"] else "check_error")
 
 
 def _failed(row: Row, name: str) -> str:
@@ -251,10 +252,7 @@ PEERS = Table(
         ("method", method),
         ("implementation", _implementation),
         column("density", "density", ".3f"),
-        (
-            "error against dense",
-            lambda row: "-" if "error" in row else number(row.get(_DENSE_ERROR[row["path"]]), ".2g"),
-        ),
+        ("error against dense", lambda row: number(_dense_error(row), ".2g")),
         ("select ms", lambda row: milliseconds(row.get("select_ms"))),
         ("total ms", lambda row: _failed(row, "total_ms")),
         ("wall clock ms", lambda row: milliseconds(row.get("total_eager_ms"))),
