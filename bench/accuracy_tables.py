@@ -28,11 +28,7 @@ Cells = dict[tuple[str, "int | None"], Row]
 
 
 def cells_of(rows: Iterable[Row]) -> Cells:
-    """The rows of one task, dense first.
-
-    Raises:
-        ValueError: for rows of one length that are not of the same prompts: they cannot stand beside each other.
-    """
+    """The rows of one task, dense first."""
     cells: Cells = {}
     for row in sorted(rows, key=lambda row: row["selector"] != DENSE):
         cells[method(row), row["length"]] = row

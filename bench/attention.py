@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.check import Reference, Verdict, reference, verify
+from bench.check import Reference, reference, verify
 from bench.planning import YARDSTICK, Plan
 from bench.synthetic import chunk_selection
 from bench.timing import Stopwatch, Times, described, significant
@@ -140,7 +139,7 @@ class LengthBenchmark:
             if name not in calls:
                 continue
             try:
-                found = _verdict(verify(calls[name](), expected))
+                found = verify(calls[name](), expected)
             except (torch.OutOfMemoryError, *let_through):
                 raise
             except Exception as error:  # the other rows of a long run are still worth having
@@ -175,15 +174,6 @@ class LengthBenchmark:
             "best_dense": best,
             "dense_kernels": sorted(dense),
         }
-
-
-def _verdict(verdict: Verdict) -> Row:
-    error = verdict.error if math.isfinite(verdict.error) else None
-    found: Row = {"check_error": error, "check_allowed": verdict.allowed}
-    if verdict.problem is not None:
-        return {**found, "error": verdict.problem}
-    share = verdict.sparse_share
-    return found if share is None else {**found, "check_sparse_share": round(share, 4)}
 
 
 def spread(name: str, per_head: Tensor, ends: str) -> Row:

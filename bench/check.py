@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.workloads import Inputs
 from flexprefill_fa import BlockSelection
+from flexprefill_fa.tools.rows import Row
 
 SAMPLED_ROWS = 32
 _ALLOWED_LOSS = 2.0  # times what plain PyTorch loses in the same precision
@@ -40,20 +41,6 @@ class Reference:
     plain: Tensor
     recall: Tensor
     density: float
-
-
-class Verdict(NamedTuple):
-    """What the check found.
-
-    `error` is the relative L2 distance of the output from `Reference.expected`, `allowed` the largest that passes.
-    `sparse_share` is how far the output lies on the way from dense (0) to the expected attention (1), None where nearly
-    everything is kept. `problem` is what is wrong in one line, or None.
-    """
-
-    error: float
-    allowed: float
-    sparse_share: float | None
-    problem: str | None
 
 
 def kept_rows(selection: BlockSelection, positions: Tensor) -> Tensor:
@@ -113,12 +100,14 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 
-def verify(out: Tensor, reference: Reference) -> Verdict:
-    """Judge an output `[B, Hq, n, D]` by its sampled rows.
+def verify(out: Tensor, reference: Reference) -> Row:
+    """What a row says of an output `[B, Hq, n, D]`, judged by its sampled rows; `error` where something is wrong.
 
-    It passes when every head loses at most twice what plain PyTorch loses in the same precision and, where blocks were
-    dropped, when it lies nearer to the attention over the kept blocks than to dense attention. The verdict's error is
-    that of all heads together, or of the worst head where one fails.
+    It is right when every head loses at most twice what plain PyTorch loses in the same precision and, where blocks
+    were dropped, when it lies nearer to the attention over the kept blocks than to dense attention.
+    `check_error` is the relative L2 distance from `Reference.expected`, of all heads together or of the worst head
+    where one fails, `check_allowed` the largest that is right, and `check_sparse_share` how far the output lies on the
+    way from dense (0) to the expected attention (1), where blocks were dropped.
     """
     got = out[:, :, reference.positions].double()
     heads = [(b, h) for b in range(got.shape[0]) for h in range(got.shape[1])]
@@ -127,24 +116,23 @@ def verify(out: Tensor, reference: Reference) -> Verdict:
     excess = (errors - _ALLOWED_LOSS * losses - _ROUNDING).nan_to_num(nan=float("inf"))
     worst = int(excess.argmax())
     error, loss = relative_error(got, reference.expected), relative_error(reference.plain, reference.expected)
-    problem = None
     if excess[worst] > 0:
         error, loss = errors[worst].item(), losses[worst].item()
-        problem = (
-            f"relative error {error:.3g} of the sampled rows of head {heads[worst]}, "
-            f"allowed {_ALLOWED_LOSS * loss + _ROUNDING:.3g}"
-        )
     allowed = _ALLOWED_LOSS * loss + _ROUNDING
-    if reference.density >= _SPARSE_DENSITY:
-        return Verdict(error, allowed, None, problem)
-    way = reference.expected - reference.dense
-    share = (((got - reference.dense) * way).sum() / way.square().sum()).item()
-    if problem is None and not share > 0.5:
-        problem = (
-            f"the sampled rows are those of dense attention, not of {reference.density:.3g} of its blocks "
-            f"(share of the way from dense {share:.3g}, at least 0.5 expected)"
-        )
-    return Verdict(error, allowed, share, problem)
+    found: Row = {"check_error": error if math.isfinite(error) else None, "check_allowed": allowed}
+    if excess[worst] > 0:
+        what = f"relative error {error:.3g} of the sampled rows of head {heads[worst]}"
+        return {**found, "error": f"{what}, allowed {allowed:.3g}"}
+    if reference.density < _SPARSE_DENSITY:
+        way = reference.expected - reference.dense
+        share = (((got - reference.dense) * way).sum() / way.square().sum()).item()
+        found["check_sparse_share"] = round(share, 4)
+        if not share > 0.5:
+            found["error"] = (
+                f"the sampled rows are those of dense attention, not of {reference.density:.3g} of its blocks "
+                f"(share of the way from dense {share:.3g}, at least 0.5 expected)"
+            )
+    return found
 
 
 def no_better_than_zeros(out: Tensor, reference: Reference) -> str | None:

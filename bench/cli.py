@@ -22,13 +22,13 @@ from bench.paths import RESULTS
 from bench.peer_rows import PeerBenchmark
 from bench.peers import PEERS, parse_peers
 from bench.planning import make_plan
-from bench.quality import BACKEND, QualityPlan, quality_rows, sweep
+from bench.quality import quality_rows, sweep
 from bench.quality_tables import SETTINGS
 from bench.render import DOCUMENTS, draw_plots, render_document
 from bench.serve import LoadPlan, load_rows
 from bench.serve_tables import ENGINES, serve_tables
 from bench.shapes import SHAPES
-from bench.spec import check_backends, parse_lengths, parse_place, parse_selectors, parse_share, parse_whole, takes
+from bench.spec import parse_lengths, parse_place, parse_share, parse_whole, takes
 from bench.speed_tables import ATTENTION, DENSITY, GIVEN
 from bench.speed_tables import PEERS as PEERS_TABLE
 from bench.tables import paragraphs
@@ -102,19 +102,12 @@ def quality(
 
     Exits with 1 if a setting failed and with 2 if something could not run.
     """
-    model, configs = needle_config(), parse_selectors("selectors", sweep() if selectors is None else selectors)
-    last = model["num_hidden_layers"] - 1
-    where, precision = parse_place(given["device"], given["dtype"])
-    check_backends([BACKEND[where.type]], precision, model["head_dim"], configs, where)
-    plan = QualityPlan(
-        configs=configs,
-        corrections=(False, True) if mean_correction is None else (mean_correction,),
-        layers=list(range(last + 1)) if layers is None else parse_whole("layers", layers, 0, last),
-        dtype=precision,
-        device=where,
-        seed=given["seed"],
-    )
-    wanted = parse_lengths(given["lengths"])
+    last = needle_config()["num_hidden_layers"] - 1
+    wanted = list(range(last + 1)) if layers is None else parse_whole("layers", layers, 0, last)
+    corrections = (False, True) if mean_correction is None else (mean_correction,)
+    backend = "TRITON" if parse_place(given["device"], given["dtype"])[0].type == "cuda" else "CPU"
+    asked = sweep() if selectors is None else selectors
+    plan = make_plan(selectors=asked, workload="needle", backends=backend, **given)
     run = Recorder(given["out"], given["as_json"])
     failures: list[str] = []
 
@@ -122,7 +115,8 @@ def quality(
         failures.append(line)
         run.note(line)
 
-    run.each(wanted, plan.steps(), partial(quality_rows, plan, failed))
+    steps = len(wanted) * len(plan.configs) * len(corrections)
+    run.each(plan.lengths, steps, partial(quality_rows, plan, wanted, corrections, failed))
     run.finish(SETTINGS.markdown(run.rows), wrong=bool(failures))
 
 

@@ -13,6 +13,7 @@ from bench.speed_tables import ATTENTION
 from bench.tables import (
     Column,
     Table,
+    across,
     bold,
     column,
     conditions,
@@ -103,15 +104,12 @@ def single_settings(rows: Iterable[Row]) -> str:
 
 def _chunk_columns(group: list[Row]) -> list[Column]:
     """Of lines that are a setting's rows by chunk."""
-
-    def cell(line: dict[int | None, Row], chunk: int | None) -> str:
-        row = line.get(chunk)
-        return f"{row['kl']:.3f} at {row['density']:.3f}" if row else "-"
-
     chunks = sorted({row["chunk"] for row in group}, key=lambda chunk: -(chunk or math.inf))
-    titles = ["whole" if chunk is None else f"in chunks of {chunk:,}" for chunk in chunks]
-    columns: list[Column] = [("selector", lambda line: method(next(iter(line.values()))))]
-    return columns + [(title, partial(cell, chunk=chunk)) for title, chunk in zip(titles, chunks, strict=True)]
+    titles = {chunk: "whole" if chunk is None else f"in chunks of {chunk:,}" for chunk in chunks}
+    return [
+        ("selector", lambda line: method(next(iter(line.values())))),
+        *across(titles, lambda row: f"{row['kl']:.3f} at {row['density']:.3f}"),
+    ]
 
 
 CHUNKS = Table(

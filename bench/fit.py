@@ -47,9 +47,6 @@ def fit_rates(rows: Sequence[Row], selector: str, backend: str, longest: int) ->
         selector: by name; its rows with default settings count.
         backend: "FLASH" or "TRITON".
         longest: tokens; longer rows are left out, because the decision is made among short prompts.
-
-    Raises:
-        ValueError: with fewer than two lengths to fit to.
     """
     dense = [row for row in best_dense(rows, backend).values() if row["length"] <= longest]
     same: Row = {"path": "sparse", "selector": selector, "backend": backend}

@@ -132,11 +132,7 @@ class PeerBenchmark(LengthBenchmark):
         return reference(self.inputs, None)
 
     def _in_our_layout(self, out: Any) -> Tensor:
-        """A peer's output as `[B, H, L, D]`.
-
-        Raises:
-            ValueError: for one of another shape, or that is not finite.
-        """
+        """A peer's output as `[B, H, L, D]`."""
         expected = list(self.inputs.query.transpose(1, 2).shape)
         if not isinstance(out, Tensor) or list(out.shape) != expected:
             got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -147,11 +143,7 @@ class PeerBenchmark(LengthBenchmark):
 
 
 def density_of_ratio(ratio: float, tokens: int, block_size: int) -> float:
-    """Kept blocks / causal blocks from kept blocks / all blocks, of as many queries as keys, to five digits.
-
-    Raises:
-        ValueError: for a density that cannot be.
-    """
+    """Kept blocks / causal blocks from kept blocks / all blocks, of as many queries as keys, to five digits."""
     blocks = -(-tokens // block_size)
     density = round(ratio * 2 * blocks / (blocks + 1), 5)
     if not 0 < density <= 1:

@@ -31,6 +31,10 @@ from flexprefill_fa.tools.needle import MODEL_DIR
 
 _OUTPUTS = 4  # of dense, of sparse, one more while a graph holds its own, and what a kernel makes beside it
 _HEADS = (32, 8, 128)  # query heads, kv heads, head_dim
+_USUAL = {
+    **dict.fromkeys(("density", "backends", "heads", "kv_heads", "head_dim")),
+    **{"batch": 1, "dense": True, "mean_correction": False, "layer": 0, "repeats": 1, "seconds": 0.0},
+}  # of options that not every command has
 DENSE_KERNELS = {
     "cuda": ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn_4", "FLASH", "TRITON"),
     "cpu": ("sdpa", "CPU"),
@@ -75,11 +79,7 @@ class Plan:
         return len(self.kernels) + len(self.backends) * (len(self.configs) + len(self.densities))
 
     def inputs(self, length: int) -> tuple[Inputs, dict[str, Any]]:
-        """Queries, keys and values, and what a row must say about them besides their shapes.
-
-        Raises:
-            UsageError: for a length that the needle model's prompt cannot have.
-        """
+        """Queries, keys and values, and what a row must say about them besides their shapes."""
         if self.workload == "needle":
             try:
                 found = capture_layers(length, [self.layer], dtype=self.dtype, device=self.device, seed=self.seed)
@@ -94,12 +94,8 @@ class Plan:
 
 
 def make_plan(**options: Any) -> Plan:
-    """The plan of a command's options by their names, checked before any work.
-
-    Raises:
-        UsageError: for a device, dtype, workload, shape, backend or density that cannot be had, or too little memory.
-    """
-    given = SimpleNamespace(**{"density": None, "batch": 1, "dense": True, "mean_correction": False, **options})
+    """The plan of a command's options by their names, checked before any work."""
+    given = SimpleNamespace(**_USUAL | options)
     density = given.density
     configs = [] if density else parse_selectors("selectors", given.selectors)
     densities = [parse_share("density", item) for item in parse_list("density", density)] if density else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from bench.attention import spread
 from bench.check import reference, verify
 from bench.exact import Exact, exact_attention
 from bench.needle.capture import capture_layers
+from bench.planning import Plan
 from bench.quality_tables import KIND
 from bench.timing import described, significant
 from bench.workloads import Inputs
@@ -23,9 +23,6 @@ from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.loading import first_line
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.rows import Row
-
-BACKEND = {"cuda": "TRITON", "cpu": "CPU"}
-"""The kernel that runs, by device."""
 
 _VARIANTS = ("published", "paper")
 _BESIDE = {
@@ -56,36 +53,15 @@ def sweep() -> str:
     return ",".join(found)
 
 
-@dataclass(frozen=True)
-class QualityPlan:
-    """What to measure: selectors with their settings, with mean correction, without, or both, in layers of the model.
+def quality_rows(
+    plan: Plan, layers: Sequence[int], corrections: Sequence[bool], failed: Callable[[str], None], length: int
+) -> Iterator[Row]:
+    """The rows of one length: every layer, selector and mean correction, over the plan's one backend.
 
-    `dtype` is of the model and the attention; the yardstick is fp32 in any case. `seed` is of the prompt.
+    `failed` is called with a line about each setting that raised an error or whose output was wrong, which has no row.
     """
-
-    configs: Sequence[Any]
-    corrections: Sequence[bool]
-    layers: Sequence[int]
-    dtype: torch.dtype
-    device: torch.device
-    seed: int
-
-    def steps(self) -> int:
-        """Rows per length."""
-        return len(self.layers) * len(self.configs) * len(self.corrections)
-
-
-def quality_rows(plan: QualityPlan, failed: Callable[[str], None], length: int) -> Iterator[Row]:
-    """The rows of one length; `failed` is called with a line about each setting that raised an error or whose output
-    was wrong, which has no row.
-
-    Raises:
-        ValueError: for a length that the prompt cannot have.
-        UsageError: without transformers.
-        torch.OutOfMemoryError: where the GPU is too small.
-    """
-    captured = capture_layers(length, plan.layers, dtype=plan.dtype, device=plan.device, seed=plan.seed)
-    for layer in plan.layers:
+    captured = capture_layers(length, layers, dtype=plan.dtype, device=plan.device, seed=plan.seed)
+    for layer in layers:
         on_device = torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext()
         inputs = Inputs(*captured.pop(layer))
         batch, heads, _, head_dim = inputs.query.shape
@@ -100,9 +76,9 @@ def quality_rows(plan: QualityPlan, failed: Callable[[str], None], length: int) 
             dense = F.scaled_dot_product_attention(inputs.query, key, value, is_causal=True)
             conditions["dense_error"] = significant(exact.head_errors(dense).mean().item())
             for config in plan.configs:
-                for correction in plan.corrections:
+                for correction in corrections:
                     try:
-                        found = measure(inputs, exact, config, BACKEND[plan.device.type], correction)
+                        found = measure(inputs, exact, config, plan.backends[0], correction)
                     except torch.OutOfMemoryError:
                         raise
                     except Exception as error:  # the other rows of a long run are still worth having
@@ -117,16 +93,12 @@ def measure(inputs: Inputs, exact: Exact, config: Any, backend: str, correction:
 
     `error` is the relative L2 distance of a head's output from exact dense attention, in the mean over heads;
     `error_max` is the worst head's.
-
-    Raises:
-        ArithmeticError: if the output is not finite, or (without correction) is not attention over the kept blocks.
-        ValueError, TypeError: for a setting or backend that cannot run.
     """
     options: dict[str, Any] = {"mean_correction": True} if correction else {}
     out, selection = sparse_prefill_attention(
         *inputs, config, dense="never", backend=backend, return_selection=True, **options
     )
-    problem = None if correction else verify(out, reference(inputs, selection)).problem
+    problem = None if correction else verify(out, reference(inputs, selection)).get("error")
     found = {"density": selection.density(), "recall": exact.recall(selection), "error": exact.head_errors(out)}
     if problem is None and not found["error"].isfinite().all():
         problem = "the output is not finite"

@@ -118,11 +118,7 @@ def draw_plots(results: Path) -> None:
 
 
 def render_document(document: Path, expected: Sequence[str], results: Path) -> str:
-    """What a document shall say: its text with every block between markers rewritten by the rows in a folder.
-
-    Raises:
-        ValueError: where it holds other blocks than are expected, or a marker without its partner; for a broken row.
-    """
+    """What a document shall say: its text with every block between markers rewritten by the rows in a folder."""
     text = document.read_text(encoding="utf-8")
     blocks = [match["name"] for match in _BLOCK.finditer(text)]
     markers = _MARKER.findall(text)

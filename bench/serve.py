@@ -112,11 +112,7 @@ class LoadPlan:
 
 
 def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
-    """The rows of both engines, the default one first, and of the gather; `note` is called with a line before each.
-
-    Raises:
-        EngineError: if an engine failed, or sparse attention in it.
-    """
+    """The rows of both engines, the default one first, and of the gather; `note` is called with a line before each."""
     shape = {"heads": MODEL["num_attention_heads"], "kv_heads": MODEL["num_key_value_heads"]}
     shape |= {"layers": plan.layers, "head_dim": MODEL["head_dim"], "model": "Llama-3.1-8B shape, random weights"}
     step = {ENGINES[plan.name].step_tokens: plan.batched_tokens}
@@ -179,11 +175,7 @@ def _measured(plan: LoadPlan, result: dict[str, Any]) -> Iterator[Row]:
 
 
 def _density(phase: dict[str, Any]) -> Row:
-    """Mean density and number of the sparse chunks of a phase, over layers.
-
-    Raises:
-        EngineError: if sparse attention failed in any layer: the times would be those of dense steps.
-    """
+    """Mean density and number of the sparse chunks of a phase, over layers."""
     everyone = [layer for worker in phase["statistics"] for layer in worker.values()]
     failures = sum(layer["failures"] for layer in everyone)
     if failures:

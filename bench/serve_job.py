@@ -45,9 +45,6 @@ def run_job(job: dict[str, Any], timeout: float = 600.0, engine: str = "vllm") -
         each request, or of all together), `statistics` (of each worker, as `statistics` of the integration) and
         `memory` (after it); `start_seconds`; `memory` (after the start); `log`: everything that was printed. Memory is
         in bytes, of each worker: `reserved` by PyTorch, and `activations`, what vLLM counted for a step.
-
-    Raises:
-        EngineError: if the process failed or took too long.
     """
     environment = {**ENVIRONMENT, **os.environ}
     with tempfile.TemporaryDirectory() as folder:

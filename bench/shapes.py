@@ -38,11 +38,7 @@ FIRST_TOKEN = 3
 
 
 def model_config(name: str, layers: int | None = None) -> PretrainedConfig:
-    """The transformers config of one of `SHAPES`, with its own number of layers or fewer.
-
-    Raises:
-        UsageError: for another name, or more layers than the shape has.
-    """
+    """The transformers config of one of `SHAPES`, with its own number of layers or fewer."""
     require_transformers()
     from transformers import AutoConfig
 

@@ -12,6 +12,7 @@ from bench.tables import (
     KERNEL_NAMES,
     Column,
     Table,
+    across,
     column,
     commits,
     conditions,
@@ -90,9 +91,7 @@ def _attention_columns(rows: list[Row]) -> list[Column]:
     explicit = list(dict.fromkeys(row["backend"] for row in selected if row["backend"] != "auto"))
 
     def each(title: str, cell: Any, names: Sequence[str] = explicit, named: bool = len(explicit) > 1) -> list[Column]:
-        return [
-            (f"{title}, {name}" if named else title, lambda line, name=name: cell(line.get(name, {}))) for name in names
-        ]
+        return across({name: f"{title}, {name}" if named else title for name in names}, cell)
 
     def dense(line: Line, kernel: str | None = None) -> str:
         found = best_dense(line.values(), kernel)
@@ -101,8 +100,8 @@ def _attention_columns(rows: list[Row]) -> list[Column]:
         return milliseconds(found[0]) + ("" if kernel else f" ({KERNEL_NAMES[found[1]]})")
 
     def auto(row: Row) -> str:
-        if not row or "error" in row:
-            return "wrong" if row else "-"
+        if "error" in row:
+            return "wrong"
         speedup = times(row.get(f"speedup_{yardstick}"))
         return f"{row['path']} {row['kernel']}: {milliseconds(row['total_ms'])} ms, {speedup}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,11 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 def column(title: str, name: str, spec: str = "") -> Column:
     """A number of the row, or a dash."""
     return title, lambda row: number(row.get(name), spec)
+
+
+def across(titles: Mapping[Any, str], cell: Callable[[Row], str]) -> list[Column]:
+    """Columns of lines that are rows by such keys, under these titles; a dash where a line has no such row."""
+    return [(title, lambda line, at=at: cell(line[at]) if at in line else "-") for at, title in titles.items()]
 
 
 def number(value: Any, spec: str) -> str:

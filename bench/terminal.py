@@ -34,9 +34,6 @@ class Recorder:
     Args:
         out: the file of rows; None where they are no results.
         quiet: whether another process keeps and tells the same rows.
-
-    Raises:
-        UsageError: for a file to which no rows can be added, before anything is measured.
     """
 
     def __init__(self, out: Path | None, as_json: bool, *, quiet: bool = False) -> None:

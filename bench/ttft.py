@@ -94,10 +94,6 @@ def make_plan(**options: Any) -> TtftPlan:
     """The plan of a command's options by their names, checked before any work.
 
     Every prompt and every chunk of one is to run sparse.
-
-    Raises:
-        UsageError: for what cannot be had, a plan without a pass, prompts or last chunks that are too short, or chunks
-            that a selector keeps whole.
     """
     given = SimpleNamespace(**options)
     config, chunk = model_config(given.config, given.layers), given.chunk

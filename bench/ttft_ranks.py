@@ -38,10 +38,6 @@ class Ranks:
         """Join the other ranks, over NCCL on GPUs and over gloo on the CPU; once in a process.
 
         The device is "cpu", "cuda", which under torchrun is the GPU of the process's local rank, or "cuda:N" without.
-
-        Raises:
-            ValueError: for a GPU by number under torchrun, if there is no GPU for this rank, or GPUs are visible and
-                not wanted: transformers places a shared model on them.
         """
         device = torch.device(device)
         world_size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -97,9 +93,6 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, ranks: Ranks, seed
     the values of the model's own initialisation. On one kind of device the weights depend on nothing but the config,
     the dtype and the seed: several ranks hold slices of what one process holds. Several need accelerate installed, as
     tensor parallelism in transformers does. The config is left as it is.
-
-    Raises:
-        ValueError: for a number of ranks that does not divide the heads; before anything is built.
     """
     require_transformers()  # and keep its table of weights that were in no checkpoint off the terminal: none are
     from transformers import AutoModelForCausalLM

@@ -38,9 +38,6 @@ def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repea
     """One row per head dim and candidate: time of attention over synthetic selections, 32 heads and 8 kv heads.
 
     A candidate that does not compile, or whose output is not that of torch's own tile, has `error` and no times.
-
-    Raises:
-        ValueError: for a length that 128 does not divide: the candidates run without bounds checks.
     """
     if length % _BLOCK:
         raise ValueError(f"length must be a multiple of {_BLOCK}, got {length}")

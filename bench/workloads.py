@@ -190,9 +190,6 @@ def structured_inputs(
         sharpness: factor on the queries, see `sharpness_of`.
         batch: elements B, each with a seed of its own.
         dtype, device: of the result; the numbers are the same on every device.
-
-    Raises:
-        ValueError: for head counts or a head_dim that do not fit.
     """
     if heads % kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")

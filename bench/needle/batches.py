@@ -102,9 +102,6 @@ class Builder:
             questions_last: ask behind all statements, and end with a question, as evaluation does.
             heaped: share of the sequences whose statements and questions stand at a few places, one right behind the
                 other, instead of anywhere.
-
-        Raises:
-            ValueError: where it does not fit.
         """
         units = self._draw(rows, mix, generator)
         device = self._text.device

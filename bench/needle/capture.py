@@ -21,10 +21,6 @@ def capture_layers(
     Args:
         length, seed: of the prompt. dtype, device: of the model and the result.
         layers: which layers, from 0; one pass of the model serves them all.
-
-    Raises:
-        ValueError: for a layer that the model does not have, or a prompt that cannot be built.
-        UsageError: without transformers.
     """
     from tokenizers import Tokenizer
 

@@ -36,9 +36,6 @@ def accuracies(model: Path, text: np.ndarray | None, settings: Settings, device:
 
     Args:
         model: its folder. text: its tokens of held-out text; None for those of this Python.
-
-    Raises:
-        UsageError: for a folder without a model, or a GPU without the kernel that it takes.
     """
     with attention_kernel(device):
         network, loaded = load_model(model, torch.bfloat16, device)
@@ -60,9 +57,6 @@ def measure(network: nn.Module, builder: Builder, task: str, length: int, sample
     The model reads the right answer and must find each token of it the most likely one, which is so exactly where
     greedy decoding gives that answer: "exact" is the share of the questions whose whole answer is right, "parts" that
     of the names and digits that are right, each behind the right ones before it.
-
-    Raises:
-        ValueError: where the text is too short.
     """
     device = next(network.parameters()).device
     rows = min(samples, max(1, _TOKENS_AT_ONCE // length))

@@ -58,11 +58,7 @@ def export(network: Any, config: dict[str, Any], tokenizer: Path, folder: Path) 
 
 
 def attention_kernel(device: torch.device) -> AbstractContextManager[Any]:
-    """On a GPU flash attention or nothing: the kernels that SDPA would fall back to need memory for all scores.
-
-    Raises:
-        UsageError: for a GPU that is too old for it.
-    """
+    """On a GPU flash attention or nothing: the kernels that SDPA would fall back to need memory for all scores."""
     if device.type != "cuda":
         return nullcontext()
     if (found := torch.cuda.get_device_capability(device)) < (8, 0):

@@ -51,11 +51,7 @@ def training_files() -> list[Path]:
 
 
 def build_corpus(folder: Path, files: int | None = None) -> Corpus:
-    """Train a tokenizer on the training files, and write all text as tokens; of the first `files` of each part alone.
-
-    Raises:
-        UsageError: where this Python has too little source text.
-    """
+    """Train a tokenizer on the training files, and write all text as tokens; of the first `files` of each part."""
     folder.mkdir(parents=True, exist_ok=True)
     train, held_out = ([ascii_text(file) for file in part[:files]] for part in (training_files(), held_out_files()))
     tokenizer = train_tokenizer(train)
@@ -66,11 +62,7 @@ def build_corpus(folder: Path, files: int | None = None) -> Corpus:
 
 
 def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
-    """A tokenizer for `texts`; names are common words of theirs.
-
-    Raises:
-        UsageError: where the texts hold too few words.
-    """
+    """A tokenizer for `texts`; names are common words of theirs."""
     counted = collections.Counter(word for text in texts for word in re.findall(r"\b[a-z]{5,9}\b", text))
     words = sorted(counted, key=lambda word: (-counted[word], word))[:_COMMON_WORDS]
     if len(words) < NAMES:
@@ -120,11 +112,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
 
 
 def load_corpus(folder: Path) -> Corpus:
-    """Read a corpus back.
-
-    Raises:
-        UsageError: where there is none, or a broken one.
-    """
+    """Read a corpus back."""
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         with np.load(folder / _TEXT) as text:

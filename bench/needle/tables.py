@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bench.tables import Column, Table, distinct, pivot, values
+from bench.tables import Column, Table, across, distinct, pivot, values
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.needle import MODEL_DIR
-from flexprefill_fa.tools.needle.formats import EVALUATED
 from flexprefill_fa.tools.rows import Row
 
 
@@ -32,13 +31,10 @@ def questions_of(rows: Sequence[Row]) -> str:
 
 
 def _columns(rows: list[Row]) -> list[Column]:
-    found = pivot(rows, lambda row: row["length"], lambda row: row["task"])
-
-    def column(length: int) -> Column:
-        told = {task: f"{row['exact']:.3f}" for task, row in found[length].items()}
-        return f"{length:,} tokens", lambda task: told.get(task, "-")
-
-    return [("task", str), *map(column, values(rows, "length"))]
+    """Of lines that are a task's rows by length."""
+    titles = {length: f"{length:,} tokens" for length in values(rows, "length")}
+    told: Column = "task", lambda line: next(iter(line.values()))["task"]
+    return [told, *across(titles, lambda row: f"{row['exact']:.3f}")]
 
 
 def _caption(rows: list[Row]) -> str:
@@ -57,7 +53,7 @@ def _shipped() -> str:
 RUNS = Table(
     group_by=("model_sha256", "asked_sha256", "seed", "gpu", "torch", "python"),
     identity=("task", "length"),
-    lines=lambda rows: EVALUATED,
+    lines=lambda rows: pivot(rows, lambda row: row["task"], lambda row: row["length"]).values(),
     columns=_columns,
     caption=_caption,
 )

@@ -29,10 +29,6 @@ def train_model(
     """Train a model, write it to the folder 'model' in `folder`, and measure it; the accuracies.
 
     The curve of its losses and its accuracies lie beside it, all made anew. On a GPU the layers are compiled.
-
-    Raises:
-        ValueError: where the loss is no number any more.
-        UsageError: for a GPU without the kernel that it takes.
     """
     curve, measured = folder / "curve.jsonl", folder / "accuracy.jsonl"
     for path in (curve, measured):
