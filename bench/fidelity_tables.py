@@ -37,7 +37,7 @@ from flexprefill_fa.tools.rows import Row
 TARGETS = (0.1, 0.03, 0.01)
 """KL(dense || sparse) in nats, mean over positions."""
 _SWEEP = 3  # settings of one curve from which on rows are a sweep
-_TEXT = "source"  # of the summary
+_TEXT = "source"  # of summary and plot
 _COSTS = {"batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "device": "cuda"}
 _COSTS |= {"workload": "sharpened"}
 _COST_LENGTHS = (32_768, 131_072)  # tokens
@@ -57,6 +57,11 @@ def density_at(points: Sequence[tuple[float, float]], target: float) -> float | 
 def sweeps(rows: Iterable[Row]) -> list[list[Row]]:
     """The latest rows of each model and text, where some curve has at least `_SWEEP` points."""
     return [group for group in _GROUPS.groups(rows) if _is_sweep(group)]
+
+
+def plain_sweeps(rows: Iterable[Row]) -> list[list[Row]]:
+    """Those on source code, plain and with tilted means."""
+    return sweeps(row for row in rows if row["text"] == _TEXT and row["mean_correction"] is not True)
 
 
 def _is_sweep(group: Sequence[Row]) -> bool:
@@ -134,11 +139,7 @@ def selection_costs(rows: Iterable[Row]) -> Costs:
 
 
 def leaderboards(rows: Iterable[Row], attention: Iterable[Row], answers: Iterable[Row]) -> str:
-    """One table for each model and text: the density at each KL and length, what selecting takes, what is answered.
-
-    Args:
-        rows: of `flexprefill fidelity`. attention: of `python -m bench attention`. answers: of `flexprefill eval`.
-    """
+    """One table for each model and text: the density at each KL and length, what selecting takes, what is answered."""
     costs, answers = selection_costs(attention), list(answers)
     table = dataclasses.replace(
         _GROUPS,

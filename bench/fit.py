@@ -40,13 +40,9 @@ def _costs(milliseconds: Sequence[float], *amounts: Sequence[float]) -> list[flo
 
 
 def fit_rates(rows: Sequence[Row], selector: str, backend: str, longest: int) -> Rates:
-    """Fit the model to the rows of one device and head dim.
+    """Fit the model to the attention rows of one device and head dim, of the selector's default settings.
 
-    Args:
-        rows: attention rows, dense and sparse.
-        selector: by name; its rows with default settings count.
-        backend: "FLASH" or "TRITON".
-        longest: tokens; longer rows are left out, because the decision is made among short prompts.
+    Rows of more than `longest` tokens are left out, because the decision is made among short prompts.
     """
     dense = [row for row in best_dense(rows, backend).values() if row["length"] <= longest]
     same: Row = {"path": "sparse", "selector": selector, "backend": backend}

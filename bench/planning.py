@@ -45,11 +45,7 @@ YARDSTICK = {"cuda": "sdpa_flash", "cpu": "sdpa"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: the options of the commands, checked.
-
-    `configs` are selectors, `densities` those of synthetic selections instead; each is run by every one of `backends`.
-    The needle model has its own heads and head_dim.
-    """
+    """What to measure: selectors, or synthetic selections of `densities` instead, each by every one of `backends`."""
 
     lengths: Sequence[int]
     configs: Sequence[Any]

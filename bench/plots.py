@@ -9,10 +9,8 @@ from typing import Any
 
 import matplotlib  # pyright: ignore[reportMissingImports]  # the bench extra alone brings it
 
-from bench.accuracy_tables import TASKS, cells_of, title_of
-from bench.fidelity_tables import sweeps
-from bench.quality_tables import SELECTORS, families
-from bench.speed_tables import shown_first
+from bench.accuracy_tables import cells_of, title_of
+from bench.quality_tables import families
 from bench.tables import KERNEL_NAMES, split, values
 from flexprefill_fa.choice import DENSE
 from flexprefill_fa.tools.fidelity.plot import save_panels
@@ -23,7 +21,6 @@ matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
 _ACROSS = 3  # axes in a row of accuracies
-_KL_TEXT = "source"  # the one of the KL plot
 _DENSITY_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 
@@ -53,7 +50,7 @@ def _save(figure: Any, title: str, path: Path) -> None:
 
 def draw_attention(rows: list[Row], path: Path) -> None:
     """Time and speed-up against the length."""
-    dense, selected = split(shown_first(rows))
+    dense, selected = split(rows)
     figure, ((time, speedup),) = _axes(1, 2, 5.5)
 
     def line(axes: Any, members: list[Row], field: str, name: str, colour: str, style: str) -> None:
@@ -85,9 +82,9 @@ def draw_attention(rows: list[Row], path: Path) -> None:
     _save(figure, what, path)
 
 
-def draw_quality(rows: list[Row], path: Path) -> None:
-    """Recall and output error against density, a row of axes per length."""
-    group = SELECTORS.groups(rows)[0]
+def draw_quality(groups: list[list[Row]], path: Path) -> None:
+    """Recall and output error of the first group against density, a row of axes per length."""
+    group = groups[0]
     lengths = values(group, "length")
     figure, grid = _axes(len(lengths), 2, 5.5)
     for length, (recall, error) in zip(lengths, grid, strict=True):
@@ -108,9 +105,9 @@ def draw_quality(rows: list[Row], path: Path) -> None:
     _save(figure, f"The needle model's heads, {row['gpu']}, {row['dtype']}; mean over layers and heads", path)
 
 
-def draw_accuracy(rows: list[Row], path: Path) -> None:
+def draw_accuracy(groups: list[list[Row]], path: Path) -> None:
     """Task accuracy against density, axes for each task."""
-    tables = [list(cells_of(group).values()) for group in TASKS.groups(rows)]
+    tables = [list(cells_of(group).values()) for group in groups]
     across = min(len(tables), _ACROSS)
     figure, grid = _axes(math.ceil(len(tables) / across), across, 5.5)
     for spare in grid.flat[len(tables) :]:
@@ -139,13 +136,12 @@ def draw_accuracy(rows: list[Row], path: Path) -> None:
     _save(figure, f"{row['model']}, {row['gpu']}, {row['dtype']}, {row['samples']} samples a point", path)
 
 
-def draw_fidelity(rows: list[Row], path: Path) -> None:
-    """KL against density on source code, plain and with tilted means, axes for each model and length."""
-    shown = (row for row in rows if row["text"] == _KL_TEXT and row["mean_correction"] is not True)
-    found = [row for group in sweeps(shown) for row in group]
+def draw_fidelity(groups: list[list[Row]], path: Path) -> None:
+    """KL against density, axes for each model and length."""
+    found = [row for group in groups for row in group]
     panels: dict[str, list[Row]] = {}
     for row in sorted(found, key=lambda row: (row["model"], row["length"])):
         panels.setdefault(f"{row['model']}, {row['length']:,} tokens", []).append(row)
     row = found[0]
     gpus = ", ".join(dict.fromkeys(row["gpu"] for rows in panels.values() for row in rows))
-    save_panels(panels, f"Real models on the text '{_KL_TEXT}', {gpus}, {row['dtype']}", path)
+    save_panels(panels, f"Real models on the text '{row['text']}', {gpus}, {row['dtype']}", path)

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from flexprefill_fa.tools.rows import Row
 KIND = "quality"
 """Of the rows of `python -m bench quality`."""
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
-CORRECTED_ALPHAS = (0.05, 0.1, 0.2)
-"""Of flashprefill, in the table about mean correction."""
+CORRECTED = (0.05, 0.1, 0.2)
+"""Alphas of flashprefill in the table about mean correction."""
 
 _PROMPT = ("layer", "seed")  # what a point is the mean over, beside the heads
 _DIGITS = ".3f"
@@ -169,10 +170,6 @@ def _points(rows: list[Row], shown: Callable[[Family, Point], bool] = lambda fam
     return lines
 
 
-def _is_about_correction(family: Family, point: Point) -> bool:
-    return family.selector == "flashprefill" and point.settings["alpha"] in CORRECTED_ALPHAS
-
-
 _POINTS = ("tokens", "selector", "density", "recall", "error without", "error with", "with / without")
 _POINTS += ("worst head without", "worst head with")
 SELECTORS = _table(
@@ -183,7 +180,9 @@ SELECTORS = _table(
 )
 """Recall and output error of every selector at equal densities."""
 CORRECTION = _table(
-    "Output error without and with mean correction.", lambda rows: _points(rows, _is_about_correction), _POINTS
+    "Output error without and with mean correction.",
+    partial(_points, shown=lambda at, point: at.selector == "flashprefill" and point.settings["alpha"] in CORRECTED),
+    _POINTS,
 )
 """What mean correction does to flashprefill's output error."""
 SETTINGS = _table("Every setting.", _points, _POINTS)

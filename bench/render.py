@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.accuracy_tables import ANSWERS, REAL_TASKS, SUMMARY, TASKS
-from bench.fidelity_tables import CHUNKS, fidelity_summary, leaderboards, single_settings, sweeps
+from bench.fidelity_tables import CHUNKS, fidelity_summary, leaderboards, plain_sweeps, single_settings
 from bench.needle.tables import run_tables
 from bench.paths import ROOT
 from bench.quality_tables import CORRECTION, SELECTORS
@@ -36,7 +36,6 @@ DOCUMENTS: dict[Path, tuple[str, ...]] = {
 _BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /bench:(?P=name) -->", re.DOTALL)
 _MARKER = re.compile(r"<!-- /?bench:([\w-]+) -->")
 
-Rows = list[Row]
 TABLES: dict[str, tuple[Any, ...]] = {
     "attention": (partial(attention_tables, device="cuda", workload="sharpened"), "attention"),
     "attention-fixed": (partial(attention_tables, device="cuda", workload="fixed"), "attention"),
@@ -64,11 +63,11 @@ TABLES: dict[str, tuple[Any, ...]] = {
 
 
 class Plot(NamedTuple):
-    """A picture, `name`.png beside its `rows`, by `draw_NAME` of `bench.plots`: whether there is something to draw."""
+    """A picture of what is `drawn` of rows, where there is something: NAME.png beside them, by plots.draw_NAME."""
 
     name: str
     rows: str
-    drawn: Callable[[Rows], object]
+    drawn: Callable[[list[Row]], object]
     what: str
 
 
@@ -87,7 +86,7 @@ PLOTS = {
     "fidelity-plot": Plot(
         "fidelity",
         "fidelity",
-        lambda rows: [group for group in sweeps(rows) if group[0]["text"] == "source"],
+        plain_sweeps,
         "KL to dense attention against the density that each selector keeps, on real models",
     ),
 }
@@ -113,8 +112,8 @@ def draw_plots(results: Path) -> None:
     from bench import plots  # takes a second to import, and tables need none
 
     for plot in PLOTS.values():
-        if plot.drawn(rows := read(results / f"{plot.rows}.jsonl")):
-            getattr(plots, f"draw_{plot.name}")(rows, results / f"{plot.name}.png")
+        if drawn := plot.drawn(read(results / f"{plot.rows}.jsonl")):
+            getattr(plots, f"draw_{plot.name}")(drawn, results / f"{plot.name}.png")
 
 
 def render_document(document: Path, expected: Sequence[str], results: Path) -> str:

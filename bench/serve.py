@@ -46,16 +46,10 @@ _ENGINES_OF = {"all": (False, True), "engines": (False, True), "default": (False
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What to measure.
+    """What to measure with the engine `name`: all, or a part, a key of `_ENGINES_OF`.
 
-    Attributes:
-        lengths: of the prompts, in tokens. repeats: of each below 64K tokens; longer ones get a third.
-        settings: of the backend, as under "sparse_prefill" in an engine's configuration.
-        density: of the synthetic blocks. seed: of those and of the prompts.
-        batched_tokens: the most prompt tokens of a step, vLLM's max_num_batched_tokens, SGLang's chunked_prefill_size.
-        layers: of the model.
-        only: "all", or a part: "engines", one of them ("default" or "sparse"), or "gather".
-        name: of the engine, "vllm" or "sglang".
+    `repeats` are of each prompt below 64K tokens, longer ones get a third; `settings` stand under "sparse_prefill" in
+    the engine's configuration; `density` is of the synthetic blocks, `batched_tokens` the most prompt tokens of a step.
     """
 
     lengths: Sequence[int]

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from bench.tables import Table, commits, number, pivot, settings_of, times, versions
+from bench.tables import Table, commits, number, pivot, settings_of, times, values, versions
 from flexprefill_fa.tools.rows import Row
 
 
@@ -54,23 +54,16 @@ def _titles(rows: Sequence[Row]) -> list[str]:
 
 def _caption(rows: Sequence[Row]) -> str:
     row, engine = next(row for row in rows if row["backend"] == _SPARSE), ENGINES[rows[0]["kind"]]
+    counts = values([row for row in rows if "repeats" in row], "repeats")  # of prompts, of the first token alone
+    samples = f"{counts[0]} (longest prompts) to {counts[-1]}" if counts[1:] else f"{counts[0]} prompts"
     return (
         f"**{row['model']}**, {row['layers']} layers, {row['dtype']}, {engine.step_tokens} "
         f"{row[engine.step_tokens]:,}; default backend: {row.get('dense_kernel') or f'as {engine.title} chose'}. "
         f"Random weights have no attention pattern: the sparse engine selects in full "
         f"({settings_of(row['settings']) or 'default settings'}) and then attends over seeded random blocks of "
         f"{row['synthetic_density']:.0%} density. {row['gpu']}, {versions([row], rows[0]['kind'])}, {commits([row])}; "
-        f"wall clock of the whole engine. First token: {_samples(rows)}; the other rows: one run each."
+        f"wall clock of the whole engine. First token: medians of {samples}; the other rows: one run each."
     )
-
-
-def _samples(rows: Sequence[Row]) -> str:
-    """Of how many prompts the first token's times are medians."""
-    counts = [row["repeats"] for row in rows if row["measure"] == "first token"]
-    if not counts:
-        return "not measured"
-    low, high = min(counts), max(counts)
-    return f"medians of {low} prompts" if low == high else f"medians of {low} (longest prompts) to {high}"
 
 
 def _gather(rows: Sequence[Row]) -> str:

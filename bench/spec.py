@@ -52,11 +52,9 @@ OPTIONS = {
 
 
 def takes(names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command options of `OPTIONS` behind its own, as further arguments.
+    """Give a command the named options of `OPTIONS` behind its own, some with other defaults.
 
-    Args:
-        names: of the options, with spaces between them.
-        defaults: of those whose default is another; a command with rows names its file of results by `out`.
+    A command with rows names its file of results by `out`.
     """
 
     def given(command: Callable[..., None]) -> Callable[..., None]:

@@ -208,11 +208,7 @@ def _failed(row: Row, name: str) -> str:
 
 
 def _against(rows: list[Row], name: str, yardstick: str | None = None) -> list[Column]:
-    """How a time compares with dense attention of the same length, in whichever process that ran; and its clock.
-
-    Args:
-        rows: of the table. name: of the time. yardstick: compare it with this kernel too, before the best one.
-    """
+    """How a time compares with dense attention of the same length, in whichever process that ran; and its clock."""
 
     def over(row: Row, kernel: str | None) -> str:
         found = best_dense((other for other in rows if other["length"] == row["length"]), kernel)

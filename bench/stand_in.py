@@ -28,10 +28,8 @@ _numbers = itertools.count()
 class StandIn(Selector, name="stand_in", register=False):
     """A selector config around another one, `inner`, which runs in full and is timed by `selecting`, `calls` times.
 
-    Args:
-        density: of the blocks that take the place of its choice; None keeps the choice. Raised to what every row keeps
-            (its diagonal and the first block).
-        seed: of the blocks. The same for every layer: one draw for each shape.
+    Blocks of a density take the place of its choice (at least what every row keeps: its diagonal and the first block),
+    one draw for each shape, the same for every layer; None keeps the choice.
     """
 
     name: ClassVar[str] = "stand_in"

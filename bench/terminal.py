@@ -21,19 +21,11 @@ one_line_errors = partial(loading.one_line_errors, (loading.UsageError, ValueErr
 """As `loading.one_line_errors`, also for numbers that a workload refuses, broken rows and files that fail."""
 
 
-def plain(console: Console) -> Callable[[str], None]:
-    """Prints a line on a console as it is."""
-    return partial(console.print, markup=False, soft_wrap=True)
-
-
 class Recorder:
     """Measured `rows`: each is added to a file, told in a line on stderr and, where asked for, printed as JSON.
 
-    `incomplete` says whether something could not be measured.
-
-    Args:
-        out: the file of rows; None where they are no results.
-        quiet: whether another process keeps and tells the same rows.
+    `incomplete` says whether something could not be measured. Without a file `out` the rows are no results; where it is
+    `quiet`, another process keeps and tells the same.
     """
 
     def __init__(self, out: Path | None, as_json: bool, *, quiet: bool = False) -> None:
@@ -44,7 +36,7 @@ class Recorder:
             require_appendable(self._out)
             drop_unfinished(self._out)  # of a run that was stopped: this one goes on from there
         self._console = Console(quiet=True) if quiet else open_console(stderr=True)
-        self.note = plain(self._console)
+        self.note: Callable[[str], None] = partial(self._console.print, markup=False, soft_wrap=True)
 
     def each(self, lengths: Iterable[int], steps: int | None, rows: Callable[[int], Iterable[Row]]) -> None:
         """As `take` for each length in tokens, of which `rows` makes the rows."""

@@ -197,6 +197,3 @@ class Timer:
             torch.cuda.synchronize(self._device)
         times, self._times = self._times, []
         return sum(taken() for taken in times)
-
-    def __len__(self) -> int:
-        return len(self._times)

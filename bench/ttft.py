@@ -39,10 +39,7 @@ from flexprefill_fa.tools.rows import Row, package_version
 
 @dataclass(frozen=True)
 class Attention:
-    """What a row is about: a dense kernel of `flexprefill_fa.dense.DENSE_KERNELS`, or a selector's config.
-
-    `density` is that of the blocks that take the place of the selector's choice; None for its own choice.
-    """
+    """What a row is about: a dense kernel, or a selector's config with the density of what takes its choice's place."""
 
     kernel: str | None = None
     config: Any = None
@@ -60,15 +57,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class TtftPlan:
-    """What to measure.
+    """What to measure: each of `attentions` at each length, in a model of random weights with the config of `shape`.
 
-    Attributes:
-        shape: name of the config. config: of transformers, of the model.
-        lengths: of prompts in tokens. attentions: what to measure at each length.
-        modes: whether the model is compiled, for each that is measured; uncompiled first.
-        chunk: tokens of the prompt at a time, transformers' prefill_chunk_size; None for the whole prompt.
-        repeats: timed passes, fewer (at least one) where they would take longer than `seconds` together.
-        device, dtype, seed: of weights and prompts.
+    `modes` say whether it is compiled, `chunk` how many tokens of the prompt come at a time, None for all. Timed are
+    `repeats` passes, or fewer (at least one) where they would take longer than `seconds` together.
     """
 
     shape: str

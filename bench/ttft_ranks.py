@@ -90,9 +90,8 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, ranks: Ranks, seed
     """A causal language model with random weights, in evaluation mode, on the rank's device.
 
     Matrices are drawn from a normal distribution with the config's initializer_range; vectors (norms, biases) have
-    the values of the model's own initialisation. On one kind of device the weights depend on nothing but the config,
-    the dtype and the seed: several ranks hold slices of what one process holds. Several need accelerate installed, as
-    tensor parallelism in transformers does. The config is left as it is.
+    the values of the model's own initialisation. On one kind of device several ranks hold slices of what one process
+    holds. Several need accelerate installed, as tensor parallelism in transformers does.
     """
     require_transformers()  # and keep its table of weights that were in no checkpoint off the terminal: none are
     from transformers import AutoModelForCausalLM

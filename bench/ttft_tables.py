@@ -78,10 +78,7 @@ def _prefills(rows: list[Row]) -> Iterable[dict[bool, Row]]:
 def _columns(rows: list[Row], true: dict[str, list[float]], alone: Sequence[Row]) -> list[Column]:
     """Of `_prefills`.
 
-    Args:
-        rows: of the table.
-        true: by selector, settings and length, the densities that the needle model's tasks came to.
-        alone: rows of models on one rank.
+    `true` are the densities that the needle model's tasks came to, by `_TRUE`; `alone` rows of models on one rank.
     """
     dense = split(rows)[0]
 
@@ -152,12 +149,7 @@ FIRST_TOKEN = Table(
 
 
 def ttft_tables(rows: Sequence[Row], accuracy: Iterable[Row]) -> str:
-    """One table for each GPU, model and number of ranks.
-
-    Args:
-        rows: of `python -m bench ttft`.
-        accuracy: of `flexprefill eval`, for the densities that selectors come to in the needle model.
-    """
+    """One table for each GPU, model and number of ranks, with densities in the needle model by rows of accuracy."""
     true: dict[str, list[float]] = {}
     needle = model_sha256(MODEL_DIR)
     for row in accuracy:
@@ -189,9 +181,7 @@ def first_tokens(rows: Iterable[Row], selector: str, settings: Row) -> dict[int,
 def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:
     """The README's table, of the lengths at which both were measured: one layer's attention, a model's first token.
 
-    Args:
-        attention: of `python -m bench attention`; those that the plot shows.
-        ttft: of `python -m bench ttft`; the same selector with the same settings.
+    Of the selector and settings that the plot shows.
     """
     rows = shown_first(attention)
     if not rows:

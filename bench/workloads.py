@@ -14,7 +14,6 @@ import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy
@@ -64,11 +63,6 @@ def archetype_of(head: int) -> str:
     return _CYCLE[head % len(_CYCLE)]
 
 
-def strength_of(head: int) -> float:
-    """The factor on a query head's scores, spread evenly over 0.9 to 1.1 so that no two heads are alike."""
-    return 0.9 + 0.2 * (head * 0.6180339887 % 1.0)
-
-
 class Inputs(NamedTuple):
     """query `[B, Hq, n, D]`, key and value `[B, Hkv, n, D]`."""
 
@@ -77,22 +71,14 @@ class Inputs(NamedTuple):
     value: Tensor
 
 
-@dataclass
 class Group:
-    """One kv head of `length` tokens with the query heads that read it, all from one seed; fp32 on the CPU.
+    """One kv head `[n, D]` with the query heads that read it, all from one seed; fp32 on the CPU.
 
     `query` draws from the group's generator: call it for the heads of the group in order.
     """
 
-    length: int
-    head_dim: int
-    seed: int
-    key: Tensor = field(init=False)  # [n, D]
-    value: Tensor = field(init=False)  # [n, D]
-
-    def __post_init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(self.seed)
-        dim, n = self.head_dim, self.length
+    def __init__(self, n: int, dim: int, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
         waves = dim * 3 // 8  # frequencies; a cosine and a sine each
         topics = dim * 3 // 16
         self._wave_slice = slice(0, 2 * waves)
@@ -120,8 +106,8 @@ class Group:
 
     def query(self, archetype: Archetype, strength: float = 1.0) -> Tensor:
         """Queries `[n, D]` of the group's next head, at sharpness 1."""
-        nats = math.sqrt(self.head_dim) / _FEATURE_NORM * strength  # query amplitude that scores 1
-        query = torch.randn(self.length, self.head_dim, generator=self._generator) * _QUERY_NOISE
+        nats = math.sqrt(self.key.shape[1]) / _FEATURE_NORM * strength  # query amplitude that scores 1
+        query = torch.randn(*self.key.shape, generator=self._generator) * _QUERY_NOISE
         # A sum of waves shifted by the offsets is one wave with other coefficients.
         shift = torch.full_like(self._frequency, archetype.local * nats, dtype=torch.complex128)
         for offset in archetype.offsets:
@@ -138,11 +124,6 @@ class Group:
         scaled = coefficients / math.sqrt(len(coefficients))
         real, imaginary = scaled.real.float(), scaled.imag.float()
         return torch.cat((self._cos * real - self._sin * imaginary, self._cos * imaginary + self._sin * real), -1)
-
-
-def group_seed(seed: int, element: int, kv_head: int) -> int:
-    """Seed of one kv group of one batch element."""
-    return (seed * 4096 + element) * 4096 + kv_head
 
 
 SHARPNESS = {
@@ -185,11 +166,8 @@ def structured_inputs(
 ) -> Inputs:
     """Inputs of the archetypes, head h of kind `archetype_of(h)`, as many queries as keys.
 
-    Args:
-        heads, kv_heads: Hq, a multiple of Hkv. head_dim: D, a multiple of 16.
-        sharpness: factor on the queries, see `sharpness_of`.
-        batch: elements B, each with a seed of its own.
-        dtype, device: of the result; the numbers are the same on every device.
+    `heads` are a multiple of `kv_heads`, `head_dim` of 16; `sharpness` is the factor on the queries. Each element of
+    the batch has a seed of its own, and the numbers are the same on every device.
     """
     if heads % kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
@@ -200,11 +178,12 @@ def structured_inputs(
     per_group = heads // kv_heads
 
     def fill(element: int, kv_head: int) -> None:
-        group = Group(length, head_dim, group_seed(seed, element, kv_head))
+        group = Group(length, head_dim, (seed * 4096 + element) * 4096 + kv_head)
         key[element, kv_head] = group.key.to(dtype)
         value[element, kv_head] = group.value.to(dtype)
         for head in range(kv_head * per_group, (kv_head + 1) * per_group):
-            drawn = group.query(ARCHETYPES[archetype_of(head)], strength_of(head))
+            strength = 0.9 + 0.2 * (head * 0.6180339887 % 1.0)  # spread evenly, so that no two heads are alike
+            drawn = group.query(ARCHETYPES[archetype_of(head)], strength)
             query[element, head] = (drawn * sharpness).to(dtype)
 
     # Drawing normal numbers uses one core; a group has a generator of its own.

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import safe_open
 
 from bench.needle.settings import FULL
-from bench.needle.tables import accuracy_table, conditions_of, questions_of
+from bench.needle.tables import RUNS, conditions_of, questions_of
 from bench.needle.train import missed_goals
 from bench.paths import RESULTS
 from flexprefill_fa.tools.digests import model_sha256
@@ -29,7 +29,7 @@ def exact(rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
 
 def test_the_card_has_the_rows_of_the_model_beside_it() -> None:
     card = (MODEL_DIR / "README.md").read_text(encoding="utf-8")
-    assert accuracy_table(SHIPPED) in card
+    assert RUNS.grid(SHIPPED) in card
     assert f"{questions_of(SHIPPED)}.\n{conditions_of(SHIPPED)}.\n" in card
 
 

@@ -18,9 +18,7 @@ def capture_layers(
 ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """query `[1, 8, n, 64]`, key and value `[1, 2, n, 64]` as each layer's attention gets them, positions applied.
 
-    Args:
-        length, seed: of the prompt. dtype, device: of the model and the result.
-        layers: which layers, from 0; one pass of the model serves them all.
+    Layers count from 0; one pass of the model serves them all. `length` and `seed` are of the prompt.
     """
     from tokenizers import Tokenizer
 

@@ -19,7 +19,7 @@ from bench.needle.batches import Batch, Builder
 from bench.needle.network import attention_kernel, hidden_states, logits_at
 from bench.needle.prepare import encode
 from bench.needle.settings import FULL, Settings
-from bench.needle.tables import accuracy_table
+from bench.needle.tables import RUNS
 from bench.terminal import one_line_errors
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.loading import load_model, resolve_device
@@ -34,8 +34,7 @@ _TOKENS_AT_ONCE = 131072
 def accuracies(model: Path, text: np.ndarray | None, settings: Settings, device: torch.device) -> Iterator[Row]:
     """The dense accuracy of each task at the length of each of the settings' goals, with the conditions in each row.
 
-    Args:
-        model: its folder. text: its tokens of held-out text; None for those of this Python.
+    `text` are the model's tokens of held-out text, None for those of this Python.
     """
     with attention_kernel(device):
         network, loaded = load_model(model, torch.bfloat16, device)
@@ -90,7 +89,7 @@ def evaluate(
         for row in accuracies(model, None, FULL, resolve_device("auto")):
             rows.append(row)
             typer.echo(json.dumps(row))
-    typer.echo(accuracy_table(rows), err=True)
+    typer.echo(RUNS.grid(rows), err=True)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,6 @@ from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.rows import Row
 
 
-def accuracy_table(rows: Sequence[Row]) -> str:
-    """A Markdown table of exact accuracies, a line for each task."""
-    return RUNS.grid(list(rows))
-
-
 def conditions_of(rows: Sequence[Row]) -> str:
     """Where the accuracies were measured; where versions, commits or dates differ, each is named."""
     words = {"gpu": "", "torch": "torch ", "python": "Python ", "commit": "commit ", "date": ""}

@@ -17,7 +17,7 @@ from bench.needle.learning import make_optimizer, mean_row, take_step
 from bench.needle.network import attention_kernel, export, make_network
 from bench.needle.prepare import WORK, Corpus, load_corpus
 from bench.needle.settings import FULL, Settings
-from bench.needle.tables import accuracy_table, conditions_of, questions_of
+from bench.needle.tables import RUNS, conditions_of, questions_of
 from bench.terminal import one_line_errors
 from flexprefill_fa.tools.loading import resolve_device
 from flexprefill_fa.tools.rows import Row, append
@@ -75,7 +75,7 @@ def train(
         settings = replace(FULL, seed=seed)
         device = resolve_device("cuda")
         rows = train_model(settings, load_corpus(out / "corpus"), out, device, typer.echo)
-    typer.echo(f"{accuracy_table(rows)}\n\nQuestions of each task: {questions_of(rows)}.\n{conditions_of(rows)}.")
+    typer.echo(f"{RUNS.grid(rows)}\n\nQuestions of each task: {questions_of(rows)}.\n{conditions_of(rows)}.")
     typer.echo(f"the model is in {out / 'model'}")
     if missed := missed_goals(settings, rows):
         again = "try another --seed, with a corpus in a folder of its own (--out)"
