@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +25,7 @@ from bench.spec import (
 )
 from bench.workloads import Inputs, sharpness_of, structured_inputs
 from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.fidelity.memory import free_bytes
 from flexprefill_fa.tools.loading import UsageError
 from flexprefill_fa.tools.needle import MODEL_DIR
 
@@ -152,12 +152,3 @@ def needed_bytes(
     if device.type == "cpu":  # the plain selection: fp32 scores of 128 queries; queries, and keys for every head
         needed += heads * length * 4 * (5 * 128 + 2 * head_dim)
     return needed
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on the device: the GPU's, or the machine's."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 import bench.attention
 from bench.cli import app
-from bench.planning import free_bytes, needed_bytes
+from bench.planning import needed_bytes
 from bench.spec import parse_lengths, parse_selector
 from bench.timing import Stopwatch, significant, summarise
 from flexprefill_fa import FlexPrefillConfig
@@ -169,7 +169,6 @@ def test_memory_estimate_covers_the_inputs_and_grows() -> None:
     sizes = [needed_bytes(n, 1, 32, 8, 128, torch.bfloat16, torch.device("cuda")) for n in (4096, 8192, 262144)]
     inputs = 262144 * (32 + 2 * 8) * 128 * 2
     assert sizes[0] < sizes[1] and 2 * inputs < sizes[2] < 10 * inputs
-    assert free_bytes(CPU) > 2**20
 
 
 def test_running_out_of_memory_is_one_line(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
