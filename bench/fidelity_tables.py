@@ -24,7 +24,6 @@ from bench.tables import (
     key,
     markdown_table,
     method,
-    milliseconds,
     number,
     paragraphs,
     pivot,
@@ -163,7 +162,7 @@ def _columns(group: list[Row], costs: Costs, answers: list[Row]) -> list[Column]
             cells = {name: bold(number(value, ".3f"), value == least) for name, value in found.items() if value}
             columns.append((f"{part[0]['length']:,}: KL {target:g}", partial(_cell, cells)))
     for length in _COST_LENGTHS:
-        timed = {name: milliseconds(row["select_ms"]) for (name, at), row in costs.items() if at == length}
+        timed = {name: number(row["select_ms"], "ms") for (name, at), row in costs.items() if at == length}
         columns.append(
             (f"select {length // 1024}K, ms", lambda name, timed=timed: _cell(timed, without_correction(name)[0]))
         )

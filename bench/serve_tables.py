@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from bench.tables import Table, commits, number, pivot, settings_of, times, values, versions
+from bench.tables import Table, commits, number, pivot, settings_of, values, versions
 from flexprefill_fa.tools.rows import Row
 
 
@@ -44,7 +44,7 @@ def _lines(rows: Sequence[Row]) -> Iterable[list[str]]:
             found = [pair[backend][name] for backend in (_DEFAULT, _SPARSE)]
             told = [format(value, ",.0f" if value >= 100 else ".1f") for value in found]
             ratio = found[more] / found[not more]
-            yield [title.format(**sparse), number(sparse.get("density"), ".3f"), *told, times(ratio)]
+            yield [title.format(**sparse), number(sparse.get("density"), ".3f"), *told, number(ratio, "x")]
 
 
 def _titles(rows: Sequence[Row]) -> list[str]:

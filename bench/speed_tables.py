@@ -18,12 +18,10 @@ from bench.tables import (
     conditions,
     markdown_table,
     method,
-    milliseconds,
     number,
     pivot,
     settings_of,
     split,
-    times,
 )
 from flexprefill_fa.masks import get_selector
 from flexprefill_fa.masks.selector import DEFAULT_SELECTOR
@@ -97,13 +95,13 @@ def _attention_columns(rows: list[Row]) -> list[Column]:
         found = best_dense(line.values(), kernel)
         if found is None:
             return "-"
-        return milliseconds(found[0]) + ("" if kernel else f" ({KERNEL_NAMES[found[1]]})")
+        return number(found[0], "ms") + ("" if kernel else f" ({KERNEL_NAMES[found[1]]})")
 
     def auto(row: Row) -> str:
         if "error" in row:
             return "wrong"
-        speedup = times(row.get(f"speedup_{yardstick}"))
-        return f"{row['path']} {row['kernel']}: {milliseconds(row['total_ms'])} ms, {speedup}"
+        speedup = number(row.get(f"speedup_{yardstick}"), "x")
+        return f"{row['path']} {row['kernel']}: {number(row['total_ms'], 'ms')} ms, {speedup}"
 
     def correction(row: Row) -> str:
         means = {"corrected_ms": "", "tilted_ms": "tilted "}
@@ -118,11 +116,11 @@ def _attention_columns(rows: list[Row]) -> list[Column]:
         ("recall", lambda line: number(recall(line), ".3f")),
         (f"{KERNEL_NAMES[yardstick]} ms", partial(dense, kernel=yardstick)),
         ("best dense ms", dense),
-        ("select ms", lambda line: milliseconds(select(line))),
-        *each("attend ms", lambda row: milliseconds(row.get("attend_ms"))),
-        *each("total ms", lambda row: "wrong" if "error" in row else milliseconds(row.get("total_ms"))),
-        *each(f"x {KERNEL_NAMES[yardstick]}", lambda row: times(row.get(f"speedup_{yardstick}"))),
-        *each("x best dense", lambda row: times(row.get("speedup_best_dense"))),
+        ("select ms", lambda line: number(select(line), "ms")),
+        *each("attend ms", lambda row: number(row.get("attend_ms"), "ms")),
+        *each("total ms", lambda row: "wrong" if "error" in row else number(row.get("total_ms"), "ms")),
+        *each(f"x {KERNEL_NAMES[yardstick]}", lambda row: number(row.get(f"speedup_{yardstick}"), "x")),
+        *each("x best dense", lambda row: number(row.get("speedup_best_dense"), "x")),
         *each("mean correction", correction, corrected, True),
         *each("`auto`", auto, ["auto"], False),
     ]
@@ -150,10 +148,10 @@ DENSITY = Table(
         column("tokens", "length", ","),
         column("density", "density", ".3f"),
         column("kernel", "kernel"),
-        ("attend ms", lambda row: "wrong" if "error" in row else milliseconds(row.get("attend_ms"))),
+        ("attend ms", lambda row: "wrong" if "error" in row else number(row.get("attend_ms"), "ms")),
         column("TFLOP/s", "tflops", ".0f"),
         column("share of its dense TFLOP/s", "share_of_dense_tflops", ".0%"),
-        ("x best dense", lambda row: times(row.get("speedup_best_dense"))),
+        ("x best dense", lambda row: number(row.get("speedup_best_dense"), "x")),
     ],
     caption=partial(_caption, what="random blocks of an exact density, attention alone, without a selection"),
 )
@@ -204,7 +202,7 @@ def _dense_error(row: Row) -> float | None:
 
 def _failed(row: Row, name: str) -> str:
     """A time, or in its place the error; a table cell holds one line without bars."""
-    return f"error: {row['error']}".replace("|", "/") if "error" in row else milliseconds(row.get(name))
+    return f"error: {row['error']}".replace("|", "/") if "error" in row else number(row.get(name), "ms")
 
 
 def _against(rows: list[Row], name: str, yardstick: str | None = None) -> list[Column]:
@@ -212,7 +210,7 @@ def _against(rows: list[Row], name: str, yardstick: str | None = None) -> list[C
 
     def over(row: Row, kernel: str | None) -> str:
         found = best_dense((other for other in rows if other["length"] == row["length"]), kernel)
-        return times(found[0] / row[name] if found and name in row and row["selector"] is not None else None)
+        return number(found[0] / row[name] if found and name in row and row["selector"] is not None else None, "x")
 
     return [
         *([(f"x {KERNEL_NAMES[yardstick]}", partial(over, kernel=yardstick))] if yardstick else []),
@@ -248,9 +246,9 @@ PEERS = Table(
         ("implementation", _implementation),
         column("density", "density", ".3f"),
         ("error against dense", lambda row: number(_dense_error(row), ".2g")),
-        ("select ms", lambda row: milliseconds(row.get("select_ms"))),
+        ("select ms", lambda row: number(row.get("select_ms"), "ms")),
         ("total ms", lambda row: _failed(row, "total_ms")),
-        ("wall clock ms", lambda row: milliseconds(row.get("total_eager_ms"))),
+        ("wall clock ms", lambda row: number(row.get("total_eager_ms"), "ms")),
         *_against(rows, "total_ms", YARDSTICK[rows[0]["device"]]),
     ],
     caption=lambda rows: _caption(_compared(rows), "each implementation on the same values, selection included"),
@@ -286,7 +284,7 @@ def demo_table(rows: Sequence[Row]) -> str:
         part = row[name]
         cells = [title, f"{part['answer']} {'right' if part['correct'] else 'wrong'}", f"{part['prefill_seconds']:.2f}"]
         cells += [number(part.get("compile_seconds"), ".1f"), number(part.get("density"), ".3f")]
-        lines.append([*cells, times(row["dense"]["prefill_seconds"] / part["prefill_seconds"])])
+        lines.append([*cells, number(row["dense"]["prefill_seconds"] / part["prefill_seconds"], "x")])
     recall = ""
     if layers := [layer for layer in row["sparse"].get("layers", ()) if layer["recall"] is not None]:
         found = [layer["recall"] for layer in layers]

@@ -125,19 +125,13 @@ def across(titles: Mapping[Any, str], cell: Callable[[Row], str]) -> list[Column
     return [(title, lambda line, at=at: cell(line[at]) if at in line else "-") for at, title in titles.items()]
 
 
-def number(value: Any, spec: str) -> str:
-    """A number, or a dash where there is none."""
-    return "-" if value is None else format(value, spec)
-
-
-def milliseconds(value: Any) -> str:
-    """Milliseconds, or a dash where there are none."""
-    return number(value, ",.0f" if value is not None and value >= 100 else ".3g")
-
-
-def times(value: float | None) -> str:
-    """A speed-up, or a dash where there is none."""
-    return "-" if value is None else f"{value:.2f}x"
+def number(value: float | None, spec: str) -> str:
+    """A number, or a dash where there is none; "ms" are milliseconds, "x" a speed-up."""
+    if value is None:
+        return "-"
+    if spec == "x":
+        return f"{value:.2f}x"
+    return format(value, (",.0f" if value >= 100 else ".3g") if spec == "ms" else spec)
 
 
 def ends(found: Sequence[float], spec: str, unit: str = "") -> str:

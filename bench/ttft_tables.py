@@ -19,11 +19,9 @@ from bench.tables import (
     key,
     markdown_table,
     method,
-    milliseconds,
     number,
     pivot,
     split,
-    times,
     versions,
 )
 from flexprefill_fa.tools.digests import model_sha256
@@ -57,7 +55,7 @@ def _share(row: Row, part: str) -> str:
 def _over(row: Row, others: Iterable[Row]) -> str:
     """A speed-up over the fastest of other rows."""
     found = [other["ttft_ms"] for other in others if "error" not in other]
-    return "-" if not found or "error" in row or "ttft_ms" not in row else times(min(found) / row["ttft_ms"])
+    return "-" if not found or "error" in row or "ttft_ms" not in row else number(min(found) / row["ttft_ms"], "x")
 
 
 def _yardsticks(rows: Iterable[Row]) -> dict[str, set[str]]:
@@ -191,13 +189,13 @@ def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:
     body, first = [], []
     for length, line in by_length(rows).items():
         row, best = line.get("auto", {"error": "not measured"}), best_dense(line.values())
-        if length not in whole or "error" in row:
+        if length not in whole or "error" in row or best is None:
             continue
-        plain, sparse = (each["ttft_ms"] for each in whole[length])
         first += whole[length]
         cells = [f"{length:,}", number(row.get("density") if row["path"] == "sparse" else 1, ".1%")]
-        cells += [_ms(best and best[0]), _ms(row["total_ms"]), times(best and best[0] / row["total_ms"])]
-        body.append([*cells, _ms(plain), _ms(sparse), times(plain / sparse)])
+        for dense, sparse in ((best[0], row["total_ms"]), [each["ttft_ms"] for each in whole[length]]):
+            cells += [f"{number(dense, 'ms')} ms", f"{number(sparse, 'ms')} ms", number(dense / sparse, "x")]
+        body.append(cells)
     if not body:
         return ""
     head = ["tokens", "blocks kept", "attention: dense", "sparse", "speed-up"]
@@ -210,7 +208,3 @@ def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:
         f"{row['synthetic_density']:.0%} density or what every row keeps where that is more; transformers "
         f"{distinct(first, 'transformers')}, {commits(first)}.\n\n{markdown_table(head, body)}"
     )
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{milliseconds(value)} ms"
