@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,16 +73,6 @@ def best_dense(rows: Iterable[Row], kernel: str | None = None) -> tuple[float, s
     return min(((row["total_ms"], row["kernel"]) for row in dense), default=None)
 
 
-def _sparse(name: str) -> Callable[[Line], Any]:
-    """A field of the first row that has it and did not go dense."""
-
-    def found(line: Line) -> Any:
-        rows = (row for row in split(line.values())[1] if row["path"] == "sparse")
-        return next((row[name] for row in rows if row.get(name) is not None), None)
-
-    return found
-
-
 def _attention_columns(rows: list[Row]) -> list[Column]:
     selected = split(rows)[1]
     yardstick = YARDSTICK[rows[0]["device"]]
@@ -90,6 +80,15 @@ def _attention_columns(rows: list[Row]) -> list[Column]:
 
     def each(title: str, cell: Any, names: Sequence[str] = explicit, named: bool = len(explicit) > 1) -> list[Column]:
         return across({name: f"{title}, {name}" if named else title for name in names}, cell)
+
+    def sparse(title: str, name: str, spec: str) -> Column:
+        """A field of the first row that has it and did not go dense."""
+
+        def cell(line: Line) -> str:
+            found = (row.get(name) for row in split(line.values())[1] if row["path"] == "sparse")
+            return number(next((value for value in found if value is not None), None), spec)
+
+        return title, cell
 
     def dense(line: Line, kernel: str | None = None) -> str:
         found = best_dense(line.values(), kernel)
@@ -109,18 +108,17 @@ def _attention_columns(rows: list[Row]) -> list[Column]:
         return f"{' / '.join(more)} of attend" if more else "-"
 
     corrected = [name for name in explicit if any(row["backend"] == name and "corrected_ms" in row for row in selected)]
-    density, recall, select = map(_sparse, ("density", "recall", "select_ms"))
     return [
         ("tokens", lambda line: f"{next(iter(line.values()))['length']:,}"),
-        ("density", lambda line: number(density(line), ".3f")),
-        ("recall", lambda line: number(recall(line), ".3f")),
+        sparse("density", "density", ".3f"),
+        sparse("recall", "recall", ".3f"),
         (f"{KERNEL_NAMES[yardstick]} ms", partial(dense, kernel=yardstick)),
         ("best dense ms", dense),
-        ("select ms", lambda line: number(select(line), "ms")),
-        *each("attend ms", lambda row: number(row.get("attend_ms"), "ms")),
+        sparse("select ms", "select_ms", "ms"),
+        *each(*column("attend ms", "attend_ms", "ms")),
         *each("total ms", lambda row: "wrong" if "error" in row else number(row.get("total_ms"), "ms")),
-        *each(f"x {KERNEL_NAMES[yardstick]}", lambda row: number(row.get(f"speedup_{yardstick}"), "x")),
-        *each("x best dense", lambda row: number(row.get("speedup_best_dense"), "x")),
+        *each(*column(f"x {KERNEL_NAMES[yardstick]}", f"speedup_{yardstick}", "x")),
+        *each(*column("x best dense", "speedup_best_dense", "x")),
         *each("mean correction", correction, corrected, True),
         *each("`auto`", auto, ["auto"], False),
     ]
@@ -151,7 +149,7 @@ DENSITY = Table(
         ("attend ms", lambda row: "wrong" if "error" in row else number(row.get("attend_ms"), "ms")),
         column("TFLOP/s", "tflops", ".0f"),
         column("share of its dense TFLOP/s", "share_of_dense_tflops", ".0%"),
-        ("x best dense", lambda row: number(row.get("speedup_best_dense"), "x")),
+        column("x best dense", "speedup_best_dense", "x"),
     ],
     caption=partial(_caption, what="random blocks of an exact density, attention alone, without a selection"),
 )
@@ -246,9 +244,9 @@ PEERS = Table(
         ("implementation", _implementation),
         column("density", "density", ".3f"),
         ("error against dense", lambda row: number(_dense_error(row), ".2g")),
-        ("select ms", lambda row: number(row.get("select_ms"), "ms")),
+        column("select ms", "select_ms", "ms"),
         ("total ms", lambda row: _failed(row, "total_ms")),
-        ("wall clock ms", lambda row: number(row.get("total_eager_ms"), "ms")),
+        column("wall clock ms", "total_eager_ms", "ms"),
         *_against(rows, "total_ms", YARDSTICK[rows[0]["device"]]),
     ],
     caption=lambda rows: _caption(_compared(rows), "each implementation on the same values, selection included"),
@@ -264,7 +262,7 @@ GIVEN = Table(
         column("tokens", "length", ","),
         column("density", "density", ".3f"),
         ("implementation", _implementation),
-        ("error", lambda row: number(row.get("check_error"), ".2g")),
+        column("error", "check_error", ".2g"),
         ("attend ms", lambda row: _failed(row, "attend_ms")),
         *_against(rows, "attend_ms"),
     ],
