@@ -75,14 +75,16 @@ def takes(names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callab
     return given
 
 
-def parse_list(option: str, text: str) -> list[str]:
-    """The items of a comma-separated list, none empty, each once."""
+def parse_list(option: str, text: str, among: Sequence[str] = ()) -> list[str]:
+    """The items of a comma-separated list, none empty, each once; `among` these, if any are given."""
     items = [item.strip() for item in text.split(",")]
     if not all(items):
         raise UsageError(f"{option} must be a comma-separated list, got {text!r}")
     twice = sorted({item for item in items if items.count(item) > 1})
     if twice:
         raise UsageError(f"{option} must name each item once, got {', '.join(twice)} more than once")
+    if others := [item for item in items if among and item not in among]:
+        raise UsageError(f"{option} must be of {', '.join(among)}, got {others[0]!r}")
     return items
 
 

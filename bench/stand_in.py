@@ -71,8 +71,6 @@ class StandIn(Selector, name="stand_in", register=False):
 
     def kept_density(self) -> float:
         """Kept blocks / causal blocks of all calls since `forget`, over all heads; reads back from the GPU."""
-        if not self._kept:
-            raise ValueError("no selection has run")
         return float(torch.stack(self._kept).sum()) / self._causal
 
     def run(

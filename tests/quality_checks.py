@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.exact import Exact
+from bench.quality import Exact
 from flexprefill_fa import (
     BlockSelection,
     FlashPrefillConfig,

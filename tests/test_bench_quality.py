@@ -14,9 +14,8 @@ from typer.testing import CliRunner, Result
 
 import bench.quality
 from bench.cli import app
-from bench.exact import exact_attention
 from bench.needle.capture import capture_layers
-from bench.quality import measure, sweep
+from bench.quality import exact_attention, measure, sweep
 from bench.spec import parse_selectors
 from bench.workloads import Inputs
 from flexprefill_fa import FlexPrefillConfig, get_selector, select_blocks, selector_names
@@ -51,7 +50,7 @@ def tensors(length: int, heads: int = 4, kv_heads: int = 2, dim: int = 32) -> tu
 @pytest.mark.parametrize("score_bytes", [1, 2**28])
 def test_exact_attention(length: int, score_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one step and in many, at lengths that no block divides."""
-    monkeypatch.setattr("bench.exact._SCORE_BYTES", score_bytes)
+    monkeypatch.setattr("bench.quality._SCORE_BYTES", score_bytes)
     query, key, value = tensors(length)
     exact = exact_attention(query, key, value)
     expected, _ = attention(query, key, value, every_block(query, key, 64).to_dense(), 64)

@@ -29,8 +29,8 @@ from quality_checks import (
 )
 from torch import Tensor
 
-from bench.exact import exact_attention
 from bench.needle.capture import capture_layers
+from bench.quality import exact_attention
 from flexprefill_fa import BlockSelection, StreamingLLMConfig
 from flexprefill_fa.grid import Grid, unmasked_blocks, visible_blocks
 from flexprefill_fa.masks import Selector, selector, vertical_slash
