@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -154,7 +153,7 @@ def ttft(
 
     plan = make_plan(**options)
     with Ranks.start(plan.device) as ranks:
-        run = Recorder(given["out"], given["as_json"], quiet=int(os.environ.get("RANK", "0")) > 0)
+        run = Recorder(given["out"], given["as_json"], quiet=ranks.rank > 0)
         run.take(config, len(list(plan.passes())), partial(ttft_rows, plan, ranks, run.note))
     run.incomplete |= any("error" in row for row in run.rows)
     run.finish(ttft_tables(run.rows, []), wrong=not all(row.get("ran_sparse", True) for row in run.rows))

@@ -169,10 +169,6 @@ def structured_inputs(
     `heads` are a multiple of `kv_heads`, `head_dim` of 16; `sharpness` is the factor on the queries. Each element of
     the batch has a seed of its own, and the numbers are the same on every device.
     """
-    if heads % kv_heads:
-        raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
-    if head_dim % 16:
-        raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
     query = torch.empty(batch, heads, length, head_dim, dtype=dtype, device=device)
     key, value = (torch.empty(batch, kv_heads, length, head_dim, dtype=dtype, device=device) for _ in range(2))
     per_group = heads // kv_heads

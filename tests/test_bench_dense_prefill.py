@@ -71,39 +71,10 @@ def test_a_row_says_whether_the_model_was_compiled(
     before, found = graphs(), {}
     for mode in ("eager", "compiled"):
         layers_run.clear()
-        arguments = (
-            "--config",
-            "tiny",
-            "--layers",
-            "1",
-            "--dtype",
-            "float32",
-            "--device",
-            "cpu",
-            "--lengths",
-            "600",
-            "--own",
-            "",
-        )
         out = tmp_path / f"{mode}.jsonl"
-        result = CliRunner().invoke(
-            app,
-            [
-                "ttft",
-                *arguments,
-                *options,
-                "--density",
-                "0.5",
-                "--modes",
-                mode,
-                "--repeats",
-                "1",
-                "--out",
-                str(out),
-                "--seconds",
-                "1000",
-            ],  # a second pass however long the first one compiled
-        )
+        plain = "--config tiny --layers 1 --dtype float32 --device cpu --lengths 600 --density 0.5"
+        more = ("--own", "", "--modes", mode, "--repeats", "1", "--seconds", "1000", "--out", str(out))
+        result = CliRunner().invoke(app, ["ttft", *plain.split(), *options, *more])
         assert result.exit_code == 0, result.output
         (row,) = read(out)
         assert row["compiled"] is (mode == "compiled") and row["ttft_ms"] > 0

@@ -60,15 +60,6 @@ def test_sharpness_scales_the_queries_alone() -> None:
     assert torch.equal(sharp.key, blunt.key) and torch.equal(sharp.value, blunt.value)
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [((5, 2, 32), "heads must be a multiple of kv_heads, got 5 and 2"), ((4, 2, 24), "multiple of 16, got 24")],
-)
-def test_shapes_that_do_not_fit(shape: tuple[int, int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        structured_inputs(128, *shape, sharpness=1.0)
-
-
 def test_local_heads_attend_nearby_and_to_the_sink() -> None:
     probability = exact_probability(Group(N, DIM, 0), "local")
     distance = torch.arange(N - 128, N)[:, None] - torch.arange(N)

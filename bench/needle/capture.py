@@ -27,9 +27,6 @@ def capture_layers(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     decoder: Any = model.get_decoder()
-    for layer in layers:
-        if not 0 <= layer < len(decoder.layers):
-            raise ValueError(f"layer must be in [0, {len(decoder.layers)}), got {layer}")
     captured: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def capturing(module: Any, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Any:
