@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 from bench.accuracy_tables import RealAnswers
 from bench.quality_tables import between
@@ -140,56 +139,39 @@ def selection_costs(rows: Iterable[Row]) -> Costs:
 def leaderboards(rows: Iterable[Row], attention: Iterable[Row], answers: Iterable[Row]) -> str:
     """One table for each model and text: the density at each KL and length, what selecting takes, what is answered."""
     costs, answers = selection_costs(attention), list(answers)
-    table = dataclasses.replace(
-        _GROUPS,
-        columns=partial(_columns, costs=costs, answers=answers),
-        caption=partial(_caption, answers=answers),
-        lines=lambda group: dict.fromkeys(name for part in _by_length(group) for name in curves(part)),
-    )
-    tables = [table.one(group) for group in sweeps(rows)]
+    tables = [_leaderboard(group, costs, RealAnswers(answers, group[0]["model_sha256"])) for group in sweeps(rows)]
     told = {name: f"{name} with {settings_of(row['settings'])}" for (name, _), row in costs.items()}
     timed = f"Selection in ms, for all heads of one layer: {'; '.join(told.values())}. "
     return paragraphs([f"{timed}{conditions(list(costs.values()))}." if tables and costs else "", *tables])
 
 
-def _columns(group: list[Row], costs: Costs, answers: list[Row]) -> list[Column]:
-    """Of lines that are names of curves."""
-    columns: list[Column] = [("selector", str)]
-    for part in _by_length(group):
-        for target in TARGETS:
-            found = {name: density_at(points, target) for name, points in curves(part).items()}
-            least = min((value for value in found.values() if value is not None), default=None)
-            cells = {name: bold(number(value, ".3f"), value == least) for name, value in found.items() if value}
-            columns.append((f"{part[0]['length']:,}: KL {target:g}", partial(_cell, cells)))
+def _leaderboard(group: list[Row], costs: Costs, answers: RealAnswers) -> str:
+    drawn = {part[0]["length"]: curves(part) for part in _by_length(group)}
+    names = {name: without_correction(name) for found in drawn.values() for name in found}
+    columns: dict[str, dict[str, str]] = {}
+    for length, target in itertools.product(drawn, TARGETS):
+        found = {name: density_at(points, target) for name, points in drawn[length].items()}
+        least = min((value for value in found.values() if value is not None), default=None)
+        cells = {name: bold(number(value, ".3f"), value == least) for name, value in found.items() if value}
+        columns[f"{length:,}: KL {target:g}"] = cells
     for length in _COST_LENGTHS:
-        timed = {name: number(row["select_ms"], "ms") for (name, at), row in costs.items() if at == length}
-        columns.append(
-            (f"select {length // 1024}K, ms", lambda name, timed=timed: _cell(timed, without_correction(name)[0]))
-        )
-    found = RealAnswers(answers, group[0]["model_sha256"])
-    if found.asked:
-        title = f"answers at {' / '.join(f'{length // 1024}K' for length in found.asked)}"
-        columns.append((title, lambda name: found.text(*without_correction(name))))
-    return columns
-
-
-def _cell(cells: dict[str, str], name: str) -> str:
-    return cells.get(name, "-")
-
-
-def _caption(group: list[Row], answers: list[Row]) -> str:
+        timed = {name: costs[plain, length] for name, (plain, _) in names.items() if (plain, length) in costs}
+        cells = {name: number(row["select_ms"], "ms") for name, row in timed.items()}
+        columns[f"select {length // 1024}K, ms"] = cells
     told = _subject(
         group,
         f"density needed for a KL to dense attention of {', '.join(f'{target:g}' for target in TARGETS)} nats, "
         f"mean over the positions after the first {group[0]['skip']}, read between the settings of a sweep; - "
         "where the sweep does not span it. Bold: the least.",
     )
-    found = RealAnswers(answers, group[0]["model_sha256"])
-    if not found.asked:
-        return told
-    tasks = " / ".join(str(len(asked)) for asked in found.asked.values())
-    usual = f"of the selector's usual knob; dense {found.text()}"
-    return f"{told} Answers: mean accuracy on {tasks} RULER tasks, below, {usual}."
+    if answers.asked:
+        title = f"answers at {' / '.join(f'{length // 1024}K' for length in answers.asked)}"
+        columns[title] = {name: answers.text(*who) for name, who in names.items()}
+        tasks = " / ".join(str(len(asked)) for asked in answers.asked.values())
+        usual = f"of the selector's usual knob; dense {answers.text()}"
+        told += f" Answers: mean accuracy on {tasks} RULER tasks, below, {usual}."
+    body = [[name, *(cells.get(name, "-") for cells in columns.values())] for name in names]
+    return f"{told}\n\n{markdown_table(['selector', *columns], body)}"
 
 
 # The same in one line a selector: how many sweeps reach a KL, at how many times the fewest blocks.
