@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,7 +37,6 @@ class LengthBenchmark:
         self.note = note
         self.inputs, found = plan.inputs(length)
         self.watch = Stopwatch(plan.device, plan.repeats, plan.seconds)
-        self.cuda = plan.device.type == "cuda"
         same = ("batch", "heads", "kv_heads", "head_dim", "workload", "seed")
         shape = {"length": length, **{name: getattr(plan, name) for name in same}}
         self.conditions = described("attention", plan.device, plan.dtype, **shape, **found)
@@ -47,7 +45,7 @@ class LengthBenchmark:
 
     def rows(self) -> Iterator[Row]:
         """The rows, dense first; a row whose check failed has `error` and no times."""
-        with torch.no_grad(), self.on_device():
+        with torch.no_grad(), self.plan.on_device():
             dense = reference(self.inputs, None)
             for kernel in self.plan.kernels:
                 row = self._dense(kernel, dense)
@@ -57,10 +55,6 @@ class LengthBenchmark:
                 yield from self.selector_rows(config, dense)
             for density in self.plan.densities:
                 yield from self._synthetic(density)
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        """The plan's GPU as the current one."""
-        return torch.cuda.device(self.plan.device) if self.cuda else nullcontext()
 
     def _dense(self, kernel: str, dense: Reference) -> Row | None:
         row: Row = {**self.conditions, "path": "dense", "selector": None, "backend": None, "kernel": kernel}
@@ -155,7 +149,7 @@ class LengthBenchmark:
         On a GPU a whole call is timed by the wall clock too; on a CPU every time is one.
         """
         times = {name: self.watch.graph(call) for name, call in calls.items()} | taken
-        if self.cuda and "total_ms" in calls:
+        if self.plan.device.type == "cuda" and "total_ms" in calls:
             times["total_eager_ms"] = self.watch.eager(calls["total_ms"])
         row: Row = {"repeats": min(one.repeats for one in times.values())}
         row["timed_by"] = {name: one.timed_by for name, one in times.items()}

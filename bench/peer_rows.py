@@ -63,7 +63,7 @@ class PeerBenchmark(LengthBenchmark):
 
     def peer_rows(self, folder: Path, peer: Peer) -> Iterator[Row]:
         """The rows of a peer, after `rows`; one that failed has `error` and no times."""
-        with torch.no_grad(), self.on_device():
+        with torch.no_grad(), self.plan.on_device():
             for density in self.plan.densities if peer.attend is not None else ():
                 over = partial(self._over, density, peer, folder)
                 yield self._row(peer, folder, "synthetic", {"density": density}, over)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,10 @@ class Plan:
     def steps(self) -> int:
         """Rows per length."""
         return len(self.kernels) + len(self.backends) * (len(self.configs) + len(self.densities))
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """The GPU as the current one."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def inputs(self, length: int) -> tuple[Inputs, dict[str, Any]]:
         """Queries, keys and values, and what a row must say about them besides their shapes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,13 +108,12 @@ def quality_rows(
     """
     captured = capture_layers(length, layers, dtype=plan.dtype, device=plan.device, seed=plan.seed)
     for layer in layers:
-        on_device = torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext()
         inputs = Inputs(*captured.pop(layer))
         batch, heads, _, head_dim = inputs.query.shape
         shape = {"batch": batch, "heads": heads, "kv_heads": inputs.key.shape[1], "head_dim": head_dim}
         where = {"workload": "needle", "model_sha256": model_sha256(MODEL_DIR), "layer": layer, "seed": plan.seed}
         conditions = described(KIND, plan.device, plan.dtype, length=length, **shape, **where)
-        with torch.no_grad(), on_device:
+        with torch.no_grad(), plan.on_device():
             exact = exact_attention(*inputs)
             # Of rounding alone. Repeated by hand: in fp32 on a GPU, grouped heads would take a kernel that holds all
             # scores.

@@ -257,7 +257,6 @@ def test_an_engine_that_fails_is_told_whole_behind_the_rows_before_it(monkeypatc
         (["--settings", "[1]"], "settings must be a JSON object"),
         (["--settings", '{"gama": 1}'], "unknown setting 'gama'"),
         (["--density", "2"], "density must be in (0, 1], got 2"),
-        (["--lengths", "0"], "lengths must be whole numbers"),
         (["--engine", "vlm"], "engine must be one of vllm, sglang, got 'vlm'"),
         (["--engine", "sglang"], "SGLang is measured on a CUDA GPU, and there is none"),
         (["--only", "nothing"], "only must be one of all, engines, default, sparse, gather, got 'nothing'"),
