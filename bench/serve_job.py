@@ -28,17 +28,14 @@ class EngineError(UsageError):
 
 
 def run_job(job: dict[str, Any], timeout: float = 600.0, engine: str = "vllm") -> dict[str, Any]:
-    """Run an engine.
+    """Run an engine, "vllm" or "sglang", for at most `timeout` seconds.
 
     Args:
         job: `engine`: arguments of `vllm.LLM` or `sglang.Engine`; `phases`: a list of prompts to run after each other,
             each with `prompts` (lists of token ids), `max_tokens`, `together` (all at once, else one at a time),
             `ignore_eos` and `fault` (make sparse attention fail, to see that nothing else does); `synthetic`: attend
-            over seeded random blocks of this density, after running the selection in full (see `bench.serve`);
-            `memory`: measure it. `fault` and `memory` are vLLM's alone, which has to be in one process for them and for
-            `synthetic`.
-        timeout: of the process, in seconds.
-        engine: "vllm" or "sglang".
+            over seeded random blocks of this density (see `bench.serve`); `memory`: measure it. `fault` and `memory`
+            are vLLM's alone, which has to be in one process for them and for `synthetic`.
 
     Returns:
         `phases`: for each, `outputs` (token ids), `cached` (prompt tokens found in the prefix cache), `seconds` (of
