@@ -148,14 +148,24 @@ class LengthBenchmark:
 
         On a GPU a whole call is timed by the wall clock too; on a CPU every time is one.
         """
+        row: Row = {}
         times = {name: self.watch.graph(call) for name, call in calls.items()} | taken
         if self.plan.device.type == "cuda" and "total_ms" in calls:
             times["total_eager_ms"] = self.watch.eager(calls["total_ms"])
-        row: Row = {"repeats": min(one.repeats for one in times.values())}
+            row["peak_bytes"] = self._peak_bytes(calls["total_ms"])
+        row["repeats"] = min(one.repeats for one in times.values())
         row["timed_by"] = {name: one.timed_by for name, one in times.items()}
         for name, one in times.items():
             row |= one.fields(name)
         return row
+
+    def _peak_bytes(self, call: Callable[[], object]) -> int:
+        """GPU memory of one eager call, its inputs and its output included."""
+        others = torch.cuda.memory_allocated() - sum(tensor.nbytes for tensor in self.inputs)
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - others
 
     def speedups(self, row: Row) -> Row:
         """Of a row against dense attention on the same inputs; None for what did not run."""
