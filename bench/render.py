@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from bench.accuracy_tables import ANSWERS, REAL_TASKS, SUMMARY, TASKS
 from bench.fidelity_tables import CHUNKS, fidelity_summary, leaderboards, plain_sweeps, single_settings
+from bench.host_tables import HOST
 from bench.needle.tables import run_tables
 from bench.paths import ROOT
 from bench.quality_tables import CORRECTION, SELECTORS
@@ -23,8 +24,8 @@ DOCUMENTS: dict[Path, tuple[str, ...]] = {
     ROOT / document: tuple(blocks.split())
     for document, blocks in {
         "README.md": "plot speed-summary fidelity-summary",
-        "docs/benchmarks.md": "attention attention-fixed attention-needle density ttft serving attention-cpu peers "
-        "given",
+        "docs/benchmarks.md": "attention attention-fixed attention-needle density host ttft serving attention-cpu "
+        "peers given",
         "docs/accuracy.md": "fidelity-plot fidelity fidelity-settings ruler accuracy-plot accuracy-summary needle "
         "accuracy quality-plot quality mean-correction",
         "docs/command_line.md": "demo",
@@ -42,6 +43,7 @@ TABLES: dict[str, tuple[Any, ...]] = {
     "attention-needle": (partial(attention_tables, device="cuda", workload="needle"), "attention"),
     "attention-cpu": (partial(attention_tables, device="cpu", workload="needle"), "attention"),
     "density": (DENSITY.markdown, "attention"),
+    "host": (HOST.markdown, "host"),
     "speed-summary": (speed_summary, "attention", "ttft"),
     "accuracy": (TASKS.markdown, "quality"),
     "accuracy-summary": (SUMMARY.markdown, "quality"),
