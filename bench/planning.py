@@ -150,7 +150,7 @@ def needed_bytes(
     query = batch * heads * length * head_dim * dtype.itemsize
     key = batch * kv_heads * length * head_dim * dtype.itemsize
     blocks = -(-length // 128)
-    lists = 6 * 4 * batch * heads * blocks * blocks  # two selections of two int32 lists each, and block scores
+    lists = 6 * 4 * batch * heads * blocks * blocks  # two selections' int32 lists, block scores, and room for copies
     groups = heads // kv_heads
     check = 8 * length * (2 * head_dim + 4 * groups * SAMPLED_ROWS)  # fp64 keys and values, scores of a kv group
     needed = query + 2 * key + _OUTPUTS * query + lists + check

@@ -13,12 +13,12 @@ import weakref
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.synthetic import chunk_selection
 from bench.timing import Timer
 from flexprefill_fa.grid import Grid, real_ranges, visible_blocks
+from flexprefill_fa.index_lists import both_lists
 from flexprefill_fa.masks.selector import Lists, Selector, traced_lists
 
 _made: weakref.WeakValueDictionary[int, StandIn] = weakref.WeakValueDictionary()
@@ -79,10 +79,10 @@ class StandIn(Selector, name="stand_in", register=False):
         """What the operator does."""
         self.calls += 1
         with self.selecting.once():
-            lists = self.inner.operator()(query, key, starts, lengths, settings, *rest)[:4]
+            lists = self.inner.operator()(query, key, starts, lengths, settings, *rest)[:3]
         if self.density is not None:
             lists = self._replaced(lists, query.shape[2], key.shape[2])
-        self._kept.append((lists[0] + lists[2]).sum())
+        self._kept.append((lists[0] + lists[1]).sum())
         heads = query.shape[0] * query.shape[1]
         self._causal += heads * _causal_blocks(query.shape[2], key.shape[2], self.block_size)
         return lists
@@ -92,10 +92,11 @@ class StandIn(Selector, name="stand_in", register=False):
         batch, heads, _ = lists[0].shape
         assert self.density is not None
         chosen = _blocks(q_len, kv_len, heads, self.density, self.block_size, lists[0].device, self.seed)
-        width = lists[1].shape[-1]
-        padded = [F.pad(part, (0, width - part.shape[-1])) if part.ndim == 4 else part for part in chosen]
-        count, indices, full_count, full_indices = (part.repeat(batch, *[1] * (part.ndim - 1)) for part in padded)
-        return count, indices, full_count, full_indices
+        count, partial, full_count, full = chosen
+        found = count.repeat(batch, 1, 1), full_count.repeat(batch, 1, 1), torch.zeros_like(lists[2])
+        _, indices, _, full_indices = both_lists(found)
+        indices[..., : partial.shape[-1]], full_indices[..., : full.shape[-1]] = partial, full
+        return found
 
 
 @functools.cache
@@ -128,11 +129,11 @@ def _stand_in(
     block_size: int,
     all_partial: bool,
     zero_tails: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     stand_in = _made[int(settings[0])]
     rest = (scale, block_size, all_partial, zero_tails)
-    count, indices, full_count, full_indices = stand_in.run(query, key, starts, lengths, settings[1:], *rest)
-    return count, indices, full_count, full_indices
+    count, full_count, indices = stand_in.run(query, key, starts, lengths, settings[1:], *rest)
+    return count, full_count, indices
 
 
 @_stand_in.register_fake

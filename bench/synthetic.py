@@ -6,7 +6,7 @@ import torch
 
 from flexprefill_fa import BlockSelection
 from flexprefill_fa.grid import Grid, real_ranges, unmasked_blocks, visible_blocks
-from flexprefill_fa.selection import index_lists
+from flexprefill_fa.index_lists import both_lists, shared_lists
 
 
 def chunk_selection(
@@ -40,6 +40,6 @@ def chunk_selection(
         keep = always.flatten().clone()
         keep[free[torch.randperm(len(free), generator=generator)[:extra]]] = True
         keep = keep.view(1, 1, *visible.shape).to(device)
-        lists.append((*index_lists(keep & ~full), *index_lists(keep & full)))
-    parts = [torch.cat(tensors, 1).unflatten(1, (batch, heads))[0] for tensors in zip(*lists, strict=True)]
-    return BlockSelection(parts[0], parts[1], parts[2], parts[3], q_len, kv_len, block_size)
+        lists.append(shared_lists(keep & ~full, keep & full))
+    parts = tuple(torch.cat(tensors, 1).unflatten(1, (batch, heads))[0] for tensors in zip(*lists, strict=True))
+    return BlockSelection(*both_lists(parts), q_len, kv_len, block_size)

@@ -3,7 +3,9 @@
 FlexAttention trusts its BlockMask. What it does not check, and what this file therefore holds to:
 
 - The partial and the full list have the same shape and strides: one of the kernels reads both with the strides of the
-  first. Four separate contiguous int32 tensors, indices ascending, at least one column wide.
+  first. int32 tensors, indices ascending, at least one column wide, their rows at one distance: a kernel takes a head
+  of a batch element for a place in one series. They may be views of one tensor, in part the same memory, but not made
+  in the graph of the CPU's kernel, which names its arguments by the memory that they lie in.
 - A block is in one list only (in both it counts twice), in the full list when nothing in it is masked.
 - `seq_lengths` is always given, or a length that the block does not divide is rounded up.
 - `compute_q_blocks=False`: the transposed lists serve the backward pass alone and cost time quadratic in blocks.
@@ -16,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn.attention.flex_attention import BlockMask, _mask_mod_signature
 
 from flexprefill_fa.grid import positions
@@ -113,6 +116,17 @@ def _flat_lookup(keep: Tensor) -> MaskMod:
     return kept
 
 
+@torch.library.custom_op("flexprefill_fa::copied", mutates_args=())
+def copied(indices: Tensor) -> Tensor:
+    """A copy of the same strides: an operator, so that it is in memory of its own."""
+    return indices.new_empty_strided(indices.shape, indices.stride()).copy_(indices)
+
+
+@copied.register_fake
+def _(indices: Tensor) -> Tensor:
+    return indices.new_empty_strided(indices.shape, indices.stride())
+
+
 def assemble(
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
@@ -124,7 +138,9 @@ def assemble(
     q_len: int,
     kv_len: int,
 ) -> BlockMask:
-    """A BlockMask of the four index tensors, as a selector operator returns them."""
+    """A BlockMask of the four index tensors of a selection."""
+    if kv_indices.device.type == "cpu" and is_dynamo_compiling():
+        full_kv_indices = copied(full_kv_indices)
     return BlockMask.from_kv_blocks(
         kv_num_blocks,
         kv_indices,
@@ -150,14 +166,17 @@ def check_layout(selection: BlockSelection) -> None:
     width = selection.kv_indices.shape[-1]
     if not 1 <= width <= grid.kv_blocks:
         raise ValueError(f"kv_indices must be 1 to {grid.kv_blocks} blocks wide, got {width}")
+    row = selection.kv_indices.stride(2)
     for name, tensor in {**counts, **indices}.items():
         shape = (batch, heads, grid.q_blocks) + ((width,) if name in indices else ())
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != torch.int32:
             raise ValueError(f"{name} must be int32, got {tensor.dtype}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        rows = (heads * grid.q_blocks, grid.q_blocks, 1)
+        strides = (*(number * row for number in rows), 1) if name in indices else rows
+        if any(size > 1 and got != step for size, got, step in zip(shape, tensor.stride(), strides, strict=True)):
+            raise ValueError(f"{name} must have strides {strides}, got {tensor.stride()}")
 
 
 def to_block_mask(selection: BlockSelection, mask_mod: MaskMod) -> BlockMask:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from flexprefill_fa.grid import unmasked_blocks
-from flexprefill_fa.selection import BlockSelection, check_selection, index_lists
+from flexprefill_fa.index_lists import index_lists
+from flexprefill_fa.selection import BlockSelection, check_selection
 
 
 def union(first: BlockSelection, second: BlockSelection) -> BlockSelection:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexprefill_fa.block_summaries import real_positions, summaries
 from flexprefill_fa.grid import Grid, cdiv, real_ranges
-from flexprefill_fa.selection import kept_table
+from flexprefill_fa.index_lists import kept_table
 
 MeanCorrection = bool | Literal["tilted"]
 """Whether dropped blocks count: not, by their means (True, arXiv 2608.19758), or by tilted ones."""

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from flexprefill_fa.autocast import no_autocast
 from flexprefill_fa.block_mask import assemble, both, causal, causal_at, looked_up, needs_position
 from flexprefill_fa.grid import cdiv, positions, real_ranges
+from flexprefill_fa.index_lists import both_lists, kept_table
 from flexprefill_fa.masks.selector import SelectOperator
 from flexprefill_fa.mean_correction import MeanCorrection, correct_by_means, mean_mask, mean_score, with_means
 from flexprefill_fa.replay import Replayed, inductor
-from flexprefill_fa.selection import kept_table
 from flexprefill_fa.uncompiled import attend_uncompiled
 from flexprefill_fa.validation import torch_version
 
@@ -159,7 +159,7 @@ def select_and_attend(
     """
     all_partial = call.mask_mod is not None
     found = operator(query, key, *place[:2], settings, call.scale, call.block_size, all_partial, False)
-    return attend(query, key, value, found[:4], place, call), found
+    return attend(query, key, value, both_lists(found), place, call), found
 
 
 def causal_lists(query: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -259,7 +259,7 @@ def run_select_and_attend(
         # In one graph with the selection, the CPU's template garbles the names of its many sizes.
         all_partial = call.mask_mod is not None
         found = operator(query, key, *place[:2], settings, call.scale, call.block_size, all_partial, False)
-        return run_attend(query, key, value, found[:4], *place[:2], call), found
+        return run_attend(query, key, value, both_lists(found), *place[:2], call), found
     key, value = _apart(query, key, value)
     return _compiled_select_and_attend(query, key, value, place, operator, settings, call)
 

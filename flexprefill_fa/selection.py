@@ -10,19 +10,8 @@ from torch import Tensor
 
 from flexprefill_fa.exact import exact_probabilities
 from flexprefill_fa.grid import Grid, real_ranges, unmasked_blocks, visible_blocks
+from flexprefill_fa.index_lists import both_lists, kept_table, shared_lists
 from flexprefill_fa.validation import check_query_key
-
-
-def index_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending index lists of a bool `[B, H, nq, nk]`: counts int32 `[B, H, nq]`, indices int32 `[B, H, nq, nk]`.
-
-    Entries past a row's count are 0.
-    """
-    count = keep.sum(-1, dtype=torch.int32)
-    width = keep.shape[-1]
-    columns = torch.arange(width, dtype=torch.int32, device=keep.device)
-    indices = torch.where(keep, columns, width).sort(-1).values  # kept columns first, the rest behind them
-    return count, indices.remainder_(width).contiguous()  # a rule may return any strides
 
 
 def check_selection(selection: object) -> None:
@@ -33,38 +22,16 @@ def check_selection(selection: object) -> None:
         )
 
 
-def scatter_lists(count: Tensor, indices: Tensor, width: int) -> Tensor:
-    """The inverse of `index_lists`; what lies past the counts may be uninitialised."""
-    valid = torch.arange(indices.shape[-1], device=indices.device) < count[..., None]
-    dense = torch.zeros(*count.shape, width + 1, dtype=torch.bool, device=indices.device)
-    dense.scatter_(-1, torch.where(valid, indices, width).long(), True)
-    return dense[..., :width].contiguous()
-
-
-@torch.library.custom_op("flexprefill_fa::kept_table", mutates_args=())
-def kept_table(
-    kv_num_blocks: Tensor, kv_indices: Tensor, full_kv_num_blocks: Tensor, full_kv_indices: Tensor, width: int
-) -> Tensor:
-    """bool `[B, H, nq, width]`: True where a block is in either list.
-
-    An operator, because FlexAttention wants the tensors that a mask_mod captures in memory.
-    """
-    return scatter_lists(kv_num_blocks, kv_indices, width) | scatter_lists(full_kv_num_blocks, full_kv_indices, width)
-
-
-@kept_table.register_fake
-def _(
-    kv_num_blocks: Tensor, kv_indices: Tensor, full_kv_num_blocks: Tensor, full_kv_indices: Tensor, width: int
-) -> Tensor:
-    return kv_num_blocks.new_empty((*kv_num_blocks.shape, width), dtype=torch.bool)
-
-
 @dataclass(frozen=True, repr=False)
 class BlockSelection:
     """The blocks that a selector kept for one attention call, in FlexAttention's two lists.
 
     A block is in the full list when no pair in it is masked, else in the partial list; never in both. Counts are
     int32 `[B, Hq, nq]`, indices int32 `[B, Hq, nq, W]`, ascending; entries past a count mean nothing.
+
+    The indices that a selector makes are two views of one int32 `[B, Hq, nq, 4 + nk]`, the partial list from column 0
+    and the full list from column 4, so that both take the memory of one: an entry past a list's count may be one of
+    the other list. Indices of your own may be tensors apart, of the same strides, their rows at one distance.
 
     Attributes:
         kv_num_blocks, kv_indices: the partial blocks, where the mask is evaluated.
@@ -101,9 +68,9 @@ class BlockSelection:
         all_partial: bool = False,
     ) -> BlockSelection:
         """What a selector's operator found for `[B, Hq, Lq, D]` and `[B, Hkv, Lkv, D]`; names: its diagnostics."""
-        reports = dict(zip(names, found[4:], strict=True))
+        reports = dict(zip(names, found[3:], strict=True))
         place = (query.shape[2], key.shape[2], block_size, starts, lengths, all_partial)
-        return cls(found[0], found[1], found[2], found[3], *place, reports)
+        return cls(*both_lists(found), *place, reports)
 
     @property
     def js_distance(self) -> Tensor:
@@ -207,9 +174,6 @@ def every_block(
     visible = visible_blocks(grid, ranges)
     full = visible & unmasked_blocks(grid, ranges)
 
-    def per_head(keep: Tensor) -> tuple[Tensor, Tensor]:
-        count, indices = index_lists(keep[:, None])
-        return count.expand(-1, heads, -1).contiguous(), indices.expand(-1, heads, -1, -1).contiguous()
-
-    partial, whole = per_head(visible & ~full), per_head(full)
-    return BlockSelection(*partial, *whole, grid.q_len, grid.kv_len, block_size, starts, lengths)
+    found = shared_lists((visible & ~full)[:, None], full[:, None])
+    found = tuple(x.repeat(1, heads, *[1] * (x.dim() - 2)) for x in found)
+    return BlockSelection.of(found, (), query, key, block_size, starts, lengths)

@@ -18,8 +18,8 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from flexprefill_fa.autocast import no_autocast
 from flexprefill_fa.block_summaries import real_positions, summaries
 from flexprefill_fa.grid import Grid, real_ranges
+from flexprefill_fa.index_lists import index_lists, kept_table
 from flexprefill_fa.mean_correction import MeanCorrection
-from flexprefill_fa.selection import index_lists, kept_table
 
 logger = logging.getLogger(__name__)
 _said = False

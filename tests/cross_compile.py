@@ -44,8 +44,8 @@ from flexprefill_fa.masks.peakprefill.kernels.representatives import (
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 FLOATS = {"scale", "tau", "gamma", "gamma_rest", "log_alpha", "factor", "peak"}
 INT_POINTERS = {
-    "ranges", "aware", "active", "counts", "values", "cuts", "above", "ties", "partial_counts",
-    "partial_indices", "full_counts", "full_indices",
+    "ranges", "aware", "active", "counts", "values", "cuts", "above", "ties", "partial_counts", "partial_indices",
+    "full_counts", "full_indices", "indices",
 }  # fmt: skip
 FLOAT_POINTERS = {
     "thresholds", "scores", "means", "maxima", "sums", "totals", "lse", "vertical", "slash", "carry", "mean_key",

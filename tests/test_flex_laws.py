@@ -21,7 +21,7 @@ from workloads import structured_qk
 
 from flexprefill_fa import BlockSelection, FlexPrefillConfig, create_flexprefill_block_mask, select_blocks
 from flexprefill_fa.block_mask import causal, to_block_mask
-from flexprefill_fa.selection import index_lists
+from flexprefill_fa.index_lists import index_lists
 
 LENGTH, HEADS, KV_HEADS, DIM = 701, 4, 2, 32
 SPARSE = FlexPrefillConfig(gamma=0.3, tau=0.0, min_budget=1)
@@ -52,15 +52,18 @@ def test_layout_of_the_lists(q_len: int, kv_len: int, block_size: int, eager_saf
     )
     kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices = lists_of(mask)
     rows, columns = -(-q_len // block_size), -(-kv_len // block_size)
+    width = 4 + columns
     for count, indices in ((kv_num_blocks, kv_indices), (full_kv_num_blocks, full_kv_indices)):
         assert count.shape == (2, HEADS, rows), "the head dimension is Hq"
         assert indices.shape[:-1] == count.shape and 1 <= indices.shape[-1] <= columns
         assert count.dtype == indices.dtype == torch.int32
-        assert count.is_contiguous() and indices.is_contiguous()
-    assert kv_indices.shape == full_kv_indices.shape and kv_indices.stride() == full_kv_indices.stride()
+        assert count.is_contiguous() and indices.stride() == (HEADS * rows * width, rows * width, width, 1)
+    assert kv_indices.shape == full_kv_indices.shape
     assert kv_indices.shape[-1] == columns, "the CPU kernel wants the partial list at full width"
     storages = {tensor.untyped_storage().data_ptr() for tensor in lists_of(mask)}
-    assert len(storages) == 4, "four separate tensors"
+    assert len(storages) == 3, "both lists in one tensor"
+    assert full_kv_indices.data_ptr() - kv_indices.data_ptr() == 16, "the alignment that kernels are compiled for"
+    assert kv_indices.untyped_storage().nbytes() == 4 * 2 * HEADS * rows * width
     assert mask.seq_lengths == (q_len, kv_len), "lengths are not rounded up to blocks"
     assert (block_size, block_size) == mask.BLOCK_SIZE
     for transposed in (mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices):

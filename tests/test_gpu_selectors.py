@@ -20,6 +20,7 @@ from flexprefill_fa import (
     sparse_prefill_attention,
 )
 from flexprefill_fa.backends import flash_problem
+from flexprefill_fa.index_lists import both_lists
 from flexprefill_fa.masks.element import element_of
 from flexprefill_fa.masks.flashprefill import reference
 from flexprefill_fa.masks.selector import select_plain
@@ -38,7 +39,7 @@ def assert_equals_reference(query: Tensor, key: Tensor, config: FlashPrefillConf
     got = select_blocks(query, key, config, **place)
     starts, lengths, grid = got.starts, got.lengths, got.grid
     lists = select_plain(query, key, starts, lengths, config)
-    expected = replace(got, **dict(zip(LISTS, lists[:4], strict=True)))
+    expected = replace(got, **dict(zip(LISTS, both_lists(lists), strict=True)))
     unequal = got.to_dense() != expected.to_dense()
     near = torch.zeros_like(unequal)
     for b, (start, end) in enumerate(got.ranges.tolist()):

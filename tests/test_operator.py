@@ -64,6 +64,13 @@ def test_opcheck_with_means(tilted: bool) -> None:
     torch.library.opcheck(torch.ops.flexprefill_fa.with_means.default, arguments)
 
 
+def test_opcheck_copied() -> None:
+    indices = int32(*range(40)).view(2, 2, 10)[..., 4:]
+    torch.library.opcheck(torch.ops.flexprefill_fa.copied.default, (indices,))
+    copy = torch.ops.flexprefill_fa.copied.default(indices)
+    assert torch.equal(copy, indices) and copy.stride() == indices.stride()
+
+
 @pytest.mark.parametrize("padding", [(None, None), (int32(3, 0), int32(40, 60)), (int32(3, 64), None)])
 def test_opcheck_positions(padding: tuple[Tensor | None, Tensor | None]) -> None:
     query, key = torch.randn(2, 4, 10, 16), torch.randn(2, 2, 65, 16)
@@ -91,7 +98,7 @@ def test_fake_kernel_takes_symbolic_lengths() -> None:
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         fake = [mode.from_tensor(item, symbolic_context=dynamic) for item in (query, key)]
         lists = SELECT(*fake, *(mode.from_tensor(item) if isinstance(item, Tensor) else item for item in rest))
-    assert [isinstance(size, torch.SymInt) for size in lists[1].shape] == [True] * 4
+    assert [isinstance(size, torch.SymInt) for size in lists[2].shape] == [True] * 4
 
 
 def test_sequence_ids() -> None:
@@ -111,10 +118,13 @@ def test_positions_clamp_what_only_the_device_knows() -> None:
 def test_all_partial_and_zero_tails() -> None:
     *_, all_partial, zero_tails = CALLS["block 128, tau 1, all partial"]
     assert all_partial and zero_tails
-    count, indices, full_count, full_indices, _ = SELECT(*CALLS["block 128, tau 1, all partial"])
-    assert (full_count == 0).all() and (full_indices == 0).all()
-    tail = torch.arange(indices.shape[-1]) >= count[..., None]
-    assert (indices[tail] == 0).all()
+    count, full_count, indices, _ = SELECT(*CALLS["block 128, tau 1, all partial"])
+    assert (full_count == 0).all() and indices.shape == (*count.shape, 4 + 4)
+    assert (indices[torch.arange(8) >= count[..., None]] == 0).all()
+    count, full_count, indices, _ = SELECT(*CALLS["padded"])
+    column = torch.arange(indices.shape[-1])
+    listed = (column < count[..., None]) | (column >= 4) & (column < 4 + full_count[..., None])
+    assert (indices[~listed] == 0).all() and full_count.any() and not listed.all()
 
 
 def test_select_blocks_is_the_operator() -> None:
@@ -122,4 +132,4 @@ def test_select_blocks_is_the_operator() -> None:
     config = FlexPrefillConfig(gamma=0.8, min_budget=1, block_size=64)
     selection = select_blocks(query, key, config, starts=starts, lengths=lengths)
     assert torch.equal(selection.kv_num_blocks, SELECT(*CALLS["padded"])[0])
-    assert torch.equal(selection.js_distance, SELECT(*CALLS["padded"])[4])
+    assert torch.equal(selection.js_distance, SELECT(*CALLS["padded"])[3])

@@ -33,12 +33,12 @@ from bench.needle.capture import capture_layers
 from bench.quality import exact_attention
 from flexprefill_fa import BlockSelection, StreamingLLMConfig
 from flexprefill_fa.grid import Grid, unmasked_blocks, visible_blocks
+from flexprefill_fa.index_lists import both_lists, shared_lists
 from flexprefill_fa.masks import Selector, selector, vertical_slash
 from flexprefill_fa.masks.element import Element, element_of
 from flexprefill_fa.masks.flashprefill import reference as flashprefill
 from flexprefill_fa.masks.flexprefill import reference as flexprefill
 from flexprefill_fa.mean_correction import with_means
-from flexprefill_fa.selection import index_lists
 from flexprefill_fa.tools.needle.prompts import NeedlePrompt, build_prompt
 
 if TYPE_CHECKING:
@@ -109,10 +109,10 @@ def change_selection(monkeypatch: pytest.MonkeyPatch, config: Selector, change: 
     def changed(query: Tensor, key: Tensor, *arguments: Any) -> Any:
         lists = whole(query, key, *arguments)
         lengths = {"q_len": query.shape[2], "kv_len": key.shape[2]}
-        selection = BlockSelection(*lists[:4], **lengths, block_size=config.block_size)
+        selection = BlockSelection(*both_lists(lists), **lengths, block_size=config.block_size)
         keep = change(selection.to_dense(), query, key) & visible_blocks(selection.grid, selection.ranges)[:, None]
         full = keep & unmasked_blocks(selection.grid, selection.ranges)[:, None]
-        return *index_lists(keep & ~full), *index_lists(full), *lists[4:]
+        return *shared_lists(keep & ~full, full), *lists[3:]
 
     monkeypatch.setattr(selector, "select_plain", changed)
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle_attention import attention_probabilities, recall
 from torch import Tensor
 from workloads import structured_qk
 
 from flexprefill_fa import BlockSelection, FlexPrefillConfig, select_blocks
 from flexprefill_fa.block_mask import causal, check_layout, to_block_mask
-from flexprefill_fa.selection import index_lists
+from flexprefill_fa.index_lists import index_lists
 
 
 def by_hand(keep: list[list[int]], q_len: int, kv_len: int, **padding: Any) -> BlockSelection:
@@ -119,8 +120,18 @@ def strided(tensor: Tensor) -> Tensor:
             r"full_kv_indices must have shape \(1, 1, 3, 3\), got \(1, 1, 3, 2\)",
         ),
         ({"kv_num_blocks": lambda t: t[:, :, :2]}, r"kv_num_blocks must have shape \(1, 1, 3\), got \(1, 1, 2\)"),
-        ({"kv_indices": strided}, "kv_indices must be contiguous, got strides"),
-        ({"full_kv_num_blocks": strided}, "full_kv_num_blocks must be contiguous, got strides"),
+        (
+            {"kv_indices": strided},
+            r"kv_indices must have strides \(18, 18, 6, 1\), got \(18, 18, 6, 2\)",
+        ),
+        (
+            {"full_kv_indices": lambda t: F.pad(t, (0, 4))[..., :3]},
+            r"full_kv_indices must have strides \(9, 9, 3, 1\), got \(21, 21, 7, 1\)",
+        ),
+        (
+            {"full_kv_num_blocks": strided},
+            r"full_kv_num_blocks must have strides \(3, 3, 1\), got \(6, 6, 2\)",
+        ),
         ({"kv_indices": lambda t: t[..., :0]}, "kv_indices must be 1 to 3 blocks wide, got 0"),
         ({"kv_indices": lambda t: torch.cat((t, t), -1)}, "kv_indices must be 1 to 3 blocks wide, got 6"),
     ],

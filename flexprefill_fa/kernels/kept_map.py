@@ -14,14 +14,15 @@ from flexprefill_fa.kernels.common import LENGTHS, on_device
 CHUNK = 512  # index entries at a time
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, "partial_stride", "full_stride"])
 def _kept_map_kernel(
     partial_counts,  # [rows, q_blocks] int32
-    partial_indices,  # [rows, q_blocks, width] int32
+    partial_indices,  # [rows, q_blocks, at least as many as counted] int32
     full_counts,
     full_indices,
     kept,  # [rows, q_blocks, kv_blocks] int8, out: 1 where a block is kept
-    width,
+    partial_stride,  # of a row of the indices
+    full_stride,
     kv_blocks,
     CHUNK: tl.constexpr,
 ):
@@ -33,7 +34,7 @@ def _kept_map_kernel(
     tl.debug_barrier()  # of the program's threads: ones come after the zeros
     for kind in tl.static_range(2):
         count = tl.load((partial_counts if kind == 0 else full_counts) + target)
-        indices = (partial_indices if kind == 0 else full_indices) + target * width
+        indices = partial_indices + target * partial_stride if kind == 0 else full_indices + target * full_stride
         for first in range(0, count, CHUNK):
             inside = first + lane < count
             block = tl.load(indices + first + lane, mask=inside, other=0)
@@ -41,9 +42,10 @@ def _kept_map_kernel(
 
 
 def kept_map(lists: tuple[Tensor, ...], grid: Grid) -> Tensor:
-    """int8 `[B, Hq, nq, nk]`: 1 where a block is kept."""
+    """int8 `[B, Hq, nq, nk]`: 1 where a block is kept; lists as of `BlockSelection`."""
+    strides = lists[1].stride(2), lists[3].stride(2)
     batch, heads, q_blocks = lists[0].shape
     kept = torch.empty(batch, heads, q_blocks, grid.kv_blocks, dtype=torch.int8, device=lists[0].device)
     with on_device(kept):
-        _kept_map_kernel[(q_blocks, batch * heads)](*lists, kept, lists[1].shape[-1], grid.kv_blocks, CHUNK=CHUNK)
+        _kept_map_kernel[(q_blocks, batch * heads)](*lists, kept, *strides, grid.kv_blocks, CHUNK=CHUNK)
     return kept

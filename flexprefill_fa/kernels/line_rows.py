@@ -31,9 +31,8 @@ def _line_rows_kernel(
     values,  # [rows] int32, Algorithm 4's prefix
     cuts,  # [rows] int32
     partial_counts,
-    partial_indices,
     full_counts,
-    full_indices,
+    indices,  # [B * Hq, q_blocks, PARTIAL + kv_blocks]
     heads,
     offset,
     kv_len,
@@ -75,12 +74,9 @@ def _line_rows_kernel(
                     kept |= in_prefix(bits_of(scores), place, tl.load(values + row), tl.load(cuts + row))
             keep = visible & (kept | always_kept(block, start, row_first, row_last, BLOCK))
         written = write_blocks(
-            keep, block, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices, BLOCK,
-            ALL_PARTIAL,
-        )  # fmt: skip
-    finish_row(
-        written, target, kv_blocks, partial_counts, partial_indices, full_counts, full_indices, WIDTH, ZERO_TAILS
-    )
+            keep, block, written, start, end, row_first, target, kv_blocks, indices, BLOCK, ALL_PARTIAL
+        )
+    finish_row(written, target, kv_blocks, partial_counts, full_counts, indices, WIDTH, ZERO_TAILS)
 
 
 def pooled_arguments(scores: Tensor | None, prefix: Prefix | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +92,7 @@ def write_line_rows(
     chosen: Tensor,
     pooled_scores: Tensor | None,
     pooled: Prefix | None,
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lists: tuple[Tensor, Tensor, Tensor],
     grid: Grid,
     *,
     dense_tokens: int,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from flexprefill_fa.grid import MAX_BLOCKS, Grid, next_power_of_2, real_ranges
+from flexprefill_fa.index_lists import PARTIAL
 from flexprefill_fa.kernels.common import unit_stride, unpadded_ranges
 
 
@@ -28,12 +29,11 @@ def prepare(
     return unit_stride(query), unit_stride(key), grid, ranges
 
 
-def empty_lists(batch: int, heads: int, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unwritten kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices."""
+def empty_lists(batch: int, heads: int, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Unwritten kv_num_blocks, full_kv_num_blocks and the indices of both lists, see `index_lists.py`."""
     shape = (batch, heads, grid.q_blocks)
     count, full_count = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
-    index, full_index = (torch.empty(*shape, grid.kv_blocks, dtype=torch.int32, device=device) for _ in range(2))
-    return count, index, full_count, full_index
+    return count, full_count, torch.empty(*shape, PARTIAL + grid.kv_blocks, dtype=torch.int32, device=device)
 
 
 def row_constants(grid: Grid, all_partial: bool, zero_tails: bool) -> dict[str, int]:

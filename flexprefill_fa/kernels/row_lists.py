@@ -1,10 +1,17 @@
-"""Device functions that turn one row of kept blocks into FlexAttention's two index lists."""
+"""Device functions that turn one row of kept blocks into FlexAttention's two index lists.
+
+Both stand in one row of `indices`, of `blocks + PARTIAL` columns: see `index_lists.py`.
+"""
 
 # Triton's kernels and launches are not what a type checker sees in them.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
+
+from flexprefill_fa import index_lists
+
+PARTIAL = tl.constexpr(index_lists.PARTIAL)  # column of the full list
 
 
 @triton.jit
@@ -24,26 +31,33 @@ def _whole(block, start, end, row_first, BLOCK: tl.constexpr, ALL_PARTIAL: tl.co
 
 
 @triton.jit
+def list_row(indices, target, blocks):
+    """Where a row of both lists begins."""
+    return indices + target * (blocks + PARTIAL)
+
+
+@triton.jit
 def write_block(
-    block, written, start, end, row_first, target, blocks, partial_indices, full_indices, BLOCK: tl.constexpr,
-    ALL_PARTIAL: tl.constexpr,
-):  # fmt: skip
+    block, written, start, end, row_first, target, blocks, indices, BLOCK: tl.constexpr, ALL_PARTIAL: tl.constexpr
+):
     """`write_blocks` of one block, which is kept."""
     full = _whole(block, start, end, row_first, BLOCK, ALL_PARTIAL)
-    tl.store(full_indices + target * blocks + (written & 0xFFFF), block, mask=full)
-    tl.store(partial_indices + target * blocks + (written >> 16), block, mask=full == 0)
+    line = list_row(indices, target, blocks)
+    tl.store(line + PARTIAL + (written & 0xFFFF), block, mask=full)
+    tl.store(line + (written >> 16), block, mask=full == 0)
     return written + tl.where(full, 1, 1 << 16)
 
 
 @triton.jit
-def write_whole_blocks(keep, block, written, target, blocks, partial_indices, full_indices, ALL_PARTIAL: tl.constexpr):
+def write_whole_blocks(keep, block, written, target, blocks, indices, ALL_PARTIAL: tl.constexpr):
     """`write_blocks` of blocks that lie wholly below the causal boundary and are wholly real."""
     number = keep.to(tl.int32)
     before = tl.cumsum(number, 0) - number
+    line = list_row(indices, target, blocks)
     if ALL_PARTIAL:
-        tl.store(partial_indices + target * blocks + (written >> 16) + before, block, mask=keep)
+        tl.store(line + (written >> 16) + before, block, mask=keep)
         return written + (tl.sum(number, 0) << 16)
-    tl.store(full_indices + target * blocks + (written & 0xFFFF) + before, block, mask=keep)
+    tl.store(line + PARTIAL + (written & 0xFFFF) + before, block, mask=keep)
     return written + tl.sum(number, 0)
 
 
@@ -57,8 +71,7 @@ def write_blocks(
     row_first,
     target,
     blocks,
-    partial_indices,
-    full_indices,
+    indices,
     BLOCK: tl.constexpr,
     ALL_PARTIAL: tl.constexpr,
 ):
@@ -71,29 +84,23 @@ def write_blocks(
     partial = keep & (full == 0)
     number = full.to(tl.int32) | (partial.to(tl.int32) << 16)
     place = written + tl.cumsum(number, 0) - number
-    tl.store(full_indices + target * blocks + (place & 0xFFFF), block, mask=full)
-    tl.store(partial_indices + target * blocks + (place >> 16), block, mask=partial)
+    line = list_row(indices, target, blocks)
+    tl.store(line + PARTIAL + (place & 0xFFFF), block, mask=full)
+    tl.store(line + (place >> 16), block, mask=partial)
     return written + tl.sum(number, 0)
 
 
 @triton.jit
 def finish_row(
-    written,
-    target,
-    blocks,
-    partial_counts,
-    partial_indices,
-    full_counts,
-    full_indices,
-    WIDTH: tl.constexpr,
-    ZERO_TAILS: tl.constexpr,
+    written, target, blocks, partial_counts, full_counts, indices, WIDTH: tl.constexpr, ZERO_TAILS: tl.constexpr
 ):
-    """Store the counts, and zeros behind the lists where whole outputs are to be compared."""
+    """Store the counts, and zeros in neither list where whole outputs are to be compared."""
     tl.store(partial_counts + target, written >> 16)
     tl.store(full_counts + target, written & 0xFFFF)
     if ZERO_TAILS:
-        block = tl.arange(0, WIDTH)
-        zeros = tl.zeros_like(block)
-        inside = block < blocks
-        tl.store(partial_indices + target * blocks + block, zeros, mask=inside & (block >= (written >> 16)))
-        tl.store(full_indices + target * blocks + block, zeros, mask=inside & (block >= (written & 0xFFFF)))
+        line = list_row(indices, target, blocks)
+        column = tl.arange(0, PARTIAL)
+        tl.store(line + column, tl.zeros_like(column), mask=column >= (written >> 16))
+        place = tl.arange(0, WIDTH)  # of the full list
+        unused = (place >= (written & 0xFFFF)) & (place + PARTIAL >= (written >> 16))
+        tl.store(line + PARTIAL + place, tl.zeros_like(place), mask=(place < blocks) & unused)

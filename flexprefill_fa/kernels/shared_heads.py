@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexprefill_fa.grid import Grid, next_power_of_2
+from flexprefill_fa.index_lists import both_lists
 from flexprefill_fa.kernels.common import LENGTHS, on_device, real_range, unpadded_ranges
 from flexprefill_fa.kernels.kept_map import kept_map
 from flexprefill_fa.kernels.outputs import empty_lists, prepare, row_constants
@@ -22,9 +23,8 @@ def _unite_kernel(
     ranges,
     kept,  # [B * Hq, q_blocks, kv_blocks] int8
     partial_counts,
-    partial_indices,
     full_counts,
-    full_indices,
+    indices,  # [B * Hq, q_blocks, PARTIAL + kv_blocks]
     kv_heads,
     groups,
     offset,
@@ -53,12 +53,9 @@ def _unite_kernel(
                 some |= tl.load(kept + place + block, mask=block < kv_blocks, other=0).to(tl.int32)
             keep = (some > 0) & (block * BLOCK <= row_last) & (block * BLOCK + BLOCK > start)
             written = write_blocks(
-                keep, block, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices, BLOCK,
-                ALL_PARTIAL,
-            )  # fmt: skip
-        finish_row(
-            written, target, kv_blocks, partial_counts, partial_indices, full_counts, full_indices, WIDTH, ZERO_TAILS
-        )
+                keep, block, written, start, end, row_first, target, kv_blocks, indices, BLOCK, ALL_PARTIAL
+            )
+        finish_row(written, target, kv_blocks, partial_counts, full_counts, indices, WIDTH, ZERO_TAILS)
 
 
 def unite_heads(
@@ -71,9 +68,11 @@ def unite_heads(
     all_partial: bool,
     zero_tails: bool,
 ) -> None:
-    """Write the union over the lists, which are of full width, of each query head."""
+    """Write the union over the lists, as `empty_lists` made them, of each query head."""
     _, _, grid, ranges = prepare(query, key, starts, lengths, block_size)
-    _unite(kept_map(lists, grid), ranges, lists, grid, query.shape[1] // key.shape[1], all_partial, zero_tails)
+    _unite(
+        kept_map(both_lists(lists), grid), ranges, lists, grid, query.shape[1] // key.shape[1], all_partial, zero_tails
+    )
 
 
 def lists_of(

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from flexprefill_fa.autocast import without_autocast
 from flexprefill_fa.grid import MAX_BLOCKS, Grid, cdiv, real_ranges, unmasked_blocks, visible_blocks, whole_blocks
+from flexprefill_fa.index_lists import PARTIAL, shared_lists
 from flexprefill_fa.masks.density import usual_density
 from flexprefill_fa.masks.element import Element, element_of
 from flexprefill_fa.masks.settings import Travelling, as_settings, of_settings, travelling_fields
 from flexprefill_fa.masks.shares import BlockShares
-from flexprefill_fa.selection import index_lists
 from flexprefill_fa.validation import check_block_size
 
 Lists = tuple[Tensor, ...]
@@ -113,8 +113,7 @@ class Selector:
         name: by which it is found; its operator is `flexprefill_fa::select_<name>`.
         diagnostics: names of the numbers for each head that its rule reports, see `Element.report`.
         triton: "package.module:function" of the same rule for CUDA, or None. The function takes (query, key, starts,
-            lengths, config, scale, all_partial, zero_tails) and returns the four index tensors of a `BlockSelection`,
-            and the diagnostics, fp32 `[B, Hq]` each.
+            lengths, config, scale, all_partial, zero_tails) and returns what `operator` does.
         sweep: the field that says how much is kept (or several, which move together), and values to try, fewest
             blocks first.
     """
@@ -237,11 +236,11 @@ class Selector:
         scale: score scale, None for 1/sqrt(D);
         block_size: tokens per block;
         all_partial: put every kept block in the partial list (for a mask_mod that may mask anywhere);
-        zero_tails: fill index entries past the counts with 0, so that whole outputs can be compared.
+        zero_tails: fill the indices that are in neither list with 0, so that whole outputs can be compared.
 
         Returns:
-            kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices (int32), then the class's diagnostics
-            (fp32 `[B, Hq]`).
+            kv_num_blocks, full_kv_num_blocks int32 `[B, Hq, nq]`, indices int32 `[B, Hq, nq, 4 + nk]`, of which
+            `index_lists.both_lists` makes the two lists, then the class's diagnostics (fp32 `[B, Hq]`).
         """
         return _OPERATORS[cls.name]
 
@@ -250,7 +249,7 @@ def _define_operator(name: str, diagnostics: int, has_triton: bool) -> SelectOpe
     """`flexprefill_fa::select_<name>`: the rule in plain PyTorch, and the kernels on CUDA where a class names some."""
     schema = (
         "(Tensor query, Tensor key, Tensor? starts, Tensor? lengths, Tensor settings, float? scale, SymInt block_size, "
-        f"bool all_partial, bool zero_tails) -> ({', '.join(['Tensor'] * (4 + diagnostics))})"
+        f"bool all_partial, bool zero_tails) -> ({', '.join(['Tensor'] * (3 + diagnostics))})"
     )
 
     def select(query, key, starts, lengths, settings, scale, block_size, all_partial, zero_tails) -> Lists:
@@ -332,11 +331,8 @@ def _lists_of(keep: Tensor, ranges: Tensor | None, grid: Grid, all_partial: bool
         visible = visible_blocks(grid, ranges)
         unmasked = visible & unmasked_blocks(grid, ranges)
     if all_partial:
-        partial = keep & visible[:, None]
-        full = torch.zeros_like(partial)
-    else:
-        partial, full = keep & (visible ^ unmasked)[:, None], keep & unmasked[:, None]
-    return *index_lists(partial), *index_lists(full)
+        return shared_lists(keep & visible[:, None], None)
+    return shared_lists(keep & (visible ^ unmasked)[:, None], keep & unmasked[:, None])
 
 
 def _kept_blocks(
@@ -393,6 +389,6 @@ def traced_lists(query: Tensor, key: Tensor, block_size: int, diagnostics: int) 
     batch, heads, q_len, _ = query.shape
     rows, columns = cdiv(q_len, block_size), cdiv(key.shape[2], block_size)
     count = query.new_empty((batch, heads, rows), dtype=torch.int32)
-    indices = query.new_empty((batch, heads, rows, columns), dtype=torch.int32)
+    indices = query.new_empty((batch, heads, rows, PARTIAL + columns), dtype=torch.int32)
     numbers = (query.new_empty((batch, heads), dtype=torch.float32) for _ in range(diagnostics))
-    return count, indices, torch.empty_like(count), torch.empty_like(indices), *numbers
+    return count, torch.empty_like(count), indices, *numbers

@@ -84,5 +84,5 @@ def select_by_triton(
     lists = own(query, key, starts, lengths, config, scale, all_partial, zero_tails)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
-        unite_heads(query, key, starts, lengths, lists[:4], config.block_size, all_partial, zero_tails)
+        unite_heads(query, key, starts, lengths, lists[:3], config.block_size, all_partial, zero_tails)
     return lists

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from flexprefill_fa.grid import cdiv
+from flexprefill_fa.index_lists import PARTIAL
 from flexprefill_fa.tools.fidelity.divergence import PIECE_COPIES, piece_positions
 from flexprefill_fa.tools.loading import UsageError
 
@@ -83,7 +84,7 @@ def estimate(
     layer = rows * (2 * hidden + max(attention, 2 * inner))
     cache = 2 * kv_heads * head_dim * length * text.num_hidden_layers if rows < length else 0
     kept = length * hidden * (1 + texts if device.type == "cpu" else 1)
-    lists = 2 * 4 * heads * cdiv(rows, _BLOCK_SIZE) * cdiv(length, _BLOCK_SIZE)
+    lists = 4 * heads * cdiv(rows, _BLOCK_SIZE) * (PARTIAL + cdiv(length, _BLOCK_SIZE))
     logits = 4 * PIECE_COPIES * piece_positions(text.vocab_size, device) * text.vocab_size
     return Estimate(weight_bytes(folder, dtype), item * (layer + cache + kept) + lists, logits)
 

@@ -29,9 +29,8 @@ def _rows_kernel(
     scores,  # [lines of this launch, kv_blocks] fp32, in units of log 2
     best_scores,  # [lines of this launch] fp32
     partial_counts,
-    partial_indices,
     full_counts,
-    full_indices,
+    indices,  # [B * Hq, q_blocks, PARTIAL + kv_blocks]
     first_line,
     heads,
     offset,
@@ -67,19 +66,17 @@ def _rows_kernel(
         keep = (score >= threshold) & (score > float("-inf"))
         keep |= (block < base + sink_blocks) | (row_first // BLOCK - block < window)
         written = write_blocks(
-            keep & (block * BLOCK <= row_last), block, written, start, end, row_first, target, kv_blocks,
-            partial_indices, full_indices, BLOCK, ALL_PARTIAL,
+            keep & (block * BLOCK <= row_last), block, written, start, end, row_first, target, kv_blocks, indices,
+            BLOCK, ALL_PARTIAL,
         )  # fmt: skip
-    finish_row(
-        written, target, kv_blocks, partial_counts, partial_indices, full_counts, full_indices, WIDTH, ZERO_TAILS
-    )
+    finish_row(written, target, kv_blocks, partial_counts, full_counts, indices, WIDTH, ZERO_TAILS)
 
 
 def write_rows(
     ranges: Tensor,
     scores: Tensor,
     best_scores: Tensor,
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lists: tuple[Tensor, Tensor, Tensor],
     grid: Grid,
     config: FlashPrefillConfig,
     first_line: int,

@@ -27,9 +27,8 @@ def _paper_rows_kernel(
     values,  # [rows] int32, Algorithm 4's prefix
     cuts,  # [rows] int32
     partial_counts,
-    partial_indices,
     full_counts,
-    full_indices,
+    indices,  # [B * Hq, q_blocks, PARTIAL + kv_blocks]
     heads,
     offset,
     kv_len,
@@ -77,12 +76,8 @@ def _paper_rows_kernel(
             if tl.sum(droppable.to(tl.int32), 0) > room:
                 keep = always | top_of_row(tl.where(droppable, bits_of(scores), -1), room)
     target = row * q_blocks + row_block
-    written = write_blocks(
-        keep, block, 0, start, end, row_first, target, kv_blocks, partial_indices, full_indices, BLOCK, ALL_PARTIAL
-    )
-    finish_row(
-        written, target, kv_blocks, partial_counts, partial_indices, full_counts, full_indices, WIDTH, ZERO_TAILS
-    )
+    written = write_blocks(keep, block, 0, start, end, row_first, target, kv_blocks, indices, BLOCK, ALL_PARTIAL)
+    finish_row(written, target, kv_blocks, partial_counts, full_counts, indices, WIDTH, ZERO_TAILS)
 
 
 def write_paper_rows(
@@ -94,7 +89,7 @@ def write_paper_rows(
     diagonal_hit: Tensor,
     pooled_scores: Tensor | None,
     pooled: Prefix | None,
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lists: tuple[Tensor, Tensor, Tensor],
     grid: Grid,
     *,
     dense_tokens: int,

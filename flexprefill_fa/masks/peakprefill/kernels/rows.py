@@ -7,9 +7,10 @@
     the noted tiles again, by the whole sum: blocks that reach the peak are kept
 
 The products are R / B of dense attention's, and those of noted tiles again. A tile holds T blocks, representative i of
-block b at column i T + b, so that the maximum over i stays in a thread. Notes stand at the end of the row of the full
-list, whose beginning is written meanwhile: before note k is read, at most one entry for each block of the notes before
-it is there, and one for the first block, and every later note has a block of its own. Scores are in units of log 2.
+block b at column i T + b, so that the maximum over i stays in a thread. Notes stand at the end of the lists' row, whose
+beginning is written meanwhile: before note k is read, a list has at most one entry for each block of the notes before
+it and one for the first block, of the nk that it has room for, and every later note has a block of its own. Scores are
+in units of log 2.
 """
 
 # Triton's kernels and launches are not what a type checker sees in them.
@@ -22,7 +23,14 @@ from torch import Tensor
 from flexprefill_fa.grid import Grid
 from flexprefill_fa.kernels.common import LENGTHS, LOG2E, on_device, real_range
 from flexprefill_fa.kernels.outputs import row_constants
-from flexprefill_fa.kernels.row_lists import finish_row, row_geometry, write_block, write_blocks, write_whole_blocks
+from flexprefill_fa.kernels.row_lists import (
+    finish_row,
+    list_row,
+    row_geometry,
+    write_block,
+    write_blocks,
+    write_whole_blocks,
+)
 from flexprefill_fa.masks.peakprefill.config import PeakPrefillConfig
 from flexprefill_fa.masks.peakprefill.kernels.representatives import Representatives
 
@@ -93,9 +101,8 @@ def _rows_kernel(
     biases,  # [B * Hkv, tiles, R, T] fp32
     ranges,  # [B, 2]
     partial_counts,
-    partial_indices,
     full_counts,
-    full_indices,
+    indices,  # [B * Hq, q_blocks, PARTIAL + kv_blocks]
     q_stride_b,
     q_stride_h,
     q_stride_l,
@@ -142,9 +149,7 @@ def _rows_kernel(
     biases += kv_row * tiles * (R * T)
     written = 0
     if (own_end > 0) & (base < own):
-        written = write_block(
-            base, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices, BLOCK, ALL_PARTIAL
-        )
+        written = write_block(base, written, start, end, row_first, target, kv_blocks, indices, BLOCK, ALL_PARTIAL)
     if (own_end > 0) & (base + 1 < own):  # there are blocks to decide on
         position = row_first + tl.arange(0, BLOCK)
         real = (position >= start) & (position <= row_last)
@@ -155,7 +160,7 @@ def _rows_kernel(
         highest, total = _exact_sums(
             queries, position, keys, k_stride_l, start, end, base, own, own_end, factor, D, BLOCK, KEYS
         )
-        note = full_indices + (target + 1) * kv_blocks
+        note = list_row(indices, target + 1, kv_blocks)
         noted = 0
         first_tile, tile_end = (base + 1) // T, (own + T - 1) // T
         for last in range(tile_end - 1, first_tile - 1, -WORD):
@@ -184,25 +189,18 @@ def _rows_kernel(
             inside = (block > base) & (block < own)
             shares = tl.exp2(_tile_scores(queries, vectors, biases, tile, factor, inside, R, T) - whole[:, None])
             written = write_whole_blocks(
-                inside & (tl.max(shares, 0) >= peak), block, written, target, kv_blocks, partial_indices, full_indices,
-                ALL_PARTIAL,
-            )  # fmt: skip
+                inside & (tl.max(shares, 0) >= peak), block, written, target, kv_blocks, indices, ALL_PARTIAL
+            )
     if is_last:
         for first in range(own, own_end, T):
             block = first + lane
             written = write_blocks(
-                block < own_end, block, written, start, end, row_first, target, kv_blocks, partial_indices,
-                full_indices, BLOCK, ALL_PARTIAL,
+                block < own_end, block, written, start, end, row_first, target, kv_blocks, indices, BLOCK, ALL_PARTIAL,
             )  # fmt: skip
     else:
         for block in range(own, own_end):
-            written = write_block(
-                block, written, start, end, row_first, target, kv_blocks, partial_indices, full_indices, BLOCK,
-                ALL_PARTIAL,
-            )  # fmt: skip
-    finish_row(
-        written, target, kv_blocks, partial_counts, partial_indices, full_counts, full_indices, WIDTH, ZERO_TAILS
-    )
+            written = write_block(block, written, start, end, row_first, target, kv_blocks, indices, BLOCK, ALL_PARTIAL)
+    finish_row(written, target, kv_blocks, partial_counts, full_counts, indices, WIDTH, ZERO_TAILS)
 
 
 def write_rows(
@@ -210,7 +208,7 @@ def write_rows(
     key: Tensor,
     seen: Representatives,
     ranges: Tensor,
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lists: tuple[Tensor, Tensor, Tensor],
     grid: Grid,
     config: PeakPrefillConfig,
     scale: float,
