@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flexprefill_fa import BlockSelection, Selector, get_selector, selector_names
+from flexprefill_fa.block_mask import check_layout
 from flexprefill_fa.grid import unmasked_blocks, visible_blocks
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "adding_a_selector.md"
@@ -65,8 +66,8 @@ def check_laws(selection: BlockSelection, config: Any) -> None:
         selection.full_kv_num_blocks.sum() == (kept & unmasked).sum(),
     )
     assert partial and full
+    check_layout(selection)
     for count, indices in (selection.lists[:2], selection.lists[2:]):
-        assert count.dtype == indices.dtype == torch.int32 and count.is_contiguous() and indices.is_contiguous()
         inside = torch.arange(1, indices.shape[-1]) < count[..., None]
         assert (indices.diff(dim=-1)[inside] > 0).all()
     kind = type(config)

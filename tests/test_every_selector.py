@@ -116,7 +116,7 @@ def test_operator(name: str, q_len: int) -> None:
         for expected, traced in zip(real, fake, strict=True):
             assert (traced.shape, traced.dtype, traced.stride()) == (expected.shape, expected.dtype, expected.stride())
         storages = {tensor.untyped_storage().data_ptr() for tensor in real}
-        assert len(storages) == len(real) == 4 + len(config.diagnostics)
+        assert len(storages) == len(real) == 3 + len(config.diagnostics)
 
 
 @every

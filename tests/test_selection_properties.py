@@ -12,6 +12,7 @@ from torch import Tensor
 from workloads import structured_qk
 
 from flexprefill_fa import BlockSelection, FlexPrefillConfig, select_blocks
+from flexprefill_fa.block_mask import check_layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,11 +93,11 @@ def test_lists_are_well_formed(case: Case) -> None:
     rows, columns = -(-case.query.shape[2] // size), -(-case.key.shape[2] // size)
     shape = (len(case.starts), heads, rows)
     lists = [(selection.kv_num_blocks, selection.kv_indices), (selection.full_kv_num_blocks, selection.full_kv_indices)]
+    check_layout(selection)
     rebuilt = []
     for count, indices in lists:
         assert count.shape == shape and indices.shape == (*shape, columns)
         assert count.dtype == indices.dtype == torch.int32
-        assert count.is_contiguous() and indices.is_contiguous()
         assert (count >= 0).all() and (count <= columns).all()
         dense = torch.zeros(*shape, columns, dtype=torch.bool)
         for b, h, i in torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, 3).tolist():

@@ -11,6 +11,7 @@ from torch import Tensor
 from workloads import random_qk, structured_qk
 
 from flexprefill_fa import StreamingLLMConfig, VerticalSlashConfig, select_blocks
+from flexprefill_fa.block_mask import check_layout
 from flexprefill_fa.grid import visible_blocks
 from flexprefill_fa.masks.vertical_slash import select_by_triton
 
@@ -117,11 +118,11 @@ def test_well_formed(config, place: tuple) -> None:
     q_len, kv_len, starts, lengths = place
     query, key = structured_qk(2, 2, 1, q_len, kv_len, 16)
     selection = select_blocks(query, key, config, starts=starts, lengths=lengths)
+    check_layout(selection)
     for count, indices in (
         (selection.kv_num_blocks, selection.kv_indices),
         (selection.full_kv_num_blocks, selection.full_kv_indices),
     ):
-        assert count.is_contiguous() and indices.is_contiguous()
         pairs = torch.arange(1, indices.shape[-1]) < count[..., None]
         assert (indices.diff(dim=-1)[pairs] > 0).all()
     keep = selection.to_dense()
