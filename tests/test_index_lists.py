@@ -7,6 +7,7 @@ import pickle
 from dataclasses import replace
 from typing import Any
 
+import needs
 import pytest
 import torch
 from every_selector import example
@@ -153,7 +154,8 @@ def test_kernels_write_nothing_beside_their_rows(
         module = "flexprefill_fa.kernels.outputs"
     kernels_of(kind.name)  # imports it
     monkeypatch.setattr(f"{module}.empty_lists", inside)
-    config = example(kind.name, **({"variant": "paper"} if "paper" in name else {}))
+    fields: dict[str, Any] = {"variant": "paper"} if "paper" in name else {}
+    config = example(kind.name, **fields)
     query, key = blocky_qk(2, 2, 1, 200, 330, 16)
     place = torch.tensor([0, 70]), torch.tensor([330, 243])
     found = kernels_of(kind.name)(query, key, *place, config, None, all_partial, zero_tails)
@@ -177,17 +179,18 @@ def test_the_kernels_table_takes_both_forms(all_partial: bool) -> None:
         assert torch.equal(kept_map(form.lists, form.grid).bool(), dense)
 
 
-def test_attention_takes_both_forms() -> None:
+@pytest.mark.parametrize("correction", [False, pytest.param(True, marks=needs.mean_correction)])
+def test_attention_takes_both_forms(correction: bool) -> None:
     query, key = structured_qk(2, 4, 2, 330, 700, 16)
     value = torch.randn_like(key)
     selection = selected()
     forms = selection, in_two_tensors(selection), union(selection, selection)
     assert [form.kv_indices.stride(2) for form in forms] == [15, 11, 11]
-    for correction in (True, False):
-        outs = [block_sparse_attention(query, key, value, form, mean_correction=correction) for form in forms]
-        assert torch.equal(outs[1], outs[0]) and torch.equal(outs[2], outs[0])
+    outs = [block_sparse_attention(query, key, value, form, mean_correction=correction) for form in forms]
+    assert torch.equal(outs[1], outs[0]) and torch.equal(outs[2], outs[0])
     fewer = replace(selection, full_kv_num_blocks=(selection.full_kv_num_blocks - 1).clamp(min=0))
-    assert not torch.allclose(block_sparse_attention(query, key, value, fewer), outs[0], atol=1e-3)
+    out = block_sparse_attention(query, key, value, fewer, mean_correction=correction)
+    assert not torch.allclose(out, outs[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -216,7 +219,7 @@ def test_copies_hold_the_same_blocks() -> None:
         assert copied.kv_indices.data_ptr() != selection.kv_indices.data_ptr()
     query, key = structured_qk(1, 4, 2, 330, 700, 16)
     mask = create_flashprefill_block_mask(query, key, config=example("flashprefill"))
-    moved = mask.to("meta")
+    moved: Any = mask.to("meta")
     for name in INDICES:
         assert getattr(moved, name).shape == getattr(mask, name).shape
     assert moved.kv_indices.stride() == moved.full_kv_indices.stride()

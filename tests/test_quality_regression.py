@@ -108,8 +108,7 @@ def change_selection(monkeypatch: pytest.MonkeyPatch, config: Selector, change: 
 
     def changed(query: Tensor, key: Tensor, *arguments: Any) -> Any:
         lists = whole(query, key, *arguments)
-        lengths = {"q_len": query.shape[2], "kv_len": key.shape[2]}
-        selection = BlockSelection(*both_lists(lists), **lengths, block_size=config.block_size)
+        selection = BlockSelection(*both_lists(lists), query.shape[2], key.shape[2], config.block_size)
         keep = change(selection.to_dense(), query, key) & visible_blocks(selection.grid, selection.ranges)[:, None]
         full = keep & unmasked_blocks(selection.grid, selection.ranges)[:, None]
         return *shared_lists(keep & ~full, full), *lists[3:]
