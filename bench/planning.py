@@ -114,7 +114,7 @@ def make_plan(**options: Any) -> Plan:
                 f"are always kept), got {share:g}"
             )
     for length in lengths:
-        needed, free = needed_bytes(length, given.batch, *shape, dtype, device), free_bytes(device)
+        needed, free = needed_bytes(length, given.batch, *shape, dtype, device, given.dense), free_bytes(device)
         if needed > free:
             sizes = f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
             raise UsageError(f"{length} tokens: it needs about {sizes}")
@@ -144,16 +144,23 @@ def _head_shape(given: SimpleNamespace) -> tuple[int, int, int]:
 
 
 def needed_bytes(
-    length: int, batch: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    length: int,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    dense: bool = True,
 ) -> int:
-    """An estimate of what measuring one length takes at once, inputs included, on the safe side."""
+    """An estimate of what measuring one length takes at once, inputs included, on the safe side; `dense` or without."""
     query = batch * heads * length * head_dim * dtype.itemsize
     key = batch * kv_heads * length * head_dim * dtype.itemsize
     blocks = -(-length // 128)
-    lists = 6 * 4 * batch * heads * blocks * blocks  # two selections' int32 lists, block scores, and room for copies
+    lists = 4 * 4 * batch * heads * blocks * blocks  # int32 lists of three selections, one in a graph; block scores
     groups = heads // kv_heads
     check = 8 * length * (2 * head_dim + 4 * groups * SAMPLED_ROWS)  # fp64 keys and values, scores of a kv group
-    needed = query + 2 * key + _OUTPUTS * query + lists + check
+    needed = query + 2 * key + (_OUTPUTS if dense else _OUTPUTS - 1) * query + lists + check
     if device.type == "cpu":  # the plain selection: fp32 scores of 128 queries; queries, and keys for every head
         needed += heads * length * 4 * (5 * 128 + 2 * head_dim)
     return needed
