@@ -193,8 +193,8 @@ def test_a_long_prompt_takes_no_memory_that_was_not_counted(tmp_path) -> None:
     """Two layers of Llama-3.1-8B's shape, whose keys and values of 32K tokens are 128 MiB, in four chunks.
 
     The memory that vLLM counted for a step holds the buffer for them, which is there from the start; so what a prompt
-    adds is no more, but for the rounding of torch's allocator. New tensors for each chunk would add 4 + 3 + 2 + 1 times
-    a quarter of it to the activations.
+    adds is no more, but for what torch's allocator reserves in segments and leaves unused: 70 MiB in vLLM 0.33. New
+    tensors for each chunk would add 4 + 3 + 2 + 1 times a quarter of the 128 MiB to the activations, 320 MiB.
     """
     length = 32768
     plan = LoadPlan([length], {"min_prompt_tokens": CHUNK}, 0.05, 1, CHUNK, 2)
@@ -209,7 +209,7 @@ def test_a_long_prompt_takes_no_memory_that_was_not_counted(tmp_path) -> None:
     print({"before": before, "after": after})
     for layer in layers(result["phases"][0]):
         assert (layer["chunks"], layer["failures"]) == (4, 0)
-    assert after["reserved"] - before["reserved"] <= before["activations"] + 2**25
+    assert after["reserved"] - before["reserved"] <= before["activations"] + 3 * 2**25
 
 
 def test_statistics_of_an_engine_in_another_process(prompts, needle_tokenizer, monkeypatch) -> None:
