@@ -152,7 +152,7 @@ class LengthBenchmark:
         times = {name: self.watch.graph(call) for name, call in calls.items()} | taken
         if self.plan.device.type == "cuda" and "total_ms" in calls:
             times["total_eager_ms"] = self.watch.eager(calls["total_ms"])
-            row["peak_bytes"] = self._peak_bytes(calls["total_ms"])
+            row["peak_total_bytes"] = self._peak_bytes(calls["total_ms"])
         row["repeats"] = min(one.repeats for one in times.values())
         row["timed_by"] = {name: one.timed_by for name, one in times.items()}
         for name, one in times.items():

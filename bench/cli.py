@@ -181,9 +181,11 @@ def serve(
     Exits with 2 if something could not run.
     """
     try:
-        chosen = dict(json.loads(settings))
-    except (ValueError, TypeError) as error:
+        chosen = json.loads(settings)
+    except ValueError as error:
         raise UsageError(f"settings must be a JSON object, got {settings!r}: {first_line(error)}") from error
+    if not isinstance(chosen, dict):
+        raise UsageError(f"settings must be a JSON object, got {settings!r}")
     lengths, share = parse_lengths(given["lengths"]), parse_share("density", f"{density:g}")
     plan = LoadPlan(lengths, chosen, share, repeats, batched_tokens, layers, only=only, name=engine)
     title = ENGINES[engine].title

@@ -19,15 +19,24 @@ def _caption(rows: Sequence[Row]) -> str:
     row = rows[0]
     return (
         f"**{row['length']:,} tokens**: medians of {distinct(rows, 'repeats')} calls, each with an idle GPU before it, "
-        f"selectors as they come by {distinct(rows[2:], 'kernel')}. {conditions([{'batch': 1, **row}])}."
+        f"selectors as they come by {distinct(_of_selectors(rows), 'kernel')}. {conditions([{'batch': 1, **row}])}."
     )
+
+
+def _of_selectors(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["case"] not in _NAMES]
+
+
+def _name(line: Mapping[str, Row]) -> str:
+    case = next(iter(line.values()))["case"]
+    return str(_NAMES.get(case, case))
 
 
 HOST = Table(
     group_by=("gpu", "length", "heads", "kv_heads", "head_dim", "dtype"),
     identity=("case", "graph"),
     columns=lambda rows: [
-        ("", lambda line: str(_NAMES.get(line["never"]["case"], line["never"]["case"]))),
+        ("", _name),
         *across(_GRAPHS, lambda row: number(row["host_us"], ",.0f")),
     ],
     caption=_caption,

@@ -33,6 +33,7 @@ _WORKLOADS = {
     "fixed": "**The same heads at every length**",
     "needle": "**Layer {layer} of the needle model (SHA-256 {model}) on a needle prompt**",
 }
+_LONG = 524288  # tokens
 _TABLE: dict[str, Any] = {
     "group_by": (
         *("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype"),
@@ -124,8 +125,17 @@ def _attention_columns(rows: list[Row]) -> list[Column]:
     ]
 
 
+def _memory(rows: Sequence[Row]) -> str:
+    """Of the longest prompts, which is what limits them."""
+    told = [row for row in rows if row["length"] >= _LONG and "peak_total_bytes" in row and row["selector"]]
+    sizes = {row["length"]: row["peak_total_bytes"] / 2**30 for row in told}
+    calls = [f"of {length:,} tokens {size:.1f} GiB" for length, size in sorted(sizes.items())]
+    return f"A call takes, inputs and output included: {', '.join(calls)}." if calls else ""
+
+
 ATTENTION = Table(
     **_TABLE,
+    notes=_memory,
     each=("selector", "settings"),
     where=lambda row: row["selector"] != "synthetic",
     lines=lambda rows: by_length(rows).values(),

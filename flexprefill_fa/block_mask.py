@@ -3,9 +3,9 @@
 FlexAttention trusts its BlockMask. What it does not check, and what this file therefore holds to:
 
 - The partial and the full list have the same shape and strides: one of the kernels reads both with the strides of the
-  first. int32 tensors, indices ascending, at least one column wide, their rows at one distance: a kernel takes a head
-  of a batch element for a place in one series. They may be views of one tensor, in part the same memory, but not made
-  in the graph of the CPU's kernel, which names its arguments by the memory that they lie in.
+  first. int32 tensors, indices ascending, at least one column wide, all rows at one distance: kernels take a row's
+  address as (batch * heads + head) * rows + row times that. They may be views of one tensor, in part the same memory,
+  but not made in the graph of the CPU's kernel, which names its arguments by the memory that they lie in.
 - A block is in one list only (in both it counts twice), in the full list when nothing in it is masked.
 - `seq_lengths` is always given, or a length that the block does not divide is rounded up.
 - `compute_q_blocks=False`: the transposed lists serve the backward pass alone and cost time quadratic in blocks.

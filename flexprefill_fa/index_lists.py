@@ -5,8 +5,8 @@ int32 `[B, Hq, nq, PARTIAL + nk]`, whose row holds the partial list from column 
 `both_lists` makes FlexAttention's four tensors of them. With `all_partial` the full list is empty and the partial list
 takes the whole row.
 
-PARTIAL columns are enough. A row's real queries stand at positions f to l, with l <= f + B - 1 and l < end. A block J
-that l sees, J B <= l, is partial in one of three cases:
+PARTIAL columns are enough. A row begins at position f, and its last real query stands at l, with l <= f + B - 1 and
+l < end. A block J that l sees, J B <= l, is partial in one of three cases:
 
 - The causal boundary crosses it, J B + B - 1 > f. Then J B is one of the 2 B - 2 positions f - B + 2 to f + B - 1, of
   which at most two are multiples of B.
@@ -26,7 +26,8 @@ PARTIAL = 4
 def both_lists(found: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices of what a selector's operator found.
 
-    The indices are views `[B, Hq, nq, nk]` of one tensor, with the same strides; of what they share, one means nothing.
+    The indices are views `[B, Hq, nq, nk]` of one tensor, with the same strides; an entry past the count of one may be
+    the other's.
     """
     count, full_count, indices = found[:3]
     return count, indices[..., :-PARTIAL], full_count, indices[..., PARTIAL:]

@@ -10,6 +10,7 @@ from cli_checks import assert_refused
 from typer.testing import CliRunner
 
 from bench.cli import app
+from bench.host_tables import HOST
 from flexprefill_fa import selector_names
 
 
@@ -35,6 +36,18 @@ def test_rows_of_the_cpu_are_printed_alone(tmp_path: Path, monkeypatch: pytest.M
         assert 0 < row["host_us_p20"] <= row["host_us"] <= row["host_us_p80"]
         assert row["more_than_sdpa_us"] == pytest.approx(row["host_us"] - sdpa, abs=0.11)
     assert (rows[1]["kernel"], {row["kernel"] for row in rows[2:]}) == ("sdpa", {"CPU"})
+
+
+def test_the_table_has_a_line_for_each_case_launched_and_replayed() -> None:
+    same = {"gpu": "G", "length": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "repeats": 9}
+    same |= {"torch": "2.11.0", "triton": "3.6.0", "commit": "abc", "date": "2026-01-01", "selector": None}
+    cases = [("cosa", "FLASH", "auto", 135.4), ("sdpa", "sdpa", "never", 57), ("cosa", "FLASH", "never", 1104.2)]
+    rows = [
+        {**same, "case": case, "kernel": kernel, "graph": graph, "host_us": us} for case, kernel, graph, us in cases
+    ]
+    table = HOST.markdown([*rows, {**same, "case": "cosa", "kernel": "FLASH", "host_us": 5.0}]).splitlines()
+    assert table[-2:] == ["| cosa | 1,104 | 135 |", "| SDPA | 57 | - |"]
+    assert "selectors as they come by FLASH" in table[0]
 
 
 def test_what_cannot_run_is_refused() -> None:

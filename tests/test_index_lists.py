@@ -133,7 +133,7 @@ def test_a_table_of_few_columns() -> None:
 @pytest.mark.parametrize("all_partial", [False, True])
 @pytest.mark.parametrize("zero_tails", [False, True])
 @pytest.mark.parametrize("name", ["flashprefill", "flexprefill", "flexprefill, paper", "peakprefill", "vertical_slash"])
-def test_kernels_write_nothing_beside_their_rows(
+def test_kernels_write_nothing_beside_the_tensor(
     name: str, zero_tails: bool, all_partial: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into a part of a larger tensor, full of what is no block."""
