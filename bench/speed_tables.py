@@ -147,7 +147,7 @@ ATTENTION = Table(
 DENSITY = Table(
     **_TABLE,
     each=("selector",),
-    where=lambda row: row["device"] == "cuda" and row["selector"] in (None, "synthetic"),
+    where=lambda row: row["selector"] in (None, "synthetic"),
     lines=lambda rows: sorted(
         (row for row in split(rows)[1] if row["backend"] != "auto"),
         key=lambda row: (row["length"], row["density"], row["kernel"]),
