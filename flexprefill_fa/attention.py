@@ -1,7 +1,6 @@
 """Sparse prefill attention in one call: select, build the BlockMask, run compiled FlexAttention."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -9,14 +8,19 @@ from torch import Tensor
 from flexprefill_fa import dispatch
 from flexprefill_fa.autocast import as_sdpa_casts
 from flexprefill_fa.block_mask import check_layout
-from flexprefill_fa.calls import kind_of, known, remember
+from flexprefill_fa.calls import attend
 from flexprefill_fa.masks.selector import Selector, check_selector
 from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.region import Call, run_attend
 from flexprefill_fa.selection import BlockSelection, check_selection
-from flexprefill_fa.validation import check_mean_correction, check_padding, check_query_key, check_scale, check_value
-
-GRAPH = ("never", "auto")
+from flexprefill_fa.validation import (
+    check_graph,
+    check_mean_correction,
+    check_padding,
+    check_query_key,
+    check_scale,
+    check_value,
+)
 
 
 def sparse_prefill_attention(
@@ -71,40 +75,15 @@ def sparse_prefill_attention(
     Raises:
         ValueError, TypeError: for arguments that do not fit, inputs that require grad, or a backend that cannot run.
     """
-    if graph not in GRAPH:
-        raise ValueError(f"graph must be one of {GRAPH}, got {graph!r}")
-    options = (scale, mean_correction, dense, backend, starts is None, lengths is None)
-    alone = mask_mod is None and score_mod is None
-    kind = kind_of(query, key, value, config, options) if alone else None
-    prepared = known(kind)
-    if prepared is None:
-        check_selector(config)
+    check_graph(graph)
+    check_selector(config)
+    if starts is not None or lengths is not None:
         check_query_key(query, key)
-        check_value(key, value)
-        check_scale(scale)
-        check_mean_correction(mean_correction, mask_mod, score_mod, query.device)
-        query, key, value = as_sdpa_casts(query, key, value)
         starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
-        request = dispatch.Request(
-            scale, starts, lengths, mask_mod, score_mod, mean_correction, dense=dense, backend=backend
-        )
-        prepared = dispatch.prepare(query, key, config, request)
-        remember(kind, prepared)
-    elif starts is not None or lengths is not None:  # whose values are no part of the kind
-        starts, lengths = check_padding(starts, lengths, query.shape[0], key.shape[2], query.device)
-    if graph == "auto" and kind is not None:
-        from flexprefill_fa.graph_cache import GRAPHS  # which needs this function
-
-        if prepared.plan.sparse and not return_selection:
-            place = {"starts": starts, "lengths": lengths}
-            how = {"scale": scale, "mean_correction": mean_correction, "dense": dense, "backend": backend}
-            out = GRAPHS.replay(kind, query, key, value, config, place, how)
-            if out is not None:
-                return out
-        run = partial(dispatch.run, prepared, query, key, value, starts, lengths)
-        out, selection, _ = GRAPHS.give_way(run)
-    else:
-        out, selection, _ = dispatch.run(prepared, query, key, value, starts, lengths)
+    request = dispatch.Request(
+        scale, starts, lengths, mask_mod, score_mod, mean_correction, dense=dense, backend=backend
+    )
+    out, selection, _ = attend(query, key, value, config, request, graph=graph, selected=return_selection)
     return (out, selection()) if return_selection else out
 
 

@@ -196,18 +196,6 @@ def run(
     return out, lambda: BlockSelection.of(found, names, query, key, size, starts, lengths, partial), plan.sparse
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, selector: Selector | None, request: Request, block_size: int = 128
-) -> Found:
-    """Attention as `decide` plans it, on checked arguments.
-
-    Args:
-        query, key, selector, request, block_size: as for `decide`. value: `[B, Hkv, Lkv, D]`.
-    """
-    prepared = prepare(query, key, selector, request, block_size)
-    return run(prepared, query, key, value, request.starts, request.lengths)
-
-
 def _say(what: str, query: Tensor, key: Tensor) -> None:
     if not is_dynamo_compiling():  # a logger would break the caller's graph
         logger.debug("%s: %d queries, %d keys", what, query.shape[2], key.shape[2])

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard
 
 from flexprefill_fa.cuda_graphs import PrefillGraph
+from flexprefill_fa.dispatch import Request
 from flexprefill_fa.masks.selector import Selector
 
 logger = logging.getLogger(__name__)
@@ -56,18 +57,19 @@ class GraphCache:
 
     @torch.no_grad()
     def replay(
-        self, kind: Hashable, query: Tensor, key: Tensor, value: Tensor, config: Selector, place: Any, options: Any
+        self, kind: Hashable, query: Tensor, key: Tensor, value: Tensor, config: Selector, request: Request
     ) -> Tensor | None:
         """The output of a checked call in memory of its own, or None where the call goes without a graph.
 
         Args:
-            kind: of the call, see `calls.kind_of`.
-            place: starts and lengths by name. options: further arguments of `PrefillGraph` by name.
+            kind: of the call, see `calls.kind_of`, which is one that runs sparse.
+            config, request: what was asked for.
         """
         stream = stream_for_graphs(query, key)
         if stream is None:
             return None
         kind = kind, stream
+        place: Any = {"starts": request.starts, "lengths": request.lengths}
         with self._lock:
             held = self._held.get(kind)
             if held is not None and not held.state.check():
@@ -79,7 +81,11 @@ class GraphCache:
                 if held is None:
                     while len(self._held) >= MOST_GRAPHS:
                         self._drop(next(iter(self._held)))
-                    held = _Held(PrefillGraph(query, key, value, config, **place, **options), query.device)
+                    graph = PrefillGraph(
+                        query, key, value, config, **place, scale=request.scale, dense="never",
+                        mean_correction=request.mean_correction, backend=request.backend,
+                    )  # fmt: skip
+                    held = _Held(graph, query.device)
                     self._held[kind] = held
                 self._held.move_to_end(kind)
                 return held.graph(query, key, value, **place).clone()

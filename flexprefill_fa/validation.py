@@ -13,6 +13,7 @@ BLOCK_SIZES = (64, 128)
 MAX_INTEGER = 2**53  # settings travel as float64
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 CPU_MEAN_CORRECTION_TORCH = (2, 13)  # with 2.11 a process that tested it died, for a reason not found yet
+GRAPH = ("never", "auto")
 
 
 def torch_version() -> tuple[int, ...]:
@@ -71,6 +72,12 @@ def check_correction_kind(mean_correction: object) -> None:
     """True, False or "tilted"."""
     if not isinstance(mean_correction, bool) and mean_correction != "tilted":
         raise ValueError(f"mean_correction must be True, False or 'tilted', got {mean_correction!r}")
+
+
+def check_graph(graph: object) -> None:
+    """Whether calls that come again are captured as CUDA graphs, see `graph_cache.py`."""
+    if graph not in GRAPH:
+        raise ValueError(f"graph must be one of {GRAPH}, got {graph!r}")
 
 
 def check_mean_correction(mean_correction: object, mask_mod: object, score_mod: object, device: torch.device) -> None:

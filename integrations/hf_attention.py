@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from flexprefill_fa import dispatch
 from flexprefill_fa.autocast import as_sdpa_casts
 from flexprefill_fa.block_mask import both, item
+from flexprefill_fa.calls import attend
 from flexprefill_fa.dense import attention_with_extras
+from flexprefill_fa.dispatch import Request
 from flexprefill_fa.masks import StreamingLLMConfig
-from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM, check_query_key, check_value
+from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 from .hf_mask import MIN_QUERY_TOKENS, PromptMask
 from .hf_plan import PLAN_ATTRIBUTE, LayerPlan, LayerStatistics, SparseCall, default_plan
@@ -218,7 +219,7 @@ def _prefill(
         if plan.insists:
             raise ValueError(f"{_layer_name(module)}: mean_correction cannot be combined with packed sequences")
         correction = False
-    request = dispatch.Request(
+    request = Request(
         scaling,
         starts,
         lengths,
@@ -227,13 +228,14 @@ def _prefill(
         correction,
         sinks,
         min_tokens=plan.min_prompt_tokens if asked else 1,
-        settings=plan.settings if asked else None,
+        settings=plan.settings if asked and torch.compiler.is_dynamo_compiling() else None,
     )
     query, key, value = _padded_head_dims(query, key, value)
-    check_query_key(query, key)
-    check_value(key, value)
-    out, selection, sparse = dispatch.attend(query, key, value, chosen, request, size)
-    if sparse and asked and (plan.statistics is not None or plan.observer is not None):
+    watched = asked and (plan.statistics is not None or plan.observer is not None)
+    out, selection, sparse = attend(
+        query, key, value, chosen, request, block_size=size, graph=plan.graph, selected=watched
+    )
+    if sparse and watched:
         layer = getattr(module, "layer_idx", -1)
         _record(plan, SparseCall(layer, selection(), query, key, scaling, softcap))
     return out[..., :value_dim]

@@ -72,6 +72,7 @@ class LayerPlan:
         mean_correction: whether dropped blocks count, and by which means.
         insists: whether a call that cannot have the mean correction is refused; otherwise it goes without.
         window: of the layer, in tokens; for models that leave it to the mask.
+        graph: "auto" to capture and replay prefills that come again.
 
     Attributes:
         latest: statistics of the latest sparse prefill.
@@ -86,6 +87,7 @@ class LayerPlan:
         mean_correction: MeanCorrection = False,
         window: int | None = None,
         insists: bool = True,
+        graph: str = "never",
     ) -> None:
         self.config = config
         self.settings = None if config is None else config.settings()
@@ -94,6 +96,7 @@ class LayerPlan:
         self.mean_correction: MeanCorrection = mean_correction
         self.window = window
         self.insists = insists
+        self.graph = graph
         self.latest: LayerStatistics | None = None
         self.observer: Callable[[SparseCall], None] | None = None
 

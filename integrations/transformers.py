@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from flexprefill_fa.mean_correction import MeanCorrection
-from flexprefill_fa.validation import check_correction_kind, check_integer, corrects_means
+from flexprefill_fa.validation import check_correction_kind, check_graph, check_integer, corrects_means
 
 from .hf_attention import flexprefill_attention
 from .hf_compile import CompiledPrefill, compile_prefill
@@ -65,8 +65,9 @@ __all__ = [
     "observe_sparse_prefill",
 ]
 
-SHORT_PROMPT = 1024
-"""Prompts of at most so many tokens run dense where neither a selector nor a length is chosen: they gain nothing."""
+SHORT_PROMPT = 4096
+"""Prompts of at most so many tokens run dense where neither a selector nor a length is chosen: on an H100 they gain
+nothing, neither with a model of 8B parameters nor with a small one, which waits for the CPU (docs/benchmarks.md)."""
 
 AttentionInterface.register(NAME, flexprefill_attention)
 AttentionMaskInterface.register(NAME, flexprefill_mask)
@@ -79,6 +80,7 @@ def enable_sparse_prefill(
     dense_layers: Sequence[int] = (),
     min_prompt_tokens: int | None = None,
     mean_correction: MeanCorrection | Literal["auto"] | None = None,
+    graph: Literal["never", "auto"] = "never",
     statistics: str | None = None,
 ) -> SparsePrefill:
     """Switch a model's prefill to sparse attention.
@@ -96,9 +98,12 @@ def enable_sparse_prefill(
             layer index, or a function of it. Layers without one (None) are dense.
         dense_layers: layers that stay dense, by index; negative ones count from the last.
         min_prompt_tokens: prompts (cached prefix included) of fewer tokens run dense; default: the longest prompt of
-            which the selector keeps every block, plus 1; without a config at least 1,025.
+            which the selector keeps every block, plus 1; without a config at least 4,097.
         mean_correction: let dropped blocks count, True or "tilted", see `sparse_prefill_attention`; "auto": tilted,
             where a layer, a prompt and the device can have it. Default: "auto" without a config, False with one.
+        graph: "auto" to capture sparse prefills that come again as CUDA graphs, as in `sparse_prefill_attention`;
+            layers that are alike share one. Worth its memory where the CPU's launches take longer than the GPU's work: small
+            models and prompts up to 16,384 tokens. A compiled model goes without.
         statistics: None, "density" to keep each layer's density, kept blocks and JS distance, or "recall" to also
             compute the recall (exact attention: slow).
 
@@ -114,6 +119,7 @@ def enable_sparse_prefill(
         mean_correction = "auto" if config is None else False
     if mean_correction != "auto":
         check_correction_kind(mean_correction)
+    check_graph(graph)
     if statistics not in (None, "density", "recall"):
         raise ValueError(f"statistics must be None, 'density' or 'recall', got {statistics!r}")
     inner = unwrap(model)
@@ -127,7 +133,7 @@ def enable_sparse_prefill(
         window = layer_window(inner, index, layers[index])
         correction = "tilted" if mean_correction == "auto" else mean_correction
         plans[index] = plan = LayerPlan(
-            chosen, least, statistics, correction, window, insists=mean_correction != "auto"
+            chosen, least, statistics, correction, window, insists=mean_correction != "auto", graph=graph
         )
         if plan.mean_correction and (why := _not_corrected(inner, index, layers[index], plan)):
             if plan.insists:

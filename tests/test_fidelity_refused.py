@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from flexprefill_fa import dispatch
+from flexprefill_fa.integrations import hf_attention
 from flexprefill_fa.tools.cli import app
 from flexprefill_fa.tools.fidelity import cli, memory
 from flexprefill_fa.tools.fidelity.texts import CORPORA, read_tokens
@@ -154,15 +154,15 @@ def test_nan_logits_of_the_dense_model(out: Path, folder: Path) -> None:
 
 
 def test_nan_logits_of_one_selector_leave_the_others(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = dispatch.attend
+    whole = hf_attention.attend
 
-    def broken(query: Any, key: Any, value: Any, selector: Any, *more: Any) -> Any:
-        result, *rest = whole(query, key, value, selector, *more)
+    def broken(query: Any, key: Any, value: Any, selector: Any, *more: Any, **named: Any) -> Any:
+        result, *rest = whole(query, key, value, selector, *more, **named)
         if selector is not None and selector.name == "flashprefill":
             result[:, :, 640] = float("nan")
         return result, *rest
 
-    monkeypatch.setattr(dispatch, "attend", broken)
+    monkeypatch.setattr(hf_attention, "attend", broken)
     specs = ("--selector", "flashprefill:window_blocks=1", "--selector", "streaming_llm:window=256", "--no-recall")
     result = fidelity(out, *specs, "--json")
     assert result.exit_code == 2, result.output

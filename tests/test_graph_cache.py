@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from graph_stand_in import Graph, stand_in
 from threads import together
 from torch import Tensor
 from workloads import structured_qk
 
 from flexprefill_fa import FlexPrefillConfig, PeakPrefillConfig, dispatch, graph_cache, release_graphs
 from flexprefill_fa import sparse_prefill_attention as attend
-from flexprefill_fa.graph_cache import GraphCache
 
 CONFIG = FlexPrefillConfig(gamma=0.4, tau=0.0, min_budget=1)
 Three = tuple[Tensor, Tensor, Tensor]
@@ -28,38 +28,11 @@ def inputs(seed: int = 0, tokens: int = 700, batch: int = 1) -> Three:
     return query, key, torch.randn(key.shape, generator=torch.Generator().manual_seed(seed))
 
 
-class Graph:
-    """As a PrefillGraph: one output, which each replay overwrites, and inputs that it copies."""
-
-    made: list[Graph]
-    fails: list[Exception | None]  # of the next that are made, and of the next replays
-
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, config: Any, **arguments: Any) -> None:
-        self.made.append(self)
-        if self.fails and (error := self.fails.pop(0)):
-            raise error
-        self.config, self.arguments, self.replays = config, arguments, 0
-        self.static = query.clone(), key.clone(), value.clone()
-        self.out = torch.full_like(query, torch.nan)
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **place: Any) -> Tensor:
-        if self.fails and (error := self.fails.pop(0)):
-            raise error
-        self.replays += 1
-        for static, given in zip(self.static, (query, key, value), strict=True):
-            static.copy_(given)
-        return self.out.copy_(attend(*self.static, config=self.config, **(self.arguments | place)))
-
-
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Graph]]:
     """The graphs that were made, in order."""
-    Graph.made, Graph.fails = [], []
-    monkeypatch.setattr(graph_cache, "GRAPHS", GraphCache())
-    monkeypatch.setattr(graph_cache, "PrefillGraph", Graph)
-    monkeypatch.setattr(graph_cache, "stream_for_graphs", lambda query, key: 0)
     with torch.no_grad():
-        yield Graph.made
+        yield stand_in(monkeypatch)
 
 
 def check(seed: int = 0, tokens: int = 700, config: Any = CONFIG, **arguments: Any) -> Tensor:

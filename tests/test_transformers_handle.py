@@ -111,6 +111,7 @@ def test_a_long_dense_prompt_with_padding_builds_no_square_mask(
     padded[0, :100] = 0
     with enable_sparse_prefill(llama, SPARSE, min_prompt_tokens=1000):
         expected = run(llama, attention_mask=padded).logits
+        monkeypatch.setattr("flexprefill_fa.calls._known", {})  # planned under another limit
         monkeypatch.setattr("flexprefill_fa.dense.MAX_DENSE_MASK_TOKENS", 200)
         monkeypatch.setattr("flexprefill_fa.dispatch.dense_attention", None)
         got = run(llama, attention_mask=padded).logits
@@ -154,11 +155,19 @@ def test_by_attn_implementation_alone(llama: PreTrainedModel) -> None:
         llama.set_attn_implementation("sdpa")
 
 
+def test_lengths_from_which_prompts_run_sparse() -> None:
+    """Without a config from 4,097 tokens on, with one from where the selector leaves something out."""
+    model = tiny_model("llama")
+    for arguments, least in (((), 4097), ((PeakPrefillConfig(),), 385), ((FlexPrefillConfig(),), 1025)):
+        with enable_sparse_prefill(model, *arguments):
+            assert {layer.min_prompt_tokens for layer in describe_sparse_prefill(model)} == {least}
+
+
 @needs.mean_correction
 def test_without_a_config(llama: PreTrainedModel) -> None:
     """The default selector with tilted means where layers can have them, and it runs: dropped blocks show."""
     dense = run(llama, 3000).logits
-    with enable_sparse_prefill(llama, statistics="density") as handle:
+    with enable_sparse_prefill(llama, min_prompt_tokens=1, statistics="density") as handle:
         assert [layer.config for layer in describe_sparse_prefill(llama)] == [PeakPrefillConfig()] * 2
         sparse = run(llama, 3000).logits
         density = handle.statistics[0].density
