@@ -56,7 +56,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_INPUTS = "backends heads kv_heads head_dim dtype workload layer dense device seed repeats seconds out as_json"
+_INPUTS = "backends heads kv_heads head_dim workload model text layer"
+_INPUTS += " dtype dense device seed repeats seconds out as_json"
 
 
 @app.command()

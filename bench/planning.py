@@ -6,14 +6,14 @@ import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from bench.capture import needle_layers, text_layer
 from bench.check import SAMPLED_ROWS
-from bench.needle.capture import capture_layers
-from bench.needle.network import model_config
 from bench.spec import (
     WORKLOADS,
     backends_of,
@@ -27,14 +27,15 @@ from bench.spec import (
 from bench.workloads import Inputs, sharpness_of, structured_inputs
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.fidelity.memory import free_bytes
-from flexprefill_fa.tools.loading import UsageError
+from flexprefill_fa.tools.fidelity.texts import CORPORA
+from flexprefill_fa.tools.loading import UsageError, load_config, model_name
 from flexprefill_fa.tools.needle import MODEL_DIR
 
 _OUTPUTS = 4  # of dense, of sparse, one more while a graph holds its own, and what a kernel makes beside it
 _HEADS = (32, 8, 128)  # query heads, kv heads, head_dim
 _USUAL = {
-    **dict.fromkeys(("density", "backends", "heads", "kv_heads", "head_dim")),
-    **{"batch": 1, "dense": True, "mean_correction": False, "layer": 0, "repeats": 1, "seconds": 0.0},
+    **dict.fromkeys(("density", "backends", "heads", "kv_heads", "head_dim", "model")),
+    **{"batch": 1, "text": "source", "dense": True, "mean_correction": False, "layer": 0, "repeats": 1, "seconds": 0.0},
 }  # of options that not every command has
 DENSE_KERNELS = {
     "cuda": ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn_4", "FLASH", "TRITON"),
@@ -58,6 +59,8 @@ class Plan:
     batch: int
     dtype: torch.dtype
     workload: str
+    model: Path | None
+    text: str
     layer: int
     device: torch.device
     seed: int
@@ -81,17 +84,25 @@ class Plan:
 
     def inputs(self, length: int) -> tuple[Inputs, dict[str, Any]]:
         """Queries, keys and values, and what a row must say about them besides their shapes."""
+        where: Any = {"dtype": self.dtype, "device": self.device}
         if self.workload == "needle":
             try:
-                found = capture_layers(length, [self.layer], dtype=self.dtype, device=self.device, seed=self.seed)
+                found = needle_layers(length, [self.layer], seed=self.seed, **where)[self.layer]
             except ValueError as error:
                 raise UsageError(str(error)) from error
-            tensors = [tensor.repeat(self.batch, 1, 1, 1) for tensor in found[self.layer]]
-            return Inputs(*tensors), {"layer": self.layer, "model_sha256": model_sha256(MODEL_DIR)}
+            return self._batch(found), {"layer": self.layer, "model_sha256": model_sha256(MODEL_DIR)}
+        if self.model is not None:
+            found, tokens = text_layer(self.model, self.text, length, self.layer, **where)
+            said = {"model": model_name(str(self.model)), "model_sha256": model_sha256(self.model)}
+            said |= {"layer": self.layer, "text": tokens.name, "text_sha256": tokens.sha256(length)}
+            return self._batch(found), said
         sharpness = sharpness_of(self.workload, length)
         same = {name: getattr(self, name) for name in ("batch", "dtype", "device", "seed")}
         shape = (self.heads, self.kv_heads, self.head_dim)
         return structured_inputs(length, *shape, sharpness=sharpness, **same), {"sharpness": round(sharpness, 4)}
+
+    def _batch(self, inputs: Inputs) -> Inputs:
+        return Inputs(*(tensor.repeat(self.batch, 1, 1, 1) for tensor in inputs))
 
 
 def make_plan(**options: Any) -> Plan:
@@ -118,7 +129,7 @@ def make_plan(**options: Any) -> Plan:
         if needed > free:
             sizes = f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
             raise UsageError(f"{length} tokens: it needs about {sizes}")
-    same = ("batch", "workload", "layer", "seed", "repeats", "seconds", "dense", "mean_correction")
+    same = ("batch", "workload", "model", "text", "layer", "seed", "repeats", "seconds", "dense", "mean_correction")
     plain = {name: getattr(given, name) for name in same}
     return Plan(lengths, configs, densities, backends, *shape, dtype=dtype, device=device, **plain)
 
@@ -128,19 +139,32 @@ def _head_shape(given: SimpleNamespace) -> tuple[int, int, int]:
     asked = (given.heads, given.kv_heads, given.head_dim)
     if given.workload not in WORKLOADS:
         raise UsageError(f"workload must be one of {', '.join(WORKLOADS)}, got {given.workload!r}")
-    if given.workload == "needle":
-        if asked != (None, None, None):
-            raise UsageError("the needle model has its own heads, kv-heads and head-dim: leave those options out")
-        config = model_config()
-        if given.layer >= config["num_hidden_layers"]:
-            raise UsageError(f"layer must be in [0, {config['num_hidden_layers']}), got {given.layer}")
-        return config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    if (given.workload == "model") != (given.model is not None):
+        raise UsageError(f"--workload model and --model FOLDER go together, got {given.workload} and {given.model}")
+    if given.text not in CORPORA:
+        raise UsageError(f"text must be one of {', '.join(CORPORA)}, got {given.text!r}")
+    if given.workload in ("needle", "model"):
+        return _model_heads(given.model or MODEL_DIR, given.layer, asked)
     heads, kv_heads, head_dim = (size or usual for size, usual in zip(asked, _HEADS, strict=True))
     if heads % kv_heads:
         raise UsageError(f"heads must be a multiple of kv-heads, got {heads} and {kv_heads}")
     if head_dim % 16:
         raise UsageError(f"head-dim must be a multiple of 16, got {head_dim}")
     return heads, kv_heads, head_dim
+
+
+def _model_heads(folder: Path, layer: int, asked: Sequence[int | None]) -> tuple[int, int, int]:
+    """As `_head_shape`, of a model's config."""
+    config: Any = load_config(folder).get_text_config(decoder=True)
+    if layer >= config.num_hidden_layers:
+        raise UsageError(f"layer must be in [0, {config.num_hidden_layers}), got {layer}")
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    found = (heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
+    if any(size not in (None, own) for size, own in zip(asked, found, strict=True)):
+        own = "{} heads, {} kv-heads and head-dim {}".format(*found)
+        raise UsageError(f"the model has {own}: leave those options out")
+    return found
 
 
 def needed_bytes(

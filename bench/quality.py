@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.attention import spread
+from bench.capture import needle_layers
 from bench.check import reference, verify
-from bench.needle.capture import capture_layers
 from bench.planning import Plan
 from bench.quality_tables import KIND
 from bench.timing import described, significant
@@ -106,9 +106,9 @@ def quality_rows(
 
     `failed` is called with a line about each setting that raised an error or whose output was wrong, which has no row.
     """
-    captured = capture_layers(length, layers, dtype=plan.dtype, device=plan.device, seed=plan.seed)
+    captured = needle_layers(length, layers, dtype=plan.dtype, device=plan.device, seed=plan.seed)
     for layer in layers:
-        inputs = Inputs(*captured.pop(layer))
+        inputs = captured.pop(layer)
         batch, heads, _, head_dim = inputs.query.shape
         shape = {"batch": batch, "heads": heads, "kv_heads": inputs.key.shape[1], "head_dim": head_dim}
         where = {"workload": "needle", "model_sha256": model_sha256(MODEL_DIR), "layer": layer, "seed": plan.seed}

@@ -18,10 +18,11 @@ import typer
 from bench.paths import RESULTS
 from flexprefill_fa.backends import flash_problem, resolve_backend
 from flexprefill_fa.choice import make_config, selector_spec
+from flexprefill_fa.tools.fidelity.texts import CORPORA
 from flexprefill_fa.tools.loading import UsageError, require_kernels, resolve_device, resolve_dtype, token_count
 
-WORKLOADS = ("sharpened", "fixed", "needle")
-"""Structured heads that get sharper with length, structured heads that do not, and a layer of the needle model."""
+WORKLOADS = ("sharpened", "fixed", "needle", "model")
+"""Structured heads that get sharper with length, and that do not; a layer of the needle model, and of any model."""
 
 _LENGTHS = "4096,8192,16384,32768,65536,131072,262144"
 
@@ -39,7 +40,9 @@ OPTIONS = {
     "head_dim": _option(int | None, None, "128 by default.", min=16),
     "dtype": _option(str, "bfloat16", "bfloat16, float16 or float32."),
     "workload": _option(str, WORKLOADS[0], f"One of {', '.join(WORKLOADS)}."),
-    "layer": _option(int, 2, "Of the needle model, for that workload.", min=0),
+    "model": _option(Path | None, None, "For the workload model: a local folder in Hugging Face format."),
+    "text": _option(str, "source", f"What that model reads: {' or '.join(CORPORA)}, of this Python."),
+    "layer": _option(int, 2, "Of the needle model or that model, for those workloads.", min=0),
     "dense": _option(bool, True, "Time the dense kernels too."),
     "device": _option(str, "auto", "auto (the GPU if there is one), cpu, cuda or cuda:N (not under torchrun)."),
     "seed": _option(int, 0, "Of inputs, weights, prompts and random blocks.", min=0),

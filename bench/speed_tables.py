@@ -31,13 +31,14 @@ OURS = "flexprefill_fa"
 _WORKLOADS = {
     "sharpened": "**Heads that get sharper with length**",
     "fixed": "**The same heads at every length**",
-    "needle": "**Layer {layer} of the needle model (SHA-256 {model}) on a needle prompt**",
+    "needle": "**Layer {layer} of the needle model (SHA-256 {model_sha256:.10}) on a needle prompt**",
+    "model": "**Layer {layer} of {model} (SHA-256 {model_sha256:.10}) on the text {text}**",
 }
 _LONG = 524288  # tokens
 _TABLE: dict[str, Any] = {
     "group_by": (
         *("device", "gpu", "batch", "heads", "kv_heads", "head_dim", "dtype"),
-        *("workload", "layer", "model_sha256"),
+        *("workload", "layer", "model_sha256", "text"),
     ),
     "identity": ("kernel", "length", "selector", "settings", "backend", "implementation", "module", "function"),
 }
@@ -45,7 +46,7 @@ _TABLE: dict[str, Any] = {
 
 def _caption(rows: Sequence[Row], what: str) -> str:
     row = rows[0]
-    workload = _WORKLOADS[row["workload"]].format(layer=row.get("layer"), model=(row.get("model_sha256") or "")[:10])
+    workload = _WORKLOADS[row["workload"]].format(**row)
     timed = sorted({how for row in rows for how in row.get("timed_by", {}).values()} - {"wall clock"}) or ["wall clock"]
     repeats = sorted({row["repeats"] for row in rows if "repeats" in row})
     count = "-".join(map(str, dict.fromkeys((repeats[0], repeats[-1])))) if repeats else "no"

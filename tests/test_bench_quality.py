@@ -13,8 +13,8 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import bench.quality
+from bench.capture import needle_layers
 from bench.cli import app
-from bench.needle.capture import capture_layers
 from bench.quality import exact_attention, measure, sweep
 from bench.spec import parse_selectors
 from bench.workloads import Inputs
@@ -76,9 +76,9 @@ def test_head_errors_keep_heads_apart() -> None:
 
 
 def test_layers_are_captured_in_one_pass() -> None:
-    both = capture_layers(300, [0, 2], dtype=torch.float32, device=CPU)
+    both = needle_layers(300, [0, 2], dtype=torch.float32, device=CPU)
     assert sorted(both) == [0, 2] and both[0][0].shape == (1, 8, 300, 64) and both[2][1].shape == (1, 2, 300, 64)
-    for got, expected in zip(both[2], capture_layers(300, [2], dtype=torch.float32, device=CPU)[2], strict=True):
+    for got, expected in zip(both[2], needle_layers(300, [2], dtype=torch.float32, device=CPU)[2], strict=True):
         assert torch.equal(got, expected)
     assert not torch.allclose(both[0][0], both[2][0])
 
@@ -106,7 +106,7 @@ def test_small_run(out: Path) -> None:
     assert row | shape | what | said == row and row["model_sha256"] == model_sha256(MODEL_DIR)
     assert row["gpu"] and row["commit"] and row["date"] and row["torch"] == torch.__version__
 
-    query, key, value = capture_layers(900, [1], dtype=torch.float32, device=CPU)[1]
+    query, key, value = needle_layers(900, [1], dtype=torch.float32, device=CPU)[1]
     keep = select_blocks(query, key, config).to_dense()
     dense, _ = attention(query, key, value, every_block(query, key, 128).to_dense(), 128)
     sparse, recall = attention(query, key, value, keep, 128)
@@ -140,7 +140,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -
         sparse, _ = attention(query, key, value, selection.to_dense(), config.block_size)
         return change(sparse.to(query.dtype)), selection
 
-    monkeypatch.setattr(bench.quality, "capture_layers", captured)
+    monkeypatch.setattr(bench.quality, "needle_layers", captured)
     monkeypatch.setattr(bench.quality, "sparse_prefill_attention", instead)
     return calls
 

@@ -139,19 +139,3 @@ def test_synthetic_selection_is_exact(length: int, density: float) -> None:
     if density == 0.7 and length > 1000:
         assert not torch.equal(keep[0, 0], keep[0, 1])
         assert torch.equal(keep, chunk_selection(length, length, 3, density, batch=2, seed=1).to_dense())
-
-
-def test_needle_capture_is_what_the_layer_computes(needle_model, needle_tokenizer) -> None:
-    """Attention of the captured tensors equals the layer's, for which the model is run whole."""
-    from bench.needle.capture import capture_layers
-    from flexprefill_fa.tools.needle.prompts import build_prompt
-
-    query, key, value = capture_layers(600, [1], dtype=torch.float32, device=torch.device("cpu"), seed=3)[1]
-    assert query.shape == (1, 8, 600, 64) and key.shape == value.shape == (1, 2, 600, 64)
-    seen = []
-    hook = needle_model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    with torch.no_grad():
-        needle_model(torch.tensor([build_prompt(needle_tokenizer, 600, needles=8, seed=3).token_ids]))
-    hook.remove()
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(out.transpose(1, 2).flatten(2), seen[0], atol=1e-4, rtol=1e-4)

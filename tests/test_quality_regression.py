@@ -29,7 +29,7 @@ from quality_checks import (
 )
 from torch import Tensor
 
-from bench.needle.capture import capture_layers
+from bench.capture import needle_layers
 from bench.quality import exact_attention
 from flexprefill_fa import BlockSelection, StreamingLLMConfig
 from flexprefill_fa.grid import Grid, unmasked_blocks, visible_blocks
@@ -55,7 +55,7 @@ NEEDLE_PROMPTS = 1
 def layers() -> list[Layer]:
     found = []
     for seed in CAPTURE_SEEDS:
-        captured = capture_layers(TOKENS, LAYERS, dtype=torch.float32, device=torch.device("cpu"), seed=seed)
+        captured = needle_layers(TOKENS, LAYERS, dtype=torch.float32, device=torch.device("cpu"), seed=seed)
         found += [Layer(*tensors, exact_attention(*tensors)) for tensors in captured.values()]
     return found
 

@@ -61,23 +61,27 @@ def read_tokens(tokenizer: Any, files: Sequence[str], length: int) -> list[Token
     Raises:
         UsageError: for a file that cannot be read, or a text that is shorter.
     """
-    found = []
-    for name in files or CORPORA:
-        text = read_prompt(name) if files else CORPORA[name]()
-        ids = _encode(tokenizer, text, length)
-        if len(ids) < length:
-            raise UsageError(
-                f"the text {name} must have at least {length} tokens, the longest of --lengths, got {len(ids)}"
-            )
-        found.append(Tokens(model_name(name) if files else name, ids[:length]))
-    return found
+    if not files:
+        return [first_tokens(tokenizer, name, text(), length) for name, text in CORPORA.items()]
+    return [first_tokens(tokenizer, name, read_prompt(name), length) for name in files]
 
 
-def _encode(tokenizer: Any, text: str, length: int) -> list[int]:
-    """At least `length` tokens of a text, or all; no more of the text is encoded than that takes."""
+def first_tokens(tokenizer: Any, name: str, text: str, length: int) -> Tokens:
+    """The beginning of a text; no more of it is encoded than that takes.
+
+    Args:
+        tokenizer: of the model.
+        name: of the text, or the file that holds it.
+        length: in tokens.
+
+    Raises:
+        UsageError: for a text that is shorter.
+    """
     characters = _CHARACTERS_PER_TOKEN * length
-    while True:
-        ids = tokenizer(text[:characters])["input_ids"]
-        if len(ids) > length or characters >= len(text):
-            return ids
+    while len(ids := tokenizer(text[:characters])["input_ids"]) <= length and characters < len(text):
         characters *= 2
+    if len(ids) < length:
+        raise UsageError(
+            f"the text {name} must have at least {length} tokens, the longest of --lengths, got {len(ids)}"
+        )
+    return Tokens(model_name(name), ids[:length])
