@@ -131,8 +131,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -
     """
     calls: list[dict[str, Any]] = []
 
-    def captured(length: int, layers: Sequence[int], **_: Any) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        return {layer: tensors(length) for layer in layers}
+    def captured(length: int, layers: Sequence[int], **_: Any) -> dict[int, Inputs]:
+        return {layer: Inputs(*tensors(length)) for layer in layers}
 
     def instead(query: Tensor, key: Tensor, value: Tensor, config: Any, **options: Any) -> Any:
         calls.append(options)
