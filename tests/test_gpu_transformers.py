@@ -121,3 +121,26 @@ def test_a_static_cache_with_compiled_decode(model, needle_tokenizer) -> None:
         prompt = build_prompt(needle_tokenizer, 8192, seed=0)
         assert answers(model, needle_tokenizer, [prompt], cache_implementation="static") == [True]
         assert all(layer.density.mean() < 0.95 for layer in handle.statistics.values())
+
+
+@torch.no_grad()
+def test_prefills_as_cuda_graphs(model, needle_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits as without, which are not the dense model's, from one graph for all layers."""
+    from flexprefill_fa import PeakPrefillConfig, graph_cache
+    from flexprefill_fa.integrations.transformers import enable_sparse_prefill
+
+    monkeypatch.setattr(graph_cache, "GRAPHS", graph_cache.GraphCache())
+    prompts = [build_prompt(needle_tokenizer, 4096, seed=seed).token_ids for seed in range(3)]
+
+    def logits(ids: list[int]) -> torch.Tensor:
+        return model(torch.tensor([ids], device="cuda"), logits_to_keep=64).logits
+
+    dense = [logits(ids) for ids in prompts]
+    with enable_sparse_prefill(model, PeakPrefillConfig()):
+        expected = [logits(ids) for ids in prompts]
+    with enable_sparse_prefill(model, PeakPrefillConfig(), graph="auto"):
+        found = [logits(ids) for ids in prompts]
+    assert len(graph_cache.GRAPHS) == 1
+    for one, other, whole in zip(found, expected, dense, strict=True):
+        assert torch.equal(one, other) and not torch.equal(one, whole)
+    graph_cache.GRAPHS.release()
