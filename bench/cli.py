@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from bench.attention import LengthBenchmark
 from bench.fit import fit_rates
-from bench.host import host_rows
+from bench.host import host_rows, prefill_rows
 from bench.needle.network import model_config as needle_config
 from bench.paths import RESULTS
 from bench.peer_rows import PeerBenchmark
@@ -266,6 +266,7 @@ def tune(
 @takes("lengths dtype device", lengths="1024,4096")
 def host(
     repeats: Annotated[int, typer.Option(min=2, help="Measurements of each time.")] = 200,
+    prefill: Annotated[bool, typer.Option(help="Whole prefills of the needle model in transformers instead.")] = False,
     out: Annotated[Path, typer.Option(help="JSON lines; rows of a GPU are added, a CPU's are printed alone.")] = RESULTS
     / "host.jsonl",
     **given: Any,
@@ -273,7 +274,11 @@ def host(
     """Time what a call costs the CPU before the GPU has its work, for SDPA, dense attention and every selector."""
     where, precision = parse_place(given["device"], given["dtype"])
     run = Recorder(out if where.type == "cuda" else None, as_json=True)
-    run.each(parse_lengths(given["lengths"]), None, partial(host_rows, where, precision, repeats))
+    run.each(
+        parse_lengths(given["lengths"]),
+        None,
+        partial(prefill_rows if prefill else host_rows, where, precision, repeats),
+    )
     run.finish("")
 
 

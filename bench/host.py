@@ -1,9 +1,10 @@
-"""CPU time of a call until its work is with the GPU, ours beside SDPA's."""
+"""CPU time of a call until its work is with the GPU, ours beside SDPA's; and prefills of a model that waits for it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -16,21 +17,30 @@ from flexprefill_fa import FlexPrefillConfig, Selector, get_selector, selector_n
 from flexprefill_fa.dense import fastest_dense
 from flexprefill_fa.dispatch import Request, kernel_for
 from flexprefill_fa.graph_cache import GRAPHS
+from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.loading import load_model
+from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.rows import Row
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 WARM_UPS = 20  # the first call compiles, the second is replayed
+PREFILL_WARM_UPS = 5
+ROUNDS = 3  # of prefills in turns: a CPU's speed drifts
 
 
-def host_us(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Microseconds from a call to its return, each with an idle GPU before it."""
+def call_us(
+    call: Callable[[], object], device: torch.device, warm_ups: int, repeats: int, *, whole: bool
+) -> list[float]:
+    """Microseconds from a call to its return, or to the end of its work (`whole`), each with an idle GPU before it."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     found = []
-    for index in range(WARM_UPS + repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    for index in range(warm_ups + repeats):
+        wait()
         start = time.perf_counter_ns()
         call()
-        if index >= WARM_UPS:
+        if whole:
+            wait()
+        if index >= warm_ups:
             found.append((time.perf_counter_ns() - start) / 1000)
     return found
 
@@ -58,8 +68,32 @@ def host_rows(device: torch.device, dtype: torch.dtype, repeats: int, length: in
     shape = {"length": length, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
     for case, backend, call in cases:
         kept = len(GRAPHS)
-        found = summarise(host_us(call, device, repeats), "wall clock")
+        found = summarise(call_us(call, device, WARM_UPS, repeats, whole=False), "wall clock")
         base = found.median if base is None else base
         graph = "auto" if len(GRAPHS) > kept else "never"
         row = described("host", device, dtype, **shape, case=case, kernel=backend, graph=graph, repeats=repeats)
         yield row | found.fields("host_us") | {"more_than_sdpa_us": round(found.median - base, 1)}
+
+
+@torch.no_grad()
+def prefill_rows(device: torch.device, dtype: torch.dtype, repeats: int, length: int) -> Iterator[Row]:
+    """Whole uncompiled prefills of the needle model, so small that it waits for the CPU: one row each, in ms."""
+    from flexprefill_fa.integrations.transformers import enable_sparse_prefill
+
+    model, _ = load_model(MODEL_DIR, dtype, device)
+    model.set_attn_implementation("sdpa")
+    tokens = torch.randint(0, model.config.vocab_size, (1, length), device=device)
+    cases = {("sdpa", "never"): nullcontext, ("as it comes", "never"): partial(enable_sparse_prefill, model)}
+    for graph in ("never", "auto") if device.type == "cuda" else ("never",):
+        for name in ("peakprefill", "flashprefill"):
+            cases[name, graph] = partial(enable_sparse_prefill, model, get_selector(name)(), graph=graph)
+    times: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+    for _ in range(ROUNDS):
+        for case, made in cases.items():
+            with made():
+                call = partial(model, tokens, logits_to_keep=1)
+                times[case] += [us / 1000 for us in call_us(call, device, PREFILL_WARM_UPS, repeats, whole=True)]
+    same = {"length": length, "model": "needle", "model_sha256": model_sha256(MODEL_DIR), "repeats": ROUNDS * repeats}
+    for (case, graph), found in times.items():
+        row = described("host", device, dtype, **same, case=case, graph=graph)
+        yield row | summarise(found, "wall clock").fields("prefill_ms")

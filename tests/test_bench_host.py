@@ -38,6 +38,18 @@ def test_rows_of_the_cpu_are_printed_alone(tmp_path: Path, monkeypatch: pytest.M
     assert (rows[1]["kernel"], {row["kernel"] for row in rows[2:]}) == ("sdpa", {"CPU"})
 
 
+def test_prefills_of_the_needle_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.host.PREFILL_WARM_UPS", 1)
+    options = ("--prefill", "--lengths", "400", "--device", "cpu", "--dtype", "float32", "--repeats", "2")
+    result = run(*options, "--out", str(tmp_path / "host.jsonl"))
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["case"] for row in rows] == ["sdpa", "as it comes", "peakprefill", "flashprefill"]
+    for row in rows:
+        assert (row["length"], row["model"], row["graph"], row["repeats"]) == (400, "needle", "never", 6)
+        assert 0 < row["prefill_ms_p20"] <= row["prefill_ms"] <= row["prefill_ms_p80"]
+
+
 def test_the_table_has_a_line_for_each_case_launched_and_replayed() -> None:
     same = {"gpu": "G", "length": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "repeats": 9}
     same |= {"torch": "2.11.0", "triton": "3.6.0", "commit": "abc", "date": "2026-01-01", "selector": None}
