@@ -98,6 +98,10 @@ def flexprefill_attention(
             f"{_layer_name(module)}: packed sequences need the model to pass position_ids of all keys to its attention"
         )
     plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE, None) or _DEFAULT_PLAN
+    plain = prompt.is_plain and softcap is None and s_aux is None and sliding_window is None
+    dense = plan.config is None or key.shape[2] < plan.min_prompt_tokens
+    if plain and dense and query.shape[2] == key.shape[2]:  # what the model would do by itself
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
     if prompt.windowed and sliding_window is None:  # some models leave their window to the mask
         sliding_window = plan.window
         if sliding_window is None:

@@ -51,6 +51,11 @@ class PromptMask:
     keys: int | None = None
     windowed: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether queries see no less than the causal rule lets them."""
+        return self.padding is None and not self.packed and not self.windowed
+
     def __getitem__(self, index: Any) -> PromptMask:
         """Of fewer queries, as models cut their masks where layers see only the last ones: the same keys."""
         return self
