@@ -128,9 +128,6 @@ def ttft(
         str, typer.Option(help="Run in full, then attention is over random blocks; comma-separated, '' for none.")
     ] = ",".join(selector_names()),
     density: Annotated[float, typer.Option(help="Of those random blocks, in (0, 1].")] = 0.05,
-    own: Annotated[
-        str, typer.Option(help="Selectors that attend over their own choice, which random weights make senseless.")
-    ] = "flexprefill:tau=0+max_budget=2048",
     dense: Annotated[
         str | None, typer.Option(help="Dense kernels, comma-separated, '' for none. Default: all there are.")
     ] = None,
@@ -152,10 +149,13 @@ def ttft(
     from bench.ttft import make_plan, ttft_rows
     from bench.ttft_ranks import Ranks
 
-    plan = make_plan(**options)
+    left_out: list[str] = []
+    plan = make_plan(left_out.append, **options)
     with Ranks.start(plan.device) as ranks:
         run = Recorder(given["out"], given["as_json"], quiet=ranks.rank > 0)
-        run.take(config, len(list(plan.passes())), partial(ttft_rows, plan, ranks, run.note))
+        for line in left_out:
+            run.note(line)
+        run.take(config, len(plan.passes), partial(ttft_rows, plan, ranks, run.note))
     run.incomplete |= any("error" in row for row in run.rows)
     run.finish(ttft_tables(run.rows, []), wrong=not all(row.get("ran_sparse", True) for row in run.rows))
 
@@ -169,9 +169,6 @@ def serve(
     repeats: Annotated[int, typer.Option(min=1, help="Of each prompt below 64K tokens; longer ones get a third.")] = 7,
     batched_tokens: Annotated[int, typer.Option(min=128, help="The most prompt tokens of a step.")] = 8192,
     layers: Annotated[int, typer.Option(min=1, help="Of the model; 32 make the shape of Llama-3.1-8B.")] = 32,
-    only: Annotated[
-        str, typer.Option(help="all, engines, one of them (default, sparse), or gather: reading the cache alone.")
-    ] = "all",
     out: Annotated[
         Path | None, typer.Option(help="JSON lines; rows are added. Default: bench/results/ENGINE.jsonl.")
     ] = None,
@@ -188,11 +185,11 @@ def serve(
     if not isinstance(chosen, dict):
         raise UsageError(f"settings must be a JSON object, got {settings!r}")
     lengths, share = parse_lengths(given["lengths"]), parse_share("density", f"{density:g}")
-    plan = LoadPlan(lengths, chosen, share, repeats, batched_tokens, layers, only=only, name=engine)
+    plan = LoadPlan(lengths, chosen, share, repeats, batched_tokens, layers, name=engine)
     title = ENGINES[engine].title
     if not torch.cuda.is_available():
         raise UsageError(f"{title} is measured on a CUDA GPU, and there is none")
-    if only != "gather" and importlib.util.find_spec(engine) is None:
+    if importlib.util.find_spec(engine) is None:
         raise UsageError(f"{title} is not installed: pip install 'flexprefill-fa[{engine}]'")
     run = Recorder(out or RESULTS / f"{engine}.jsonl", given["as_json"])
     run.take(title, None, partial(load_rows, plan, run.note))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from bench.capture import needle_layers, text_layer
-from bench.check import SAMPLED_ROWS
 from bench.spec import (
     WORKLOADS,
     backends_of,
@@ -26,12 +25,10 @@ from bench.spec import (
 )
 from bench.workloads import Inputs, sharpness_of, structured_inputs
 from flexprefill_fa.tools.digests import model_sha256
-from flexprefill_fa.tools.fidelity.memory import free_bytes
 from flexprefill_fa.tools.fidelity.texts import CORPORA
 from flexprefill_fa.tools.loading import UsageError, load_config, model_name
 from flexprefill_fa.tools.needle import MODEL_DIR
 
-_OUTPUTS = 4  # of dense, of sparse, one more while a graph holds its own, and what a kernel makes beside it
 _HEADS = (32, 8, 128)  # query heads, kv heads, head_dim
 _USUAL = {
     **dict.fromkeys(("density", "backends", "heads", "kv_heads", "head_dim", "model")),
@@ -124,11 +121,6 @@ def make_plan(**options: Any) -> Plan:
                 f"density at {length} tokens must be in [{always / causal:.4g}, 1] (the diagonal and the first block "
                 f"are always kept), got {share:g}"
             )
-    for length in lengths:
-        needed, free = needed_bytes(length, given.batch, *shape, dtype, device, given.dense), free_bytes(device)
-        if needed > free:
-            sizes = f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
-            raise UsageError(f"{length} tokens: it needs about {sizes}")
     same = ("batch", "workload", "model", "text", "layer", "seed", "repeats", "seconds", "dense", "mean_correction")
     plain = {name: getattr(given, name) for name in same}
     return Plan(lengths, configs, densities, backends, *shape, dtype=dtype, device=device, **plain)
@@ -165,26 +157,3 @@ def _model_heads(folder: Path, layer: int, asked: Sequence[int | None]) -> tuple
         own = "{} heads, {} kv-heads and head-dim {}".format(*found)
         raise UsageError(f"the model has {own}: leave those options out")
     return found
-
-
-def needed_bytes(
-    length: int,
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    dense: bool = True,
-) -> int:
-    """An estimate of what measuring one length takes at once, inputs included, on the safe side; `dense` or without."""
-    query = batch * heads * length * head_dim * dtype.itemsize
-    key = batch * kv_heads * length * head_dim * dtype.itemsize
-    blocks = -(-length // 128)
-    lists = 4 * 4 * batch * heads * blocks * blocks  # int32 lists of three selections, one in a graph; block scores
-    groups = heads // kv_heads
-    check = 8 * length * (2 * head_dim + 4 * groups * SAMPLED_ROWS)  # fp64 keys and values, scores of a kv group
-    needed = query + 2 * key + (_OUTPUTS if dense else _OUTPUTS - 1) * query + lists + check
-    if device.type == "cpu":  # the plain selection: fp32 scores of 128 queries; queries, and keys for every head
-        needed += heads * length * 4 * (5 * 128 + 2 * head_dim)
-    return needed

@@ -26,7 +26,7 @@ from bench.serve_tables import ENGINES
 from bench.serve_vllm import sparse_layers
 from bench.shapes import SHAPES
 from bench.synthetic import chunk_selection
-from bench.timing import Timer, described
+from bench.timing import Stopwatch, described
 from flexprefill_fa import BlockSelection, block_sparse_attention, select_blocks
 from flexprefill_fa.integrations.engine_paged import GatherBuffer, gather
 from flexprefill_fa.integrations.engine_settings import SECTION, Settings, make_settings
@@ -40,13 +40,9 @@ _LONG = 65536  # prompts from which on fewer repeats are enough
 _TOGETHER = 4  # prompts of the throughput rows
 
 
-# By the part: whether with sparse prefill.
-_ENGINES_OF = {"all": (False, True), "engines": (False, True), "default": (False,), "sparse": (True,), "gather": ()}
-
-
 @dataclass(frozen=True)
 class LoadPlan:
-    """What to measure with the engine `name`: all, or a part, a key of `_ENGINES_OF`.
+    """What to measure with the engine `name`.
 
     `repeats` are of each prompt below 64K tokens, longer ones get a third; `settings` stand under "sparse_prefill" in
     the engine's configuration; `density` is of the synthetic blocks, `batched_tokens` the most prompt tokens of a step.
@@ -59,12 +55,9 @@ class LoadPlan:
     batched_tokens: int
     layers: int
     seed: int = 0
-    only: str = "all"
     name: str = "vllm"
 
     def __post_init__(self) -> None:
-        if self.only not in _ENGINES_OF:
-            raise ValueError(f"only must be one of {', '.join(_ENGINES_OF)}, got {self.only!r}")
         if self.name not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.name!r}")
         make_settings(self.settings, "settings")
@@ -113,7 +106,7 @@ def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
     conditions = described(plan.name, torch.device("cuda"), torch.bfloat16, **shape, **step, seed=plan.seed)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": plan.layers}))
-        for sparse in _ENGINES_OF[plan.only]:
+        for sparse in (False, True):
             note(f"{ENGINES[plan.name].title} with {'sparse prefill' if sparse else 'its default backend'}")
             job: dict[str, Any] = {"engine": plan.engine(folder, sparse), "phases": plan.phases()}
             if sparse:
@@ -124,8 +117,6 @@ def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
             if sparse:
                 backend |= {"settings": plan.settings, "synthetic_density": plan.density}
             yield from ({**conditions, **backend, **row} for row in _measured(plan, result))
-    if plan.only not in ("all", "gather"):
-        return
     parts = gather_share(plan)
     note(f"one layer, a chunk of {plan.batched_tokens} queries over {max(plan.lengths)} keys: {parts}")
     same = {"backend": "gather", "measure": "gather", "length": max(plan.lengths), "settings": plan.settings}
@@ -218,7 +209,11 @@ def gather_share(plan: LoadPlan, page: int = 16) -> Row:
     cache = torch.randn(pages, 2, page, kv_heads, dim, dtype=torch.bfloat16, device=device)
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).to(device, torch.int32)
     query = torch.randn(1, heads, q_len, dim, dtype=torch.bfloat16, device=device)
-    scale = dim**-0.5
+    scale, watch = dim**-0.5, Stopwatch(device, 10, 1.0)
+
+    def milliseconds(call: Callable[[], object]) -> float:
+        return round(watch.graph(call).median, 4)
+
     with torch.inference_mode():
         room = GatherBuffer().room(pages * page, kv_heads, query)
 
@@ -230,17 +225,7 @@ def gather_share(plan: LoadPlan, page: int = 16) -> Row:
         attend = functools.partial(block_sparse_attention, query, key, value, chosen)
         return {
             "q_len": q_len,
-            "gather_ms": _milliseconds(gather_both),
-            "select_ms": _milliseconds(lambda: select_blocks(query, key, settings.selector, scale=scale)),
-            "attend_ms": _milliseconds(lambda: attend(scale=scale, backend=settings.backend)),
+            "gather_ms": milliseconds(gather_both),
+            "select_ms": milliseconds(lambda: select_blocks(query, key, settings.selector, scale=scale)),
+            "attend_ms": milliseconds(lambda: attend(scale=scale, backend=settings.backend)),
         }
-
-
-def _milliseconds(call: Callable[[], Any], repeats: int = 10) -> float:
-    """Of a call on the GPU, by events around several of them."""
-    call()
-    timer = Timer(torch.device("cuda"))
-    with timer.once():
-        for _ in range(repeats):
-            call()
-    return round(timer.take_ms() / repeats, 4)

@@ -1,8 +1,8 @@
 """Sparse attention of a prefill chunk over an engine's paged KV cache. Imports no engine.
 
 The keys and values that a chunk sees are gathered once per layer, in the order of their positions: a selector reads all
-keys anyway, and it and FlexAttention's kernels take keys in order, without a block table. `python -m bench serve --only
-gather` measures what that costs.
+keys anyway, and it and FlexAttention's kernels take keys in order, without a block table. `python -m bench serve`
+measures what that costs.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from typer.testing import CliRunner, Result
 
 import bench.attention
 from bench.cli import app
-from bench.planning import needed_bytes
 from bench.spec import parse_lengths, parse_selector
 from bench.timing import Stopwatch, significant, summarise
 from flexprefill_fa import FlexPrefillConfig
@@ -150,21 +149,6 @@ def test_mistakes_are_one_line_before_any_work(
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ") and message in line
     assert result.stdout == "" and not out.exists()
-
-
-def test_too_little_memory_is_said_with_both_numbers(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.planning.free_bytes", lambda _: 3 * 2**30)
-    result = run("--lengths", "1048576", "--device", "cpu", "--out", str(out))
-    assert result.exit_code == 2
-    assert "error: 1048576 tokens: it needs about " in result.stderr
-    assert "GiB, and 3.0 GiB are free" in result.stderr
-    assert result.stdout == ""
-
-
-def test_memory_estimate_covers_the_inputs_and_grows() -> None:
-    sizes = [needed_bytes(n, 1, 32, 8, 128, torch.bfloat16, torch.device("cuda")) for n in (4096, 8192, 262144)]
-    inputs = 262144 * (32 + 2 * 8) * 128 * 2
-    assert sizes[0] < sizes[1] and 2 * inputs < sizes[2] < 10 * inputs
 
 
 def test_running_out_of_memory_is_one_line(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,16 +177,18 @@ def row(backend: str, **fields: Any) -> dict[str, Any]:
     return {**conditions, **fields}
 
 
-def test_the_gather_alone(monkeypatch) -> None:
+def test_the_gather_comes_after_both_engines(monkeypatch) -> None:
     import bench.serve
 
+    jobs: list[dict[str, Any]] = []
     monkeypatch.setattr("bench.timing.environment", lambda device: {"gpu": "NVIDIA H200"})
-    monkeypatch.setattr(bench.serve, "run_job", lambda job: pytest.fail("no engine is asked for"))
+    monkeypatch.setattr(bench.serve, "run_job", lambda job, engine: jobs.append(job) or {"log": ""})
+    monkeypatch.setattr(bench.serve, "_measured", lambda plan, result: iter([{"measure": "decode"}]))
     monkeypatch.setattr(bench.serve, "gather_share", lambda plan: {"q_len": 8192, "gather_ms": 0.5})
-    found = list(
-        bench.serve.load_rows(LoadPlan([4096, 131072], {}, 0.05, 7, 8192, 32, only="gather"), lambda line: None)
-    )
-    assert [(row["backend"], row["length"], row["gather_ms"]) for row in found] == [("gather", 131072, 0.5)]
+    *_, last = found = list(bench.serve.load_rows(LoadPlan([4096, 131072], {}, 0.05, 7, 8192, 32), lambda line: None))
+    assert [row["backend"] for row in found] == ["default", "sparse prefill", "gather"]
+    assert [job.get("synthetic") for job in jobs] == [None, 0.05]
+    assert (last["measure"], last["length"], last["gather_ms"]) == ("gather", 131072, 0.5)
 
 
 def test_rows_of_an_engine_whose_sparse_attention_failed_are_refused() -> None:
@@ -259,8 +261,6 @@ def test_an_engine_that_fails_is_told_whole_behind_the_rows_before_it(monkeypatc
         (["--density", "2"], "density must be in (0, 1], got 2"),
         (["--engine", "vlm"], "engine must be one of vllm, sglang, got 'vlm'"),
         (["--engine", "sglang"], "SGLang is measured on a CUDA GPU, and there is none"),
-        (["--only", "nothing"], "only must be one of all, engines, default, sparse, gather, got 'nothing'"),
-        (["--only", "gather", "--layers", "32"], "vLLM is measured on a CUDA GPU, and there is none"),
         ([], "vLLM is measured on a CUDA GPU, and there is none"),
     ],
 )

@@ -28,7 +28,7 @@ from flexprefill_fa.tools.rows import read
 
 CPU = torch.device("cpu")
 TINY = ("--config", "tiny", "--layers", "1", "--dtype", "float32", "--device", "cpu", "--repeats", "1")
-ONE = ("--selectors", "flexprefill:min_budget=128", "--own", "", "--density", "0.5")
+ONE = ("--selectors", "flexprefill:min_budget=128", "--density", "0.5")
 
 
 def never(*arguments: Any) -> None:
@@ -72,13 +72,6 @@ class Spy:
 
     def settings(self) -> torch.Tensor:
         return FlashPrefillConfig().settings()
-
-
-def test_a_stand_in_without_a_density_keeps_the_selectors_own_choice() -> None:
-    query, key = torch.randn(1, 4, 1000, 32), torch.randn(1, 2, 1000, 32)
-    config = FlexPrefillConfig(min_budget=128, max_budget=384, tau=0)
-    own, plain = select_blocks(query, key, StandIn(config, None, 0, CPU)), select_blocks(query, key, config)
-    assert torch.equal(own.to_dense(), plain.to_dense())
 
 
 def test_a_stand_in_never_returns_the_same_memory_twice() -> None:
@@ -131,7 +124,7 @@ def test_compiled_chunks_name_the_kernel_of_each(monkeypatch: pytest.MonkeyPatch
 
 def test_a_selector_that_keeps_every_block_is_left_out(tmp_path: Path) -> None:
     out = tmp_path / "ttft.jsonl"
-    options = ("--selectors", "flexprefill", "--own", "", "--dense", "sdpa", "--lengths", "1024", "--modes", "eager")
+    options = ("--selectors", "flexprefill", "--dense", "sdpa", "--lengths", "1024", "--modes", "eager")
     result = run(*TINY, *options, "--out", str(out))
     assert result.exit_code == 0
     assert "1024 tokens: flexprefill keeps every block, so this is left out" in result.output
@@ -152,10 +145,10 @@ def test_what_runs_out_of_memory_is_told_in_its_row(monkeypatch: pytest.MonkeyPa
     """And the lengths after it are measured."""
     measure = bench.ttft._ModelBenchmark.row
 
-    def row(self: Any, attention: Any, length: int, compiled: bool) -> dict[str, Any]:
-        if length == 1536:
+    def row(self: Any, one: Any) -> dict[str, Any]:
+        if one.length == 1536:
             raise torch.OutOfMemoryError("no room")
-        return measure(self, attention, length, compiled)
+        return measure(self, one)
 
     monkeypatch.setattr("bench.ttft._ModelBenchmark.row", row)
     out = tmp_path / "ttft.jsonl"
@@ -174,20 +167,20 @@ def test_what_runs_out_of_memory_is_told_in_its_row(monkeypatch: pytest.MonkeyPa
         (("--modes", "eager,fast"), "modes must be of eager, compiled, got 'fast'"),
         (("--dense", "TRITON"), "dense must be of sdpa, CPU, got 'TRITON'"),
         (("--chunk", "512", "--dense", "sdpa"), "dense attention of a chunk needs a mask"),
-        (("--selectors", "", "--own", "", "--dense", ""), "there is nothing to measure"),
+        (("--selectors", "", "--dense", ""), "there is nothing to measure"),
         (("--layers", "3"), "layers must be at most the 2 of tiny, got 3"),
-        (("--chunk", "256", *ONE), "chunk must be above 256 tokens"),
+        (("--chunk", "256", *ONE), "there is nothing to measure: give dense kernels, or selectors that drop blocks"),
         (
             ("--chunk", "1280", "--lengths", "1380", *ONE),
-            "the last chunk must hold at least 128 tokens, got 100 of 1380",
+            "prompts and their last chunks must be at least 128 tokens for selectors to run, got 100",
         ),
         (
-            ("--lengths", "100", "--selectors", "streaming_llm:sink=1+window=1+block_size=64", "--own", ""),
-            "lengths must be at least 128 tokens for selectors to run, got 100",
+            ("--lengths", "100", "--selectors", "streaming_llm:sink=1+window=1+block_size=64"),
+            "prompts and their last chunks must be at least 128 tokens for selectors to run, got 100",
         ),
         (
-            ("--lengths", "200", "--selectors", "flexprefill", "--own", "", "--dense", ""),
-            "there is nothing to measure: selectors keep every block of prompts so short",
+            ("--lengths", "200", "--selectors", "flexprefill", "--dense", ""),
+            "there is nothing to measure: give dense kernels, or selectors that drop blocks",
         ),
         (("--dtype", "auto"), "dtype must be bfloat16, float16 or float32, got 'auto'"),
     ],

@@ -75,7 +75,7 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     out = tmp_path / "ttft.jsonl"
     shape = ("--config", "tiny", "--layers", "1", "--dtype", "float32", "--device", "cpu", "--lengths", "600")
     # Sparse attention would be compiled on both ranks; `test_several_ranks.py` has it.
-    what = ("--selectors", "", "--own", "", "--dense", "sdpa", "--modes", "eager", "--repeats", "1", "--out", str(out))
+    what = ("--selectors", "", "--dense", "sdpa", "--modes", "eager", "--repeats", "1", "--out", str(out))
     first, second = run_ranks(command_on_a_rank, *shape, *what, folder=tmp_path, timeout=240)
     assert first[0] == second[0] == 0, (first, second)
     assert "shared by 2 ranks" in first[1] and "600" not in second[1]
