@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from vllm_stubs import FakeVllm
 
-    from bench.needle.prepare import Corpus
+    from bench.needle.corpus import Corpus
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -132,37 +131,23 @@ def needle_model() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Of a few files; tests leave its folder as they found it."""
+def corpus() -> Corpus:
+    """Of a few files."""
     from needle_runs import FILES
 
-    from bench.needle.prepare import build_corpus
+    from bench.needle.corpus import build_corpus
 
-    return build_corpus(tmp_path_factory.mktemp("work") / "corpus", files=FILES)
-
-
-@pytest.fixture
-def work(tmp_path: Path, corpus: Corpus) -> Path:
-    """A work folder with a corpus."""
-    shutil.copytree(corpus.folder, tmp_path / "corpus")
-    return tmp_path
+    return build_corpus(FILES)
 
 
 @pytest.fixture(scope="session")
 def whole_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a needle run; tests leave it as they found it."""
+    """The folder of a model that a needle run made; tests leave it as they found it."""
     from needle_runs import run_in
-
-    from flexprefill_fa.tools.digests import model_sha256
-    from flexprefill_fa.tools.needle.formats import EVALUATED
 
     folder = tmp_path_factory.mktemp("whole")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tests' own fixture comes later
-    rows = run_in(folder, corpus)
-    assert [(row["task"], row["length"]) for row in rows] == [(task, 700) for task in EVALUATED]
-    assert {(row["kind"], row["model_sha256"], row["seed"]) for row in rows} == {
-        ("needle", model_sha256(folder / "model"), 0)
-    }
+    run_in(folder, corpus)
     torch.set_num_threads(threads)
     return folder

@@ -11,16 +11,15 @@ import typer
 from typer.testing import CliRunner, Result
 
 from bench.needle.batches import Builder
+from bench.needle.corpus import Corpus
 from bench.needle.network import model_config
-from bench.needle.prepare import Corpus
 from bench.needle.settings import Goal, Settings, Stage
 from bench.needle.train import train_model
 from flexprefill_fa.tools.needle.formats import EVALUATED, Mix
-from flexprefill_fa.tools.rows import Row, read
 
 CPU = torch.device("cpu")
 FILES = 12
-"""Of each part of the corpus."""
+"""Of the corpus."""
 
 TINY = Settings(
     config=model_config()
@@ -32,13 +31,15 @@ TINY = Settings(
     ),
     warm_up=1,
     goals=(Goal(700, 2, 0.0),),
-    steps_per_row=1,
 )
 """Every step of the way in a second."""
 
 
-def run_in(folder: Path, corpus: Corpus, settings: Settings = TINY) -> list[Row]:
-    return train_model(settings, corpus, folder, CPU, lambda line: None)
+def run_in(folder: Path, corpus: Corpus, settings: Settings = TINY) -> list[str]:
+    """What a run tells."""
+    told: list[str] = []
+    train_model(settings, corpus, folder, CPU, told.append)
+    return told
 
 
 def least_length(builder: Builder, mix: Mix) -> int:
@@ -54,8 +55,8 @@ def source_drawn(builder: Builder) -> bytes:
     return batch.tokens[batch.source].numpy().astype("uint16").tobytes()
 
 
-def losses(folder: Path) -> list[dict[str, Any]]:
-    return read(folder / "curve.jsonl")
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
 
 
 def command(function: Any, *arguments: str) -> Result:

@@ -73,7 +73,7 @@ def test_a_row_says_whether_the_model_was_compiled(
         layers_run.clear()
         out = tmp_path / f"{mode}.jsonl"
         plain = "--config tiny --layers 1 --dtype float32 --device cpu --lengths 600 --density 0.5"
-        more = ("--own", "", "--modes", mode, "--repeats", "1", "--seconds", "1000", "--out", str(out))
+        more = ("--modes", mode, "--repeats", "1", "--seconds", "1000", "--out", str(out))
         result = CliRunner().invoke(app, ["ttft", *plain.split(), *options, *more])
         assert result.exit_code == 0, result.output
         (row,) = read(out)

@@ -14,7 +14,7 @@ import torch
 from needle_runs import least_length
 
 from bench.needle.batches import TASKS, Builder
-from bench.needle.prepare import encode, train_tokenizer
+from bench.needle.corpus import encode, train_tokenizer
 from flexprefill_fa.tools.evaluation.budget import fit
 from flexprefill_fa.tools.needle import text_tasks
 from flexprefill_fa.tools.needle.formats import ANSWER_DIGITS, EVALUATED, Form, Mix, all_forms, lay_out

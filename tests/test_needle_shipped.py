@@ -7,9 +7,9 @@ from typing import Any
 
 from safetensors import safe_open
 
+from bench.needle.evaluate import missed_goals
 from bench.needle.settings import FULL
 from bench.needle.tables import RUNS, conditions_of, questions_of
-from bench.needle.train import missed_goals
 from bench.paths import RESULTS
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.needle import MODEL_DIR
@@ -37,7 +37,7 @@ def test_the_card_says_how_the_model_is_made() -> None:
     card = (MODEL_DIR / "README.md").read_text(encoding="utf-8")
     stages = "\n".join(f"| {stage.length:,} | {stage.rows} | {stage.steps:,} |" for stage in FULL.stages)
     assert f"\n{stages}\n" in card and f"seed {FULL.seed}, {FULL.steps:,} steps (" in card
-    assert "    python -m bench.needle.prepare\n    python -m bench.needle.train\n" in card
+    assert "    python -m bench.needle.train\n" in card
     with safe_open(MODEL_DIR / "model.safetensors", "pt") as weights:
         parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     assert f"A Llama of {parameters / 1e6:.1f} M parameters ({2 * parameters / 1e6:.1f} MB in bfloat16: " in card

@@ -1,5 +1,5 @@
 """How the needle model of `flexprefill_fa.tools.needle` is made and measured.
 
-`prepare`, `train` and `evaluate` are the commands. `batches` has the questions as tensors; `settings`, `network` and
-`learning` (one step) make the model; `tables` tell what came out.
+`train` and `evaluate` are the commands. `corpus` has the text, `batches` the questions as tensors; `settings`,
+`network` and `learning` (one step) make the model; `tables` tell what came out.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -15,11 +14,6 @@ from bench.needle.network import hidden_states, logits_at
 from bench.needle.settings import Settings
 
 
-def mean_row(outcomes: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The means of some steps' outcomes as numbers, rounded; the steps are of one stage."""
-    return {name: round(torch.stack([one[name] for one in outcomes]).mean().item(), 5) for name in outcomes[0]}
-
-
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
     """AdamW that decays matrices alone."""
     parameters = list(network.parameters())
@@ -28,11 +22,6 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.peak, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
-
-
-def generator_of(device: torch.device, seed: int, step: int) -> Generator:
-    """A step's random numbers: the same whatever came before it."""
-    return Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
 def draw(builder: Builder, settings: Settings, step: int, generator: Generator) -> list[Batch]:
@@ -50,12 +39,11 @@ def take_step(
     """Make one step, a function of the weights, the optimizer's averages, the settings and `step` alone.
 
     Returns:
-        What it found, as tensors that nobody has waited for yet: "loss", which was minimised; "text", the mean loss of
-        source text; "norm" of the gradient before it was clipped; for each task the mean loss of its names and digits,
-        and with "_right" the share of them that was right.
+        The losses, as tensors that nobody has waited for yet: "loss", which was minimised, and its parts, "text" of
+        source text and one for each task.
     """
     device = next(network.parameters()).device
-    generator = generator_of(device, settings.seed, step)
+    generator = Generator(device).manual_seed(settings.seed * 1_000_003 + step)
     batches = draw(builder, settings, step, generator)
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate(step)
@@ -66,39 +54,24 @@ def take_step(
         answers = _answer_losses(network, batches, parts)
         text = _text_loss(network, batches, parts, settings.text_share, generator)
         weight = settings.stages[settings.locate(step)[0]].text_weight
-        loss = torch.stack([weighted for weighted, _, _ in answers.values()]).mean() + weight * text
+        loss = torch.stack(list(answers.values())).mean() + weight * text
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+    nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    found = {"loss": loss, "text": text, "norm": norm}
-    for task, (_, plain, right) in answers.items():
-        found |= {task: plain, f"{task}_right": right}
-    return {name: tensor.detach() for name, tensor in found.items()}
+    return {name: tensor.detach() for name, tensor in {"loss": loss, "text": text, **answers}.items()}
 
 
-def _answer_losses(
-    network: nn.Module, batches: list[Batch], parts: tuple[Tensor, ...]
-) -> dict[str, tuple[Tensor, ...]]:
-    """For each task its part of the loss, the mean loss of its names and digits, and the share of them that is right.
-
-    Means of the batches' means: a text that hides little and asks little counts as much as one full of questions.
-    """
+def _answer_losses(network: nn.Module, batches: list[Batch], parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """For each task the mean of the batches' means: a text with few questions counts as much as one full of them."""
     found: dict[int, list[Tensor]] = defaultdict(list)
     for batch, hidden in zip(batches, parts, strict=True):
         logits = logits_at(network, hidden, batch.places).float()  # [B, A, vocabulary]
         losses = _cross_entropy(logits, batch.targets)
-        right = (logits.detach().argmax(-1) == batch.targets).float()
         for task, columns in batch.columns:
             weights = batch.weights[columns]
-            filled = (weights == 1).float()
-            means = (
-                (losses[:, columns] * weights).mean(0).sum() / weights.sum(),
-                (losses[:, columns] * filled).mean(0).sum() / filled.sum(),
-                (right[:, columns] * filled).mean(0).sum() / filled.sum(),
-            )
-            found[task].append(torch.stack(means))
-    return {TASKS[task]: torch.stack(pieces).mean(0).unbind() for task, pieces in sorted(found.items())}
+            found[task].append((losses[:, columns] * weights).mean(0).sum() / weights.sum())
+    return {TASKS[task]: torch.stack(means).mean() for task, means in sorted(found.items())}
 
 
 def _text_loss(

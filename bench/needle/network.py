@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -45,13 +46,13 @@ def logits_at(network: Any, hidden: Tensor, places: Tensor) -> Tensor:
     return network.lm_head(hidden.gather(1, (places - 1)[..., None].expand(-1, -1, hidden.shape[-1])))
 
 
-def export(network: Any, config: dict[str, Any], tokenizer: Path, folder: Path) -> None:
-    """Write config, bfloat16 weights and the files of the tokenizer in a folder."""
+def export(network: Any, config: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
+    """Write config, bfloat16 weights and tokenizer to a folder, as transformers reads them."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tokenizer / name, folder / name)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    shutil.copyfile(MODEL_DIR / "tokenizer_config.json", folder / "tokenizer_config.json")  # the same for each
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     weights = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in network.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -57,7 +57,6 @@ class Settings:
         text_share: of the positions of source text, those that are predicted too.
         heaped: of the sequences that end with their questions, those whose statements lie in heaps.
         seed: of the first weights and of every step's sequences.
-        steps_per_row: of the curve, whose rows are means over them.
     """
 
     config: dict[str, Any]
@@ -72,7 +71,6 @@ class Settings:
     text_share: float = 0.25
     heaped: float = 0.5
     seed: int = 0
-    steps_per_row: int = 20
 
     @property
     def steps(self) -> int:
