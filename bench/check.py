@@ -60,33 +60,29 @@ def reference(inputs: Inputs, selection: BlockSelection | None, rows: int = SAMP
     Of inputs with as many queries as keys, without padding.
     """
     query, key, value = inputs
-    batch, heads, length, dim = query.shape
+    batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
     positions = sample_positions(length, rows).to(query.device)
     causal = torch.arange(length, device=query.device) <= positions[:, None]  # [R, n]
-    kept = None if selection is None else kept_rows(selection, positions).unflatten(1, (-1, groups))
-    expected, dense = (
-        torch.empty(batch, heads, len(positions), dim, dtype=torch.float64, device=query.device) for _ in range(2)
-    )
-    plain = torch.empty_like(expected, dtype=query.dtype)
-    recall = torch.ones(batch, heads, dtype=torch.float64, device=query.device)
-    for b in range(batch):
-        for kv_head in range(key.shape[1]):  # one group at a time: a group's fp64 keys are large enough
-            group = slice(kv_head * groups, (kv_head + 1) * groups)
-            q, k, v = query[b, group, positions], key[b, kv_head], value[b, kv_head]
-            mask = causal
-            if kept is not None and selection is not None:
-                mask = causal & kept[b, kv_head].repeat_interleave(selection.block_size, -1)[..., :length]
-            exact = _probability(q.double(), k.double(), causal)  # [G, R, n]
-            wide = v.double()
-            dense[b, group] = exact @ wide
-            exact = exact.masked_fill_(~mask, 0)
-            mass = exact.sum(-1, keepdim=True)
-            recall[b, group] = mass.mean((1, 2))
-            expected[b, group] = exact @ wide / mass
-            # As the kernels do it: scores in fp32, probabilities and values in the inputs' dtype.
-            plain[b, group] = _probability(q.float(), k.float(), mask).to(q.dtype) @ v
-    density = 1.0 if selection is None else selection.density().mean().item()
+    queries = query[:, :, positions].unflatten(1, (-1, groups)).flatten(0, 1)  # [B Hkv, G, R, D]
+    kept, density = [None] * len(queries), 1.0
+    if selection is not None:
+        kept = kept_rows(selection, positions).unflatten(1, (-1, groups)).flatten(0, 1)
+        density = selection.density().mean().item()
+    parts = []
+    for q, k, v, blocks in zip(queries, key.flatten(0, 1), value.flatten(0, 1), kept, strict=True):
+        mask = causal
+        if blocks is not None and selection is not None:
+            mask = causal & blocks.repeat_interleave(selection.block_size, -1)[..., :length]
+        exact, wide = _probability(q.double(), k.double(), causal), v.double()  # [G, R, n]; a group's are large enough
+        dense = exact @ wide
+        exact = exact.masked_fill_(~mask, 0)
+        mass = exact.sum(-1, keepdim=True)
+        # As the kernels do it: scores in fp32, probabilities and values in the inputs' dtype.
+        plain = _probability(q.float(), k.float(), mask).to(q.dtype) @ v
+        parts.append((exact @ wide / mass, dense, plain, mass.mean((1, 2))))
+    found = (torch.stack(part) for part in zip(*parts, strict=True))
+    expected, dense, plain, recall = (part.view(batch, heads, *part.shape[2:]) for part in found)
     return Reference(positions, expected, dense, plain, recall, density)
 
 
@@ -109,22 +105,21 @@ def verify(out: Tensor, reference: Reference) -> Row:
     where one fails, `check_allowed` the largest that is right, and `check_sparse_share` how far the output lies on the
     way from dense (0) to the expected attention (1), where blocks were dropped.
     """
-    got = out[:, :, reference.positions].double()
-    heads = [(b, h) for b in range(got.shape[0]) for h in range(got.shape[1])]
-    losses = torch.tensor([relative_error(reference.plain[at], reference.expected[at]) for at in heads])
-    errors = torch.tensor([relative_error(got[at], reference.expected[at]) for at in heads])
+    got, expected, plain = out[:, :, reference.positions].double(), reference.expected, reference.plain.double()
+    size = expected.norm(dim=(-2, -1))
+    errors, losses = ((x - expected).norm(dim=(-2, -1)) / size for x in (got, plain))  # [B, Hq]
     excess = (errors - _ALLOWED_LOSS * losses - _ROUNDING).nan_to_num(nan=float("inf"))
-    worst = int(excess.argmax())
-    error, loss = relative_error(got, reference.expected), relative_error(reference.plain, reference.expected)
-    if excess[worst] > 0:
-        error, loss = errors[worst].item(), losses[worst].item()
+    worst = divmod(int(excess.argmax()), excess.shape[1])
+    wrong = bool(excess[worst] > 0)
+    error = errors[worst].item() if wrong else relative_error(got, expected)
+    loss = losses[worst].item() if wrong else relative_error(plain, expected)
     allowed = _ALLOWED_LOSS * loss + _ROUNDING
     found: Row = {"check_error": error if math.isfinite(error) else None, "check_allowed": allowed}
-    if excess[worst] > 0:
-        what = f"relative error {error:.3g} of the sampled rows of head {heads[worst]}"
+    if wrong:
+        what = f"relative error {error:.3g} of the sampled rows of head {worst}"
         return {**found, "error": f"{what}, allowed {allowed:.3g}"}
     if reference.density < _SPARSE_DENSITY:
-        way = reference.expected - reference.dense
+        way = expected - reference.dense
         share = (((got - reference.dense) * way).sum() / way.square().sum()).item()
         found["check_sparse_share"] = round(share, 4)
         if not share > 0.5:
