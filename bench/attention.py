@@ -23,7 +23,7 @@ from flexprefill_fa.dense import causal_attention, fastest_dense
 from flexprefill_fa.tools.loading import first_line
 from flexprefill_fa.tools.rows import Row
 
-_BLOCK = 128  # of FlexAttention over all causal blocks, and of synthetic selections
+_BLOCK = 128  # of synthetic selections
 Calls = Mapping[str, Callable[[], Any]]
 """What to time, by the field of its milliseconds."""
 
@@ -48,26 +48,25 @@ class LengthBenchmark:
         with torch.no_grad(), self.plan.on_device():
             dense = reference(self.inputs, None)
             for kernel in self.plan.kernels:
-                row = self._dense(kernel, dense)
-                if row is not None:
-                    yield row
+                yield from self._dense_row(kernel, dense)
             for config in self.plan.configs:
                 yield from self.selector_rows(config, dense)
             for density in self.plan.densities:
-                yield from self._synthetic(density)
+                yield from self._synthetic_rows(density)
 
-    def _dense(self, kernel: str, dense: Reference) -> Row | None:
+    def _dense_row(self, kernel: str, expected: Reference) -> Iterator[Row]:
+        call = partial(causal_attention, *self.inputs, kernel)
         row: Row = {**self.conditions, "path": "dense", "selector": None, "backend": None, "kernel": kernel}
         try:
-            row |= self._checked({"total_ms": partial(causal_attention, *self.inputs, kernel)}, dense, ValueError)
+            row |= self._measured({"total_ms": call}, expected, ValueError)
         except ValueError as error:  # what causal_attention says of a kernel that does not fit
             self.note(f"{self.length} tokens: dense {kernel} cannot run: {first_line(error)}")
-            return None
+            return
         if "error" not in row:
             flop = causal_flop(batch=row["batch"], heads=row["heads"], head_dim=row["head_dim"], tokens=self.length)
             row["tflops"] = significant(flop / row["total_ms"] / 1e9)
             self.dense_rows[kernel] = row
-        return row
+        yield row
 
     def selector_rows(self, config: Any, dense: Reference) -> Iterator[Row]:
         """Those of a selector, one for each backend."""
@@ -81,44 +80,31 @@ class LengthBenchmark:
             kernel = resolve_backend(backend, query, config.block_size)
             goes_dense = backend == "auto" and prefers_dense(query, key, config, kernel)
             row: Row = {**self.conditions, "path": "dense" if goes_dense else "sparse", "selector": config.name}
-            row |= {"settings": dataclasses.asdict(config), "backend": backend}
+            row |= {"settings": dataclasses.asdict(config), "backend": backend, "kernel": kernel}
             way: Any = {"dense": "auto" if backend == "auto" else "never", "backend": backend}
-            calls: Calls = {"total_ms": partial(sparse_prefill_attention, *self.inputs, config, **way)}
+            calls: dict[str, Callable[[], Any]] = {
+                "total_ms": partial(sparse_prefill_attention, *self.inputs, config, **way)
+            }
             if goes_dense:
                 row |= {"kernel": fastest_dense(query), "would_be_density": kept["density"]}
-                yield self._finished(row, calls, dense)
+                row |= self._measured(calls, dense)
+                yield row | self.speedups(row)
                 continue
-            row |= {"kernel": kernel, **kept}
-            attend = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
-            calls = {**calls, "attend_ms": attend}
+            attend = calls["attend_ms"] = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
             if self.plan.mean_correction:
                 ways: Any = {"corrected_ms": True, "tilted_ms": "tilted"}
                 calls |= {name: partial(attend, mean_correction=means) for name, means in ways.items()}
-            yield self._finished(row, calls, sparse, selection, select_ms=taken)
+            yield self._sparse_row(row | kept, calls, selection, sparse, select_ms=taken)
 
-    def _synthetic(self, density: float) -> Iterator[Row]:
+    def _synthetic_rows(self, density: float) -> Iterator[Row]:
         selection = self.random_blocks(density)
         sparse = self.references[density] = reference(self.inputs, selection)
         row: Row = {**self.conditions, "path": "sparse", "selector": "synthetic", "settings": {"density": density}}
         row |= _kept(selection, sparse)
         for backend in self.plan.backends:
-            kernel = resolve_backend(backend, self.inputs.query, _BLOCK)
+            named = {**row, "backend": backend, "kernel": resolve_backend(backend, self.inputs.query, _BLOCK)}
             attend = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
-            named = {**row, "backend": backend, "kernel": kernel}
-            yield self._finished(named, {"attend_ms": attend}, sparse, selection)
-
-    def _finished(
-        self, row: Row, calls: Calls, expected: Reference, selection: BlockSelection | None = None, **taken: Times
-    ) -> Row:
-        """A row with its times, those that were `taken` already too, and what follows from them."""
-        row = row | self._checked(calls, expected, **taken)
-        if "error" in row:
-            return row
-        if selection is not None:  # scores and values of kept blocks, the masked half of a diagonal block included
-            flop = int(selection.kept_blocks().sum()) * 4 * selection.block_size**2 * self.inputs.query.shape[-1]
-            tflops, dense = significant(flop / row["attend_ms"] / 1e9), self.dense_rows.get(row["kernel"])
-            row |= {"tflops": tflops, "share_of_dense_tflops": dense and round(tflops / dense["tflops"], 4)}
-        return row | self.speedups(row)
+            yield self._sparse_row(named, {"attend_ms": attend}, selection, sparse)
 
     def random_blocks(self, density: float) -> BlockSelection:
         """A synthetic selection."""
@@ -126,7 +112,20 @@ class LengthBenchmark:
         same: Any = {"batch": query.shape[0], "block_size": _BLOCK, "device": query.device, "seed": self.plan.seed}
         return chunk_selection(self.length, self.length, query.shape[1], density, **same)
 
-    def _checked(self, calls: Calls, expected: Reference, *let_through: type[Exception], **taken: Times) -> Row:
+    def _sparse_row(
+        self, row: Row, calls: Calls, selection: BlockSelection, expected: Reference, **taken: Times
+    ) -> Row:
+        """A row with its times, those that were `taken` already too, and what follows from them."""
+        row = row | self._measured(calls, expected, **taken)
+        if "error" in row:
+            return row
+        # Scores and values of kept blocks, the masked half of a diagonal block included.
+        flop = int(selection.kept_blocks().sum()) * 4 * selection.block_size**2 * self.inputs.query.shape[-1]
+        tflops, dense = significant(flop / row["attend_ms"] / 1e9), self.dense_rows.get(row["kernel"])
+        row |= {"tflops": tflops, "share_of_dense_tflops": dense and round(tflops / dense["tflops"], 4)}
+        return row | self.speedups(row)
+
+    def _measured(self, calls: Calls, expected: Reference, *let_through: type[Exception], **taken: Times) -> Row:
         """The times of calls, after checking those that compute attention; of a wrong one or that raises, `error`."""
         found: Row = {}
         for name in ("total_ms", "attend_ms"):
@@ -169,6 +168,8 @@ class LengthBenchmark:
 
     def speedups(self, row: Row) -> Row:
         """Of a row against dense attention on the same inputs; None for what did not run."""
+        if "error" in row:
+            return {}
         own, name = row.get("total_ms", row.get("attend_ms")), YARDSTICK[self.plan.device.type]
         dense = {kernel: found["total_ms"] for kernel, found in self.dense_rows.items()}
         best = min(dense, key=dense.__getitem__, default=None)
@@ -176,7 +177,6 @@ class LengthBenchmark:
             f"speedup_{name}": round(dense[name] / own, 3) if name in dense else None,
             "speedup_best_dense": best and round(dense[best] / own, 3),
             "best_dense": best,
-            "dense_kernels": sorted(dense),
         }
 
 

@@ -61,11 +61,8 @@ _INPUTS += " dtype dense device seed repeats seconds out as_json"
 
 
 @app.command()
-@takes(f"lengths selectors {_INPUTS}", out="attention")
+@takes(f"lengths selectors density {_INPUTS}", out="attention")
 def attention(
-    density: Annotated[
-        str | None, typer.Option(help="Synthetic selections of these densities instead of selectors.")
-    ] = None,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     mean_correction: Annotated[bool, typer.Option(help="Time attention with mean correction too.")] = False,
     **given: Any,
@@ -74,7 +71,7 @@ def attention(
 
     Exits with 1 if an output was wrong and with 2 if something could not run.
     """
-    plan = make_plan(density=density, batch=batch, mean_correction=mean_correction, **given)
+    plan = make_plan(batch=batch, mean_correction=mean_correction, **given)
     run = Recorder(given["out"], given["as_json"])
 
     def measured(length: int) -> Iterator[Row]:
@@ -197,14 +194,16 @@ def serve(
 
 
 @app.command()
-@takes(f"lengths selectors {_INPUTS}", lengths="4096,16384,65536", selectors="flexprefill,flashprefill", out="peers")
+@takes(
+    f"lengths selectors density {_INPUTS}",
+    lengths="4096,16384,65536",
+    selectors="flexprefill,flashprefill",
+    out="peers",
+)
 def peers(
     peer: Annotated[
         list[str] | None,
         typer.Option(help=f"NAME=FOLDER, a checkout whose code is run; may be repeated. Names: {', '.join(PEERS)}."),
-    ] = None,
-    density: Annotated[
-        str | None, typer.Option(help="Attention over the same blocks of these densities, instead of selectors.")
     ] = None,
     **given: Any,
 ) -> None:
@@ -214,7 +213,7 @@ def peers(
     Exits with 1 if an output of this package was wrong and with 2 if a peer's was, or something could not run.
     """
     found = parse_peers(peer or [])
-    plan = make_plan(density=density, **given)
+    plan = make_plan(**given)
     run = Recorder(given["out"], given["as_json"])
     for name in sorted({config.name for config in plan.configs} - {one.selector for one, _ in found}):
         run.note(f"{name} is measured without a peer")
@@ -238,22 +237,17 @@ def peers(
 
 
 @app.command()
-@takes("repeats out as_json", repeats=10, out="tuning")
+@takes("out as_json", out="tuning")
 def tune(
     head_dims: Annotated[str, typer.Option(help="Comma-separated.")] = "64,128,256",
-    length: Annotated[int, typer.Option(min=1024, help="Tokens.")] = 32768,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     **given: Any,
 ) -> None:
     """Try tiles of FlexAttention's Triton kernel on this GPU, for the table in flexprefill_fa/backends.py."""
-    where, precision = parse_place("auto", dtype)
-    if precision == torch.float32:
-        raise UsageError(f"dtype must be bfloat16 or float16, got {dtype!r}")
     dims = parse_whole("head-dims", head_dims, 16, 256)
-    if where.type != "cuda":
+    if not torch.cuda.is_available():
         raise UsageError("tiles are tuned on a CUDA GPU, and there is none")
     run = Recorder(given["out"], given["as_json"])
-    run.take(f"{length} tokens", None, partial(tuning_rows, dims, length, precision, given["repeats"]))
+    run.take("tiles", None, partial(tuning_rows, dims))
     for (capability, head_dim), tile in best_tiles(run.rows).items():
         run.note(f"compute capability {capability}, head_dim {head_dim}: {tile}")
     run.finish("")
@@ -284,15 +278,12 @@ def fit(
     gpu: Annotated[str, typer.Option(help="Part of the GPU's name, as the rows have it.")],
     selector: Annotated[str, typer.Option(help="By name; with its default settings.")] = "flexprefill",
     head_dim: Annotated[int, typer.Option(min=16)] = 128,
-    longest: Annotated[int, typer.Option(min=1, help="Tokens: rows of longer prompts are left out.")] = 32768,
-    rows: Annotated[Path, typer.Option(help="JSON lines of 'python -m bench attention'.")] = RESULTS
-    / "attention.jsonl",
 ) -> None:
-    """Fit the constants of flexprefill_fa/cost_model.py to measured rows, and print them."""
+    """Fit the constants of flexprefill_fa/cost_model.py to the rows of 'attention', and print them."""
     same = {"head_dim": head_dim, "workload": "sharpened"}
-    chosen = [row for row in read(rows) if gpu in row["gpu"] and row | same == row]
+    chosen = [row for row in read(RESULTS / "attention.jsonl") if gpu in row["gpu"] and row | same == row]
     for backend in ("FLASH", "TRITON"):
-        typer.echo(f"{selector}, {backend}, head_dim {head_dim}: {fit_rates(chosen, selector, backend, longest)}")
+        typer.echo(f"{selector}, {backend}, head_dim {head_dim}: {fit_rates(chosen, selector, backend)}")
 
 
 @app.command()

@@ -11,6 +11,8 @@ from flexprefill_fa import get_selector
 from flexprefill_fa.cost_model import Rates, causal_flop
 from flexprefill_fa.tools.rows import Row
 
+_LONGEST = 32768  # tokens
+
 
 def _flop(row: Row) -> int:
     return causal_flop(batch=row["batch"], heads=row["heads"], head_dim=row["head_dim"], tokens=row["length"])
@@ -39,15 +41,15 @@ def _costs(milliseconds: Sequence[float], *amounts: Sequence[float]) -> list[flo
         used = used[used != found.argmin()]
 
 
-def fit_rates(rows: Sequence[Row], selector: str, backend: str, longest: int) -> Rates:
+def fit_rates(rows: Sequence[Row], selector: str, backend: str) -> Rates:
     """Fit the model to the attention rows of one device and head dim, of the selector's default settings.
 
-    Rows of more than `longest` tokens are left out, because the decision is made among short prompts.
+    Rows of more than `_LONGEST` tokens are left out, because the decision is made among short prompts.
     """
-    dense = [row for row in best_dense(rows, backend).values() if row["length"] <= longest]
+    dense = [row for row in best_dense(rows, backend).values() if row["length"] <= _LONGEST]
     same: Row = {"path": "sparse", "selector": selector, "backend": backend}
     same["settings"] = dataclasses.asdict(get_selector(selector)())
-    sparse = [row for row in rows if row | same == row and "select_ms" in row and row["length"] <= longest]
+    sparse = [row for row in rows if row | same == row and "select_ms" in row and row["length"] <= _LONGEST]
     lengths = {row["length"] for row in sparse} & {row["length"] for row in dense}
     if len(lengths) < 2:
         raise ValueError(f"a fit needs dense and {backend} rows of two lengths, got {sorted(lengths)}")

@@ -34,6 +34,7 @@ def _option(kind: Any, default: Any, text: str, *names: str, **limits: Any) -> t
 OPTIONS = {
     "lengths": _option(str, _LENGTHS, "Prompt lengths in tokens, comma-separated."),
     "selectors": _option(str, "flexprefill", "Comma-separated; name or name:field=value+field=value."),
+    "density": _option(str | None, None, "Random blocks of these densities instead of selectors, comma-separated."),
     "backends": _option(str | None, None, "Default: auto and what the device has of FLASH, TRITON and CPU."),
     "heads": _option(int | None, None, "Query heads, 32 by default.", min=1),
     "kv_heads": _option(int | None, None, "Key and value heads, 8 by default.", min=1),

@@ -16,7 +16,8 @@ from flexprefill_fa.tools.loading import first_line
 from flexprefill_fa.tools.rows import Row
 
 DENSITIES = (0.06, 0.25)
-_BLOCK = 128
+_LENGTH, _BLOCK = 32768, 128
+_REPEATS, _SECONDS = 10, 2.0
 _HEADS, _KV_HEADS = 32, 8
 _SAME = 0.005  # relative L2 distance of two tiles' outputs
 _NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
@@ -34,23 +35,21 @@ CANDIDATES: tuple[tuple[int, ...], ...] = (
 )
 
 
-def tuning_rows(head_dims: Sequence[int], length: int, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
-    """One row per head dim and candidate: time of attention over synthetic selections, 32 heads and 8 kv heads.
+def tuning_rows(head_dims: Sequence[int]) -> Iterator[Row]:
+    """One row per head dim and candidate: time of attention over synthetic selections of bfloat16 heads.
 
     A candidate that does not compile, or whose output is not that of torch's own tile, has `error` and no times.
     """
-    if length % _BLOCK:
-        raise ValueError(f"length must be a multiple of {_BLOCK}, got {length}")
-    device = torch.device("cuda")
-    watch = Stopwatch(device, repeats, 2.0)
-    selections = [chunk_selection(length, length, _HEADS, density, device=device) for density in DENSITIES]
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    watch = Stopwatch(device, _REPEATS, _SECONDS)
+    selections = [chunk_selection(_LENGTH, _LENGTH, _HEADS, density, device=device) for density in DENSITIES]
     for head_dim in head_dims:
         heads = (_HEADS, _KV_HEADS, _KV_HEADS)
-        tensors = [torch.randn(1, count, length, head_dim, dtype=dtype, device=device) for count in heads]
+        tensors = [torch.randn(1, count, _LENGTH, head_dim, dtype=dtype, device=device) for count in heads]
         expected: dict[float, Tensor] = {}
         for candidate in CANDIDATES:
             tile = dict(zip(_NAMES, candidate, strict=False))
-            shape = {"length": length, "heads": _HEADS, "kv_heads": _KV_HEADS, "head_dim": head_dim}
+            shape = {"length": _LENGTH, "heads": _HEADS, "kv_heads": _KV_HEADS, "head_dim": head_dim}
             row = described("tuning", device, dtype, **shape, tile=tile)
             how = Call(_BLOCK, options={"BACKEND": "TRITON", "IS_DIVISIBLE": True, **tile})
             try:
