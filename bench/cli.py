@@ -73,13 +73,9 @@ def attention(
     """
     plan = make_plan(batch=batch, mean_correction=mean_correction, **given)
     run = Recorder(given["out"], given["as_json"])
-
-    def measured(length: int) -> Iterator[Row]:
-        return LengthBenchmark(plan, length, run.note).rows()
-
-    run.each(plan.lengths, plan.steps(), measured)
-    tables = paragraphs(table.markdown(run.rows) for table in (ATTENTION, DENSITY))
-    run.finish(tables, wrong=any("error" in row for row in run.rows))
+    run.each(plan.lengths, plan.steps(), lambda length: LengthBenchmark(plan, length, run.note).rows())
+    run.wrong = any("error" in row for row in run.rows)
+    run.finish(paragraphs(table.markdown(run.rows) for table in (ATTENTION, DENSITY)))
 
 
 @app.command()
@@ -106,15 +102,9 @@ def quality(
     asked = sweep() if selectors is None else selectors
     plan = make_plan(selectors=asked, workload="needle", backends=backend, **given)
     run = Recorder(given["out"], given["as_json"])
-    failures: list[str] = []
-
-    def failed(line: str) -> None:
-        failures.append(line)
-        run.note(line)
-
     steps = len(wanted) * len(plan.configs) * len(corrections)
-    run.each(plan.lengths, steps, partial(quality_rows, plan, wanted, corrections, failed))
-    run.finish(SETTINGS.markdown(run.rows), wrong=bool(failures))
+    run.each(plan.lengths, steps, partial(quality_rows, plan, wanted, corrections, run.failed))
+    run.finish(SETTINGS.markdown(run.rows))
 
 
 @app.command()
@@ -154,7 +144,8 @@ def ttft(
             run.note(line)
         run.take(config, len(plan.passes), partial(ttft_rows, plan, ranks, run.note))
     run.incomplete |= any("error" in row for row in run.rows)
-    run.finish(ttft_tables(run.rows, []), wrong=not all(row.get("ran_sparse", True) for row in run.rows))
+    run.wrong = not all(row.get("ran_sparse", True) for row in run.rows)
+    run.finish(ttft_tables(run.rows, []))
 
 
 @app.command()
@@ -232,8 +223,8 @@ def peers(
             run.take(f"{length} tokens, {one.name}", None, partial(bench.peer_rows, folder, one))
     broken = [row for row in run.rows if "error" in row]
     run.incomplete |= bool(broken)
-    tables = paragraphs(table.markdown(run.rows) for table in (PEERS_TABLE, GIVEN))
-    run.finish(tables, wrong=any(row["path"] != "peer" for row in broken))
+    run.wrong = any(row["path"] != "peer" for row in broken)
+    run.finish(paragraphs(table.markdown(run.rows) for table in (PEERS_TABLE, GIVEN)))
 
 
 @app.command()

@@ -24,13 +24,13 @@ one_line_errors = partial(loading.one_line_errors, (loading.UsageError, ValueErr
 class Recorder:
     """Measured `rows`: each is added to a file, told in a line on stderr and, where asked for, printed as JSON.
 
-    `incomplete` says whether something could not be measured. Without a file `out` the rows are no results; where it is
-    `quiet`, another process keeps and tells the same.
+    `wrong` says whether an output was, `incomplete` whether something could not be measured. Without a file `out` the
+    rows are no results; where it is `quiet`, another process keeps and tells the same.
     """
 
     def __init__(self, out: Path | None, as_json: bool, *, quiet: bool = False) -> None:
         self.rows: list[Row] = []
-        self.incomplete = False
+        self.wrong = self.incomplete = False
         self._out, self._as_json = (None, False) if quiet else (out, as_json)
         if self._out is not None:
             require_appendable(self._out)
@@ -64,9 +64,14 @@ class Recorder:
             typer.echo(f"error: {label}: {told}", err=True)
             self.incomplete = True
 
-    def finish(self, table: str, *, wrong: bool = False) -> None:
+    def failed(self, line: str) -> None:
+        """Tell that something was wrong which has no row."""
+        self.wrong = True
+        self.note(line)
+
+    def finish(self, table: str) -> None:
         """Print a table of the rows; exit with 1 for a wrong output and with 2 where something could not run."""
         if table and not self._console.quiet:
             typer.echo(table, err=self._as_json)
-        if wrong or self.incomplete:
-            raise typer.Exit(1 if wrong else 2)
+        if self.wrong or self.incomplete:
+            raise typer.Exit(1 if self.wrong else 2)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,21 +29,6 @@ from flexprefill_fa.tools.needle.source import ascii_text, held_out_files
 from flexprefill_fa.tools.rows import Row, environment
 
 _TOKENS_AT_ONCE = 131072
-
-
-def accuracies(model: Path, settings: Settings, device: torch.device) -> Iterator[Row]:
-    """The dense accuracy of each task at the length of each of the settings' goals, with the conditions in each row."""
-    with attention_kernel(device):
-        network, loaded = load_model(model, torch.bfloat16, device)
-        tokenizer: Any = loaded.backend_tokenizer
-        text = encode(tokenizer, [ascii_text(file) for file in held_out_files()])
-        asked = hashlib.sha256(repr(sorted(EVALUATED.items())).encode() + text.tobytes()).hexdigest()
-        facts = {"kind": "needle", "model_sha256": model_sha256(model), "asked_sha256": asked, "seed": settings.seed}
-        facts |= {"python": platform.python_version(), **environment(device)}
-        builder = Builder(tokenizer, text, device)
-        for goal in settings.goals:
-            for task in EVALUATED:
-                yield {**measure(network, builder, task, goal.length, goal.samples, settings.seed), **facts}
 
 
 @torch.no_grad()
@@ -76,11 +62,18 @@ def evaluate(
     Prints JSON lines, as `bench/results/needle.jsonl` holds them, and on stderr what a card says of them. Exits with 1
     where the model misses an accuracy that it was to reach.
     """
-    rows = []
-    with one_line_errors():
-        for row in accuracies(model, FULL, resolve_device("auto")):
-            rows.append(row)
-            typer.echo(json.dumps(row))
+    rows: list[Row] = []
+    with one_line_errors(), attention_kernel(device := resolve_device("auto")):
+        network, loaded = load_model(model, torch.bfloat16, device)
+        tokenizer: Any = loaded.backend_tokenizer
+        text = encode(tokenizer, [ascii_text(file) for file in held_out_files()])
+        asked = hashlib.sha256(repr(sorted(EVALUATED.items())).encode() + text.tobytes()).hexdigest()
+        facts = {"kind": "needle", "model_sha256": model_sha256(model), "asked_sha256": asked, "seed": FULL.seed}
+        facts |= {"python": platform.python_version(), **environment(device)}
+        builder = Builder(tokenizer, text, device)
+        for goal, task in itertools.product(FULL.goals, EVALUATED):
+            rows.append({**measure(network, builder, task, goal.length, goal.samples, FULL.seed), **facts})
+            typer.echo(json.dumps(rows[-1]))
     typer.echo(f"{RUNS.grid(rows)}\n\nQuestions of each task: {questions_of(rows)}.\n{conditions_of(rows)}.", err=True)
     if missed := missed_goals(FULL, rows):
         typer.echo(f"error: {', '.join(missed)}; train with another --seed", err=True)
