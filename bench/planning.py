@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ from flexprefill_fa.tools.fidelity.texts import CORPORA
 from flexprefill_fa.tools.loading import UsageError, load_config, model_name
 from flexprefill_fa.tools.needle import MODEL_DIR
 
+_sha256 = functools.cache(model_sha256)  # large files, read again for each length
 _HEADS = (32, 8, 128)  # query heads, kv heads, head_dim
 _USUAL = {
     **dict.fromkeys(("density", "backends", "heads", "kv_heads", "head_dim", "model")),
@@ -87,10 +89,10 @@ class Plan:
                 found = needle_layers(length, [self.layer], seed=self.seed, **where)[self.layer]
             except ValueError as error:
                 raise UsageError(str(error)) from error
-            return self._batch(found), {"layer": self.layer, "model_sha256": model_sha256(MODEL_DIR)}
+            return self._batch(found), {"layer": self.layer, "model_sha256": _sha256(MODEL_DIR)}
         if self.model is not None:
             found, tokens = text_layer(self.model, self.text, length, self.layer, **where)
-            said = {"model": model_name(str(self.model)), "model_sha256": model_sha256(self.model)}
+            said = {"model": model_name(str(self.model)), "model_sha256": _sha256(self.model)}
             said |= {"layer": self.layer, "text": tokens.name, "text_sha256": tokens.sha256(length)}
             return self._batch(found), said
         sharpness = sharpness_of(self.workload, length)
