@@ -4,215 +4,119 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 
-from bench.tables import Column, Table, bold, distinct, has_usual_knob, method, model_of, pivot, values, versions
+from bench.tables import Line, Table, group_rows, method, pivot, usual_knob, values
 from flexprefill_fa.choice import DENSE
-from flexprefill_fa.mean_correction import MeanCorrection
 from flexprefill_fa.tools.evaluation import ACCURACY_KIND
 from flexprefill_fa.tools.rows import Row
 
 MARGIN = 0.02
 """How far below dense attention an accuracy may lie before it is marked."""
-ANSWERS = "ruler"
-"""The file of rows of `flexprefill eval` on real models."""
-
-_TASK = ("task", "task_version")
-_CONDITIONS = ("model", "model_sha256", "tokenizer_sha256", "python", "gpu", "dtype", "seed", "samples")
-_CONDITIONS += ("chat_template", "metric")
-_CELL = ("length", "selector", "settings", "mean_correction", "dense_layers")
-
-Cells = dict[tuple[str, "int | None"], Row]
-"""Rows of one task by the name of their line and the length."""
+_SAME = "model model_sha256 tokenizer_sha256 metric samples chat_template seed python dtype"
+_ONE = "task task_version length selector settings mean_correction dense_layers"
+_BOLD = f"Bold: more than {MARGIN} below dense on a task"
 
 
-def cells_of(rows: Iterable[Row]) -> Cells:
-    """The rows of one task, dense first."""
-    cells: Cells = {}
-    for row in sorted(rows, key=lambda row: row["selector"] != DENSE):
-        cells[method(row), row["length"]] = row
-    for found in pivot(cells.values(), lambda row: row["length"], lambda row: row["prompts_sha256"]).values():
-        if len(found) > 1:
-            row = next(iter(found.values()))
+def answers(rows: list[Row]) -> list[Row]:
+    """Task by task, dense first, with what dense attention answered.
+
+    Raises:
+        ValueError: where those of one task and length are of several prompts.
+    """
+    for same in group_rows(rows, "task task_version length"):
+        if len(prompts := dict.fromkeys(row["prompts_sha256"][:10] for row in same)) > 1:
             raise ValueError(
-                f"accuracy rows of {row['task']} at {row['length']} tokens must be of the same prompts to stand beside "
-                f"each other, got prompts_sha256 {', '.join(sorted(name[:10] for name in found))}"
+                f"accuracy rows of {same[0]['task']} at {same[0]['length']} tokens must be of the same prompts to "
+                f"stand beside each other, got prompts_sha256 {', '.join(prompts)}"
             )
-    return cells
+    tasks = list(dict.fromkeys(map(title_of, rows)))
+    dense = {(title_of(row), row["length"]): row["accuracy"] for row in rows if row["selector"] == DENSE}
+    ordered = sorted(rows, key=lambda row: (tasks.index(title_of(row)), row["selector"] != DENSE))
+    return [row | {"dense": dense.get((title_of(row), row["length"]))} for row in ordered]
 
 
-def _names(cells: Iterable[Cells]) -> Iterable[str]:
-    """A line for each selector and settings."""
-    return dict.fromkeys(name for found in cells for name, _ in found)
-
-
-def _tokens(length: int | None) -> str:
+def tokens(length: int | None) -> str:
+    """The title of a length."""
     return "the task's own prompts" if length is None else f"{length:,}"
 
 
 def title_of(row: Row) -> str:
     """The task, with its version if it has one."""
-    version = row["task_version"]
-    return row["task"] if version is None else f"{row['task']} version {version}"
+    return row["task"] if row["task_version"] is None else f"{row['task']} version {row['task_version']}"
 
 
-def _is_below(row: Row | None, dense: Row | None) -> bool:
-    return row is not None and dense is not None and row["accuracy"] < dense["accuracy"] - MARGIN - 1e-9
+def _short(row: Row) -> str:
+    return row["task"].removeprefix("needle_").removeprefix("offline_")
 
 
-def _accuracy(row: Row, dense: Row | None) -> str:
-    value = bold(f"{row['accuracy']:.2f}", _is_below(row, dense))
-    return value if row["selector"] == DENSE else f"{value} ({row['density']:.2f})"
+def _is_below(row: Row) -> bool:
+    return row["dense"] is not None and row["accuracy"] < row["dense"] - MARGIN - 1e-9
 
 
-def _recall(row: Row, _: Row | None) -> str:
-    if row["recall"] is None:
-        return "-"
-    return "1" if row["selector"] == DENSE else f"{row['recall']:.3f} ({row['recall_min']:.2f})"
+def _task_lines(rows: list[Row]) -> list[Line]:
+    """A line for each task and selector, a column for each length; recall where it was measured, at the longest."""
+    found = answers(rows)
+    longest = max((row["length"] for row in found if row["measured_prompts"] and row["length"]), default=None)
 
+    def cells(row: Row) -> Line:
+        plain = row["selector"] == DENSE
+        text = f"**{row['accuracy']:.2f}**" if _is_below(row) else f"{row['accuracy']:.2f}"
+        line = {tokens(row["length"]): text if plain else f"{text} ({row['density']:.2f})"}
+        if row["length"] == longest and row["recall"] is not None and not plain:
+            line[f"recall at {longest:,}"] = f"{row['recall']:.3f} ({row['recall_min']:.2f})"
+        return line
 
-def _time(row: Row, dense: Row | None) -> str:
-    time, before = (found["timing"]["prefill_ms"] if found else None for found in (row, dense))
-    if time is None:
-        return "-"
-    return f"{time:.1f} ({before / time:.1f}x)" if before else f"{time:.1f}"
-
-
-def _task_columns(rows: list[Row]) -> list[Column]:
-    cells, lengths = cells_of(rows), values(rows, "length")
-    measured = [length for length in lengths if any(row["measured_prompts"] for row in rows if row["length"] == length)]
-
-    def column(title: str, cell, length: int | None) -> Column:
-        dense = cells.get((DENSE, length))
-        return title, lambda name: cell(cells[name, length], dense) if (name, length) in cells else "-"
-
-    columns = [column(_tokens(length), _accuracy, length) for length in lengths]
-    if measured:
-        columns.append(column(f"recall at {_tokens(measured[-1])}", _recall, measured[-1]))
-        both = dict.fromkeys((measured[0], measured[-1]))
-        columns += [column(f"prefill at {_tokens(length)}", _time, length) for length in both]
-    return [("selector", str), *columns]
-
-
-def _drawing(row: Row) -> str:
-    """How the prompts were made."""
-    return f"seed {row['seed']}, Python {row['python']}{', chat template' if row['chat_template'] else ''}"
-
-
-def _task_caption(rows: Sequence[Row]) -> str:
-    rows = list(cells_of(rows).values())
-    row = rows[0]
-    measured = " and ".join(sorted({str(row["measured_prompts"]) for row in rows if row["measured_prompts"]}))
-    timed = (
-        f" Recall as the mean over heads (the worst head); prefill time of an uncompiled model on {measured} prompts "
-        "one by one, in ms and against dense, selection included; small models are held up by launches."
-    )
-    return (
-        f"**{title_of(row)}** ({row['metric']}), {row['samples']} samples a cell, {_drawing(row)}, "
-        f"model {model_of(row)}. Accuracy, in brackets the density; bold: more than {MARGIN} below dense. "
-        f"{distinct(rows, 'gpu')}, {row['dtype']}, {versions(rows)}, transformers {distinct(rows, 'transformers')}, "
-        f"lm-eval {distinct(rows, 'lm_eval')}, commit {distinct(rows, 'commit')}, "
-        f"{distinct([row['timing'] for row in rows], 'date')}.{timed if measured else ''}"
-    )
+    entries = (({"task": title_of(row), "selector": method(row)}, cells(row)) for row in found)
+    return pivot(entries, map(tokens, values(found, "length")))
 
 
 TASKS = Table(
-    group_by=(*_CONDITIONS, *_TASK),
-    identity=_CELL,
+    group_by=_SAME,
+    identity=_ONE,
+    caption="**{model}**: accuracy, in brackets the density; recall as the mean over heads, in brackets of the worst. "
+    f"{_BOLD}",
+    lines=_task_lines,
     where=lambda row: row["kind"] == ACCURACY_KIND,
-    lines=lambda rows: _names([cells_of(rows)]),
-    columns=_task_columns,
-    caption=_task_caption,
 )
-"""One task: accuracy and density at each length, and recall and prefill time where prompts were measured.
-
-Recall is that of the longest such length, times are of the shortest and the longest.
-"""
+"""Accuracy and density of each task at each length, and recall where prompts were measured."""
 
 
-# All tasks that were asked under the same conditions in one table; of each task, the version whose rows begin last.
+def _summary_lines(rows: list[Row], name: Callable[[Row], str] = method) -> list[Line]:
+    """A line for each selector: the mean over tasks, where all were asked, the worst one, and the mean density."""
+    newest = {row["task"]: row["task_version"] for row in rows}
+    found = answers([row for row in rows if row["task_version"] == newest[row["task"]]])
+    asked = {length: 0 for length in values(found, "length")}  # tasks
+    parts: dict[tuple[str, int | None], dict[str, Row]] = {}
+    for row in found:
+        parts.setdefault((name(row), row["length"]), {})[title_of(row)] = row
+    for (who, length), tasks in parts.items():
+        asked[length] = len(tasks) if who == DENSE else asked[length]
+    entries = []
+    for (who, length), tasks in parts.items():
+        worst = min(tasks.values(), key=lambda row: row["accuracy"])
+        whole = len(tasks) >= asked[length]
+        mean = statistics.fmean(row["accuracy"] for row in tasks.values())
+        text = f"{mean:.2f}" if whole else f"{len(tasks)} of {asked[length]} tasks"
+        text = f"**{text}**" if any(map(_is_below, tasks.values())) else text
+        text += f", {_short(worst)} {worst['accuracy']:.2f}" if worst["accuracy"] < 1 else ""
+        if whole and who != DENSE:
+            text += f" ({statistics.fmean(row['density'] for row in tasks.values()):.2f})"
+        entries.append(({"selector": who}, {tokens(length): text}))
+    return pivot(entries, map(tokens, asked))
 
 
-def _tasks(rows: Iterable[Row]) -> list[Cells]:
-    """The cells of each task."""
-    parts: dict[str, dict[float | None, list[Row]]] = {}
-    for row in rows:
-        parts.setdefault(row["task"], {}).setdefault(row["task_version"], []).append(row)
-    return [cells_of(list(versions.values())[-1]) for versions in parts.values()]
-
-
-def _summary_cell(name: str, tasks: Sequence[Cells], length: int | None) -> str:
-    rows = [cells[name, length] for cells in tasks if (name, length) in cells]
-    if not rows:
-        return "-"
-    worst = min(rows, key=lambda row: row["accuracy"])
-    asked = sum((DENSE, length) in cells for cells in tasks)
-    # A mean over fewer tasks would not compare with the others.
-    whole = len(rows) >= asked
-    text = f"{statistics.fmean(row['accuracy'] for row in rows):.2f}" if whole else f"{len(rows)} of {asked} tasks"
-    text = bold(text, any(_is_below(cells.get((name, length)), cells.get((DENSE, length))) for cells in tasks))
-    if worst["accuracy"] < 1:
-        text += f", {worst['task'].removeprefix('needle_')} {worst['accuracy']:.2f}"
-    if whole and name != DENSE:
-        text += f" ({statistics.fmean(row['density'] for row in rows):.2f})"
-    return text
-
-
-def _summary_columns(rows: list[Row]) -> list[Column]:
-    tasks = _tasks(rows)
-    lengths = values([row for cells in tasks for row in cells.values()], "length")
-    return [
-        ("selector", str),
-        *((_tokens(length), partial(_summary_cell, tasks=tasks, length=length)) for length in lengths),
-    ]
-
-
-def _summary_caption(rows: Sequence[Row]) -> str:
-    tasks = _tasks(rows)
-    found = [row for cells in tasks for row in cells.values()]
-    row = found[0]
-    names = ", ".join(title_of(next(iter(cells.values()))) for cells in tasks)
-    return (
-        f"**{model_of(row)}**, mean accuracy ({row['metric']}) on {names}, {row['samples']} samples a task and length, "
-        f"{_drawing(row)}; then the worst task, and in brackets the mean density. No mean where not all tasks were "
-        f"asked. Bold: more than {MARGIN} below dense on a task. {row['gpu']}, {row['dtype']}, commit "
-        f"{distinct(found, 'commit')}."
-    )
-
-
-SUMMARY = Table(
-    group_by=_CONDITIONS,
-    identity=(*_TASK, *_CELL),
-    where=TASKS.where,
-    lines=lambda rows: _names(_tasks(rows)),
-    columns=_summary_columns,
-    caption=_summary_caption,
+SUMMARY = dataclasses.replace(
+    TASKS,
+    lines=_summary_lines,
+    caption="**{model}**: mean accuracy over the tasks below, the worst task, in brackets the mean density; no mean "
+    f"where not all tasks were asked. {_BOLD}",
 )
-"""How well each selector does on average, and where it does worst, by model and conditions."""
-
-
-REAL_TASKS = dataclasses.replace(TASKS, group_by=tuple(name for name in TASKS.group_by if name != "gpu"))
-"""Of real models, whose prefills nobody timed: on whatever GPU they were asked."""
-
-
-class RealAnswers:
-    """Mean accuracy of one real model over tasks; `asked` are the tasks at each length in tokens."""
-
-    def __init__(self, rows: Iterable[Row], model_sha256: str) -> None:
-        found = (row for group in REAL_TASKS.groups(rows) for row in group)
-        self._rows = [row for row in found if row["model_sha256"] == model_sha256 and not row["dense_layers"]]
-        self.asked: dict[int, set[str]] = {length: set() for length in values(self._rows, "length") if length}
-        for row in self._rows:
-            if row["selector"] == DENSE and row["length"]:
-                self.asked[row["length"]].add(row["task"])
-
-    def text(self, selector: str = DENSE, correction: MeanCorrection = False) -> str:
-        """Mean accuracy at each length, of the selector's usual knob; a dash where not all its tasks were asked."""
-        who = {"selector": selector, "mean_correction": correction}
-        usual = [row for row in self._rows if row | who == row and has_usual_knob(row)]
-        means = []
-        for length, asked in self.asked.items():
-            found = {row["task"]: row["accuracy"] for row in usual if row["length"] == length}
-            means.append(f"{statistics.fmean(found.values()):.2f}" if found and asked <= set(found) else "-")
-        return "-" if set(means) <= {"-"} else " / ".join(means)
+"""How well each selector does on average, and where it does worst."""
+USUAL = dataclasses.replace(
+    SUMMARY,
+    where=lambda row: TASKS.where(row) and usual_knob(row) and not row["dense_layers"],
+    lines=partial(_summary_lines, name=lambda row: method({**row, "settings": {}})),
+)
+"""The same of the usual knob of each selector, whatever its other settings."""

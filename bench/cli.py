@@ -28,11 +28,11 @@ from bench.serve import LoadPlan, load_rows
 from bench.serve_tables import ENGINES, serve_tables
 from bench.shapes import SHAPES
 from bench.spec import parse_lengths, parse_place, parse_share, parse_whole, takes
-from bench.speed_tables import ATTENTION, DENSITY, GIVEN
+from bench.speed_tables import ATTENTION, GIVEN
 from bench.speed_tables import PEERS as PEERS_TABLE
 from bench.tables import paragraphs
 from bench.terminal import Recorder, one_line_errors
-from bench.ttft_tables import ttft_tables
+from bench.ttft_tables import FIRST_TOKEN
 from bench.tune import best_tiles, tuning_rows
 from flexprefill_fa import selector_names
 from flexprefill_fa.tools.loading import UsageError, first_line, require_transformers
@@ -75,7 +75,7 @@ def attention(
     run = Recorder(given["out"], given["as_json"])
     run.each(plan.lengths, plan.steps(), lambda length: LengthBenchmark(plan, length, run.note).rows())
     run.wrong = any("error" in row for row in run.rows)
-    run.finish(paragraphs(table.markdown(run.rows) for table in (ATTENTION, DENSITY)))
+    run.finish(paragraphs(table.markdown(run.rows) for table in (ATTENTION, GIVEN)))
 
 
 @app.command()
@@ -145,7 +145,7 @@ def ttft(
         run.take(config, len(plan.passes), partial(ttft_rows, plan, ranks, run.note))
     run.incomplete |= any("error" in row for row in run.rows)
     run.wrong = not all(row.get("ran_sparse", True) for row in run.rows)
-    run.finish(ttft_tables(run.rows, []))
+    run.finish(FIRST_TOKEN.markdown(run.rows))
 
 
 @app.command()

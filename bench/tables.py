@@ -11,10 +11,18 @@ from flexprefill_fa.tools.fidelity.knobs import knob_fields
 from flexprefill_fa.tools.reporting import changed_settings
 from flexprefill_fa.tools.rows import Row, latest
 
-Column = tuple[str, Callable[[Any], str]]
-"""A title, and the cell of a line."""
+Line = dict[str, str]
+"""Cells by the titles of their columns."""
+Cell = str | Callable[[Row], str]
+"""A cell of a row: "field:format", see `number`, or what makes its text."""
 KERNEL_NAMES = {"sdpa": "SDPA", "sdpa_flash": "SDPA flash", "sdpa_cudnn": "SDPA cuDNN", "flash_attn_4": "flash-attn-4"}
 KERNEL_NAMES |= {name: f"FlexAttention {name}" for name in ("FLASH", "TRITON", "CPU")}
+_TOLD: dict[str, str] = dict.fromkeys(("gpu", "model", "text", "dtype", "selector", "settings", "date"), "{}")
+_TOLD |= {"flash_attn_4": "flash-attn-4 {}", "lm_eval": "lm-eval {}", "vllm": "vLLM {}", "sglang": "SGLang {}"}
+_TOLD |= {"model_sha256": "SHA-256 {:.10}", "python": "Python {}", "dense_kernel": "default backend {}"}
+_TOLD |= {"layers": "{} layers", "heads": "{} heads", "synthetic_density": "random blocks of density {}"}
+_HIDDEN = ("kind", "device", "tokenizer_sha256", "asked_sha256")  # told by other fields, or of no use to a reader
+_VERSIONS = "gpu torch triton flash_attn_4 transformers lm_eval vllm sglang repeats commit date"
 
 
 @dataclass(frozen=True)
@@ -22,73 +30,65 @@ class Table:
     """Which rows stand in one table, and what is said of them.
 
     Attributes:
-        group_by: fields that all rows of a table share.
-        identity: fields that, with those, tell one measurement from another; a later row takes an earlier one's place.
-            A "kernel" tells rows of dense attention apart, not those of a selector.
-        columns: those of a table, from its rows; titles alone where a line is its cells already.
-        caption: what stands above it, from its rows. notes: what stands below.
-        lines: what a table has a line for, from its rows: the rows themselves, or what `columns` makes of them. A table
-            without lines is left out.
-        each: fields for each of whose values there is a table of its own; dense rows stand in all of them.
+        group_by: the fields, in one string, that all rows of a table share.
+        identity: those that, with them, tell one measurement from another; a later row takes an earlier one's place.
+        caption: what stands above it, with fields of its rows in braces; behind it the other fields that they share,
+            and the versions they were measured with.
+        lines: of a table, from its rows. A table without lines is left out.
         where: whether a row belongs into such a table at all.
+        notes: what stands below, from its rows.
+        told: further fields to tell.
     """
 
-    group_by: Sequence[str]
-    identity: Sequence[str]
-    columns: Callable[[list[Row]], Sequence[Column | str]]
-    caption: Callable[[list[Row]], str]
-    lines: Callable[[list[Row]], Iterable[Any]] = list
+    group_by: str
+    identity: str
+    caption: str
+    lines: Callable[[list[Row]], list[Line]]
+    where: Callable[[Row], Any] = lambda row: True
     notes: Callable[[list[Row]], str] = lambda rows: ""
-    each: Sequence[str] = ()
-    where: Callable[[Row], bool] = lambda row: True
+    told: str = ""
+
+    def latest(self, rows: Iterable[Row]) -> list[Row]:
+        """The rows that count."""
+        return latest(filter(self.where, rows), lambda row: key(row, f"{self.group_by} {self.identity}"))
 
     def groups(self, rows: Iterable[Row]) -> list[list[Row]]:
         """The latest rows of each table."""
-        wanted = latest(filter(self.where, rows), lambda row: key(row, (*self.group_by, *self.identity)))
-        groups = group_rows(wanted, self.group_by)
-        if not self.each:
-            return groups
-        return [[*dense, *part] for dense, sparse in map(split, groups) for part in group_rows(sparse, self.each)]
+        return group_rows(self.latest(rows), self.group_by)
+
+    def grid(self, group: list[Row]) -> str:
+        """The table of one group, without caption and notes; empty without lines."""
+        return markdown(self.lines(group))
+
+    def head(self, group: Sequence[Row]) -> str:
+        """The caption of one group, and how its rows were measured."""
+        names = dict.fromkeys(f"{self.group_by} {self.told} {_VERSIONS}".split())
+        rest = " ".join(name for name in names if f"{{{name}" not in self.caption and name not in _HIDDEN)
+        return f"{self.caption.format(**group[0])}. {conditions(group, rest)}."
 
     def markdown(self, rows: Iterable[Row]) -> str:
         """All of them; empty without rows."""
-        return paragraphs(map(self.one, self.groups(rows)))
-
-    def one(self, group: list[Row]) -> str:
-        """The table of one group; empty without lines."""
-        grid = self.grid(group)
-        return paragraphs([self.caption(group), grid, self.notes(group)]) if grid else ""
-
-    def grid(self, group: list[Row]) -> str:
-        """The same without caption and notes."""
-        columns = [found if isinstance(found, tuple) else (found, None) for found in self.columns(group)]
-        body = [
-            [cell(line) if cell else line[index] for index, (_, cell) in enumerate(columns)]
-            for line in self.lines(group)
-        ]
-        return markdown_table([title for title, _ in columns], body) if body else ""
+        shown = ((group, self.grid(group)) for group in self.groups(rows))
+        return paragraphs(paragraphs([self.head(group), grid, self.notes(group)]) for group, grid in shown if grid)
 
 
-def key(row: Row, names: Iterable[str]) -> str:
-    """The values of fields, in a form that can be compared."""
-    dense = row.get("selector") is None
-    return json.dumps([row.get(name) if dense or name != "kernel" else None for name in names], sort_keys=True)
+def kernel_name(row: Row) -> str:
+    """A row's kernel of dense attention, as it is written."""
+    return KERNEL_NAMES.get(row["kernel"], row["kernel"])
 
 
-def group_rows(rows: Iterable[Row], names: Sequence[str]) -> list[list[Row]]:
+def key(row: Row, names: str) -> str:
+    """The values of fields, in a form that can be compared; a selector's row is the same by whichever "kernel"."""
+    hidden = "kernel" if row.get("selector") else None
+    return json.dumps([row.get(name) if name != hidden else None for name in names.split()], sort_keys=True)
+
+
+def group_rows(rows: Iterable[Row], names: str) -> list[list[Row]]:
     """Rows that share fields together, in the order in which they came first."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(key(row, names), []).append(row)
     return list(found.values())
-
-
-def pivot(rows: Iterable[Row], line: Callable[[Row], Any], column: Callable[[Row], Any]) -> dict[Any, dict[Any, Row]]:
-    """Rows by their line and then by their column, each in the order in which it came first."""
-    found: dict[Any, dict[Any, Row]] = {}
-    for row in rows:
-        found.setdefault(line(row), {})[column(row)] = row
-    return found
 
 
 def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
@@ -109,39 +109,49 @@ def paragraphs(parts: Iterable[str]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+def markdown(lines: Sequence[Line]) -> str:
+    """A table with a column for each title that some line has a cell of; empty without lines."""
+    found = dict.fromkeys(title for line in lines for title in line)
+    titles = [title for title in found if any(line.get(title, "-") != "-" for line in lines)]
+    rows = [titles, ["---"] * len(titles), *([line.get(title, "-") for title in titles] for line in lines)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) if lines else ""
 
 
-def column(title: str, name: str, spec: str = "") -> Column:
-    """A number of the row, or a dash."""
-    return title, lambda row: number(row.get(name), spec)
+def cells(row: Row, columns: Mapping[str, Cell]) -> Line:
+    """A row's line."""
+    return {title: cell(row) if callable(cell) else field(row, cell) for title, cell in columns.items()}
 
 
-def across(titles: Mapping[Any, str], cell: Callable[[Row], str]) -> list[Column]:
-    """Columns of lines that are rows by such keys, under these titles; a dash where a line has no such row."""
-    return [(title, lambda line, at=at: cell(line[at]) if at in line else "-") for at, title in titles.items()]
+def field(row: Row, cell: str) -> str:
+    """A number of a row by "field:format", or a dash."""
+    name, _, spec = cell.partition(":")
+    return number(row.get(name), spec)
 
 
-def number(value: float | None, spec: str) -> str:
+def pivot(entries: Iterable[tuple[Line, Line]], columns: Iterable[str] = ()) -> list[Line]:
+    """Lines of (how it begins, further cells): those that begin alike are one; `columns` are the order of the rest."""
+    blank = dict.fromkeys(columns, "-")
+    lines: dict[tuple[str, ...], Line] = {}
+    for start, more in entries:
+        lines.setdefault(tuple(start.values()), start | blank).update(more)
+    return list(lines.values())
+
+
+def number(value: Any, spec: str) -> str:
     """A number, or a dash where there is none; "ms" are milliseconds, "x" a speed-up."""
     if value is None:
         return "-"
-    if spec == "x":
-        return f"{value:.2f}x"
-    return format(value, (",.0f" if value >= 100 else ".3g") if spec == "ms" else spec)
+    if spec == "ms":
+        spec = ",.0f" if value >= 100 else ".3g"
+    return f"{value:.2f}x" if spec == "x" else format(value, spec)
 
 
-def ends(found: Sequence[float], spec: str, unit: str = "") -> str:
-    """The least and the greatest of some numbers, once where they look alike; a dash without any."""
-    return " to ".join(dict.fromkeys(format(f(found), spec) + unit for f in (min, max))) if found else "-"
-
-
-def bold(text: str, best: bool) -> str:
-    """The text, in bold where it is the best."""
-    return f"**{text}**" if best else text
+def mark(lines: Iterable[Line], title: str, choose: Callable[..., str | None]) -> None:
+    """Make the best numbers of a column bold: the least or the greatest, by `choose`."""
+    found = [line for line in lines if line.get(title, "-") != "-"]
+    best = choose((line[title] for line in found), key=float, default=None)
+    for line in found:
+        line[title] = f"**{best}**" if line[title] == best else line[title]
 
 
 def method(row: Row) -> str:
@@ -160,63 +170,36 @@ def method(row: Row) -> str:
     return ", ".join([row["selector"], *told])
 
 
-def has_usual_knob(row: Row) -> bool:
+def usual_knob(row: Row) -> bool:
     """Whether the setting that trades density for fidelity is the selector's usual one; of dense attention, yes."""
     changed = changed_settings(row["selector"], row["settings"])
     return not changed or changed.keys().isdisjoint(knob_fields(row["selector"]))
 
 
-def settings_of(settings: dict[str, Any]) -> str:
+def settings_of(settings: Mapping[str, Any]) -> str:
     """All settings that have a value."""
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
-def conditions(rows: Sequence[Row]) -> str:
-    """Processor, versions, commit, date and shapes; where versions, commits or dates differ, each is named."""
-    row = rows[0]
-    shape = f"batch {row['batch']}, {row['heads']}/{row['kv_heads']} heads, head_dim {row['head_dim']}, {row['dtype']}"
-    return f"{row['gpu']}, {versions(rows)}, {commits(rows)}; {shape}"
-
-
-def versions(rows: Sequence[Row], *more: str) -> str:
-    """Of torch, triton and flash-attn-4, or of `more` and those."""
-    names = (*more, "torch", "triton", "flash_attn_4")
-    titles = {"flash_attn_4": "flash-attn-4", "vllm": "vLLM", "sglang": "SGLang"}
-    return ", ".join(f"{titles.get(name, name)} {found}" for name in names if (found := distinct(rows, name)))
-
-
-def commits(rows: Sequence[Row]) -> str:
-    """Commit and date."""
-    return f"commit {distinct(rows, 'commit')}, {distinct(rows, 'date')}"
-
-
-def model_of(row: Row) -> str:
-    """The model, by its name and its weights."""
-    return f"{row['model']} (SHA-256 {row['model_sha256'][:10]})"
-
-
-def distinct(rows: Sequence[Row], name: str) -> str:
-    """The values of a field, each once."""
-    return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
+def conditions(rows: Sequence[Row], names: str) -> str:
+    """Fields that say how rows were measured; where their values differ, each is named."""
+    told = []
+    for name in names.split():
+        found = [row[name] for row in rows if row.get(name) not in (None, {})]
+        texts = dict.fromkeys(settings_of(value) if isinstance(value, dict) else str(value) for value in found)
+        told += [_TOLD.get(name, f"{name} {{}}").format(", ".join(texts))] if texts else []
+    return ", ".join(told)
 
 
 def line_of(row: Row) -> str:
     """A row for a log: what was measured, and the first of its times."""
-    who = [f"{row['length']} tokens", f"layer {row['layer']}" if row.get("layer") is not None else ""]
-    if "measure" in row:  # of a serving engine
-        who.append(f"{row['backend']}, {row['measure']}")
-    elif "tile" in row or "case" in row:
-        who.append(row["case"] if "case" in row else f"head_dim {row['head_dim']}, tile {row['tile']}")
-    elif row["selector"] is None:
-        who.append(f"dense {row['kernel']}")
-    else:
-        ran = {"dense": f"(dense {row.get('kernel')})", "peer": f"of {row.get('implementation')}"}
-        who.append(" ".join(filter(None, (method(row), row.get("backend"), ran.get(row.get("path", ""))))))
-    told = ", ".join(filter(None, (*who, "compiled" if row.get("compiled") else "")))
+    who = [f"{row['length']} tokens", method(row) if row.get("selector") else "dense" if "selector" in row else None]
+    who += [row.get(name) for name in ("case", "backend", "measure", "kernel", "implementation", "path")]
+    who += [f"{name} {row[name]}" for name in ("layer", "head_dim", "tile") if row.get(name) is not None]
+    told = ", ".join(dict.fromkeys(filter(None, (*who, "compiled" if row.get("compiled") else None))))
     if isinstance(row.get("error"), str):
         return f"{told}: WRONG: {row['error']}"
     found = [f"{value:.3f} {name[-2:]}" for name, value in row.items() if name.endswith(("_ms", "_us"))][:1]
     found += [f"{value:,.0f} tokens/s" for name, value in row.items() if name.endswith("tokens_per_s")]
-    found += [f"{name} {row[name]:.3f}" for name in ("density", "recall", "error") if row.get(name) is not None]
-    found += [f"peak {row['peak_gib']:.1f} GiB"] if "peak_gib" in row else []
-    return f"{told}: {', '.join(found)}"
+    numbers = ("density", "recall", "error", "peak_gib")
+    return f"{told}: {', '.join(found + [f'{name} {row[name]:.3f}' for name in numbers if row.get(name) is not None])}"

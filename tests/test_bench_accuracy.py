@@ -1,15 +1,12 @@
-"""Accuracy rows as tables and as a plot."""
+"""Accuracy rows as tables."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.accuracy_tables import SUMMARY, TASKS
-from bench.render import draw_plots
-from flexprefill_fa.tools.rows import append
+from bench.accuracy_tables import SUMMARY, TASKS, USUAL
 
 GAMMA = {"gamma": 0.9, "tau": 0.1, "min_budget": 1024, "max_budget": None, "block_size": 128, "variant": "published"}
 
@@ -47,10 +44,7 @@ ROWS = [
 
 def test_one_table_for_all_tasks() -> None:
     caption, _, header, _, dense, flexprefill = SUMMARY.markdown(ROWS).splitlines()
-    tasks = (
-        "needle_single version 1.0, needle_vt version 1.0, 100 samples a task and length, seed 0, Python 3.12.3; then"
-    )
-    assert caption.startswith(f"**m (SHA-256 0123456789)**, mean accuracy (string_match) on {tasks}")
+    assert caption.startswith("**m**: mean accuracy") and "SHA-256 0123456789, metric string_match" in caption
     assert header == "| selector | 4,096 | 8,192 |"
     assert dense == "| dense | 0.99, vt 0.98 | 0.95, vt 0.90 |"
     # At 4,096 one task is 0.03 below dense, which the mean does not show; at 8,192 one is 0.02 below, another missing.
@@ -61,15 +55,14 @@ def test_one_table_for_all_tasks() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("model", "n", "**n (SHA-256 0123456789)**"),
-        ("model_sha256", "f" * 64, "**m (SHA-256 ffffffffff)**"),
-        ("gpu", "Y", " Y, bfloat16, commit c."),
-        ("dtype", "float32", " X, float32, commit c."),
-        ("python", "3.13.1", "seed 0, Python 3.13.1; then"),
-        ("seed", 1, "seed 1, Python 3.12.3; then"),
-        ("samples", 50, "50 samples"),
-        ("chat_template", True, "seed 0, Python 3.12.3, chat template; then"),
-        ("metric", "exact", "mean accuracy (exact) on needle_single version 1.0, 100"),
+        ("model", "n", "**n**"),
+        ("model_sha256", "f" * 64, "SHA-256 ffffffffff"),
+        ("dtype", "float32", "float32, X"),
+        ("python", "3.13.1", "Python 3.13.1"),
+        ("seed", 1, "seed 1"),
+        ("samples", 50, "samples 50"),
+        ("chat_template", True, "chat_template True"),
+        ("metric", "exact", "metric exact"),
     ],
 )
 def test_other_conditions_have_tables_of_their_own(name: str, value: Any, told: str) -> None:
@@ -80,48 +73,37 @@ def test_other_conditions_have_tables_of_their_own(name: str, value: Any, told: 
     assert told in caption and dense == "| dense | 0.50, single 0.50 |"
 
 
-def test_a_summary_has_one_version_of_each_task() -> None:
-    newer = row("vt", 4096, 0.5, task_version=2.0)
-    caption, _, header, _, dense, flexprefill = SUMMARY.markdown([*ROWS, newer]).splitlines()
-    assert "on needle_single version 1.0, needle_vt version 2.0, 100 samples" in caption
-    assert header == "| selector | 4,096 | 8,192 |"
-    assert dense == "| dense | 0.75, vt 0.50 | 1.00 |"
-    assert flexprefill == "| flexprefill, gamma 0.9 | 1 of 2 tasks | - |"
-
-
-def test_a_table_for_each_task() -> None:
-    single, vt = TASKS.markdown(ROWS).split("**needle_vt version 1.0**")
-    assert "| dense | 1.00 | 1.00 | 1 | 10.0 (1.0x) | 10.0 (1.0x) |" in single
-    assert "| flexprefill, gamma 0.9 | 1.00 (0.40) | - | - | 5.0 (2.0x) | - |" in single
-    assert "| flexprefill, gamma 0.9 | **0.95** (0.60) | 0.88 (0.30) | 0.900 (0.50) | 5.0 (2.0x) | 5.0 (2.0x) |" in vt
-
-
-def test_recall_and_times_are_of_the_lengths_that_were_measured() -> None:
-    bare = {"measured_prompts": 0, "recall": None, "recall_min": None, "timing": {"prefill_ms": None, "date": "d"}}
-    longer = [row("vt", 16384, 1.0) | bare, sparse("vt", 16384, 1.0, 0.2) | bare]
-    text = TASKS.markdown([*ROWS, *longer]).split("**needle_vt version 1.0**")[1]
-    wanted = "| selector | 4,096 | 8,192 | 16,384 | recall at 8,192 | prefill at 4,096 | prefill at 8,192 |"
-    assert wanted in text
-    assert "| 0.88 (0.30) | 1.00 (0.20) | 0.900 (0.50) | 5.0 (2.0x) | 5.0 (2.0x) |" in text
-    assert "recall" not in TASKS.markdown([one | bare for one in ROWS])
-
-
 def test_versions_of_a_task_are_not_mixed() -> None:
-    text = TASKS.markdown([row("vt", 4096, 0.5), sparse("vt", 4096, 0.4, 0.3) | {"task_version": None}])
-    first, second = text.split("**needle_vt**")
-    assert first.startswith("**needle_vt version 1.0** (string_match)") and "flexprefill" not in first
-    assert "| flexprefill, gamma 0.9 | 0.40 (0.30) |" in second and "| dense" not in second
+    newer = [*ROWS, row("vt", 4096, 0.5, task_version=2.0)]
+    assert "| needle_vt version 2.0 | dense | 0.50 | - | - |" in TASKS.markdown(newer)
+    assert "| needle_vt version 1.0 | dense | 0.98 | 0.90 | - |" in TASKS.markdown(newer)
+    summary = SUMMARY.markdown(newer).splitlines()[4:]  # the version that was asked last
+    assert summary == ["| dense | 0.75, vt 0.50 | 1.00 |", "| flexprefill, gamma 0.9 | 1 of 2 tasks | - |"]
 
 
-def test_a_plot_of_more_tasks_than_fit_side_by_side(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    draw_plots(tmp_path)
-    assert not list(tmp_path.iterdir())
-    for number in range(4):
-        dense = {"dense_layers": [number] if number else []}
-        append(tmp_path / "quality.jsonl", sparse(f"task{number}", 4096, 0.9, 0.3) | dense)
-    draw_plots(tmp_path)
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+def test_a_line_for_each_task_and_selector() -> None:
+    table = TASKS.markdown(ROWS)
+    assert "| task | selector | 4,096 | 8,192 | recall at 8,192 |" in table
+    assert "| needle_single version 1.0 | dense | 1.00 | 1.00 | - |" in table
+    assert "| needle_single version 1.0 | flexprefill, gamma 0.9 | 1.00 (0.40) | - | - |" in table
+    expected = "**0.95** (0.60) | 0.88 (0.30) | 0.900 (0.50) |"
+    assert f"| needle_vt version 1.0 | flexprefill, gamma 0.9 | {expected}" in table
+
+
+def test_recall_is_of_the_longest_length_that_was_measured() -> None:
+    bare = {"measured_prompts": 0, "recall": None, "recall_min": None}
+    longer = [row("vt", 16384, 1.0) | bare, sparse("vt", 16384, 1.0, 0.2) | bare]
+    text = TASKS.markdown([*ROWS, *longer])
+    assert "| task | selector | 4,096 | 8,192 | 16,384 | recall at 8,192 |" in text
+    assert "| 0.88 (0.30) | 1.00 (0.20) | 0.900 (0.50) |" in text
+    assert "recall at" not in TASKS.markdown([one | bare for one in ROWS])
+
+
+def test_a_selectors_usual_knob_is_one_line_whatever_its_other_settings() -> None:
+    usual = [row(task, 4096, 0.5, selector="flexprefill", settings=GAMMA | {"gamma": 0.95, "min_budget": budget})
+             for task, budget in (("single", 512), ("vt", 1024))]  # fmt: skip
+    lines = USUAL.markdown([*ROWS, *usual, usual[0] | {"dense_layers": [1], "accuracy": 0.0}]).splitlines()[4:]
+    assert lines[1:] == ["| flexprefill | **0.50**, single 0.50 (1.00) | - |"]
 
 
 def test_answers_to_other_prompts_do_not_stand_beside_each_other() -> None:

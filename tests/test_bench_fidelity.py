@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from bench.fidelity_tables import density_at, fidelity_summary, leaderboards, single_settings
+from bench.fidelity_tables import LEADERBOARD, SINGLES, density_at, fidelity_summary
 from bench.render import draw_plots
 from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, XAttentionConfig
-
-NO_COSTS = NO_ANSWERS = ()
 
 
 def row(config: Any, density: float, kl: float, **fields: Any) -> dict[str, Any]:
@@ -39,13 +37,11 @@ def test_a_table_for_each_model_and_text() -> None:
     rows += [row(XAttentionConfig(0.8), 0.2, 0.0201)]  # measured again: the later one counts
     rows += [row(XAttentionConfig(0.8), 0.2, 9.0, dense_layers=[1])]
     rows += [row(XAttentionConfig(share), share / 4, 0.05, text="prose") for share in (0.5, 0.8, 0.95)]
-    source, prose = leaderboards(rows, NO_COSTS, NO_ANSWERS).split("**some-model**")[1:]
+    source, prose = LEADERBOARD.markdown(rows).split("**some-model**")[1:]
     lines = [line for line in source.splitlines() if line.startswith("|")]
-    assert (
-        lines[0] == "| selector | 4,096: KL 0.1 | 4,096: KL 0.03 | 4,096: KL 0.01 | select 32K, ms | select 128K, ms |"
-    )
-    assert lines[2] == "| flashprefill | **0.500** | - | - | - | - |"
-    assert lines[3].startswith("| xattention | - | **0.16") and lines[3].endswith(" | **0.218** | - | - |")
+    assert lines[0] == "| selector | 4,096: KL 0.1 | 4,096: KL 0.03 | 4,096: KL 0.01 |"
+    assert lines[2] == "| flashprefill | **0.500** | - | - |"
+    assert lines[3].startswith("| xattention | - | **0.16") and lines[3].endswith(" | **0.218** |")
     assert "text 'prose'" in prose and "commit abc" in source
 
 
@@ -63,59 +59,13 @@ def rows_of_three() -> list[dict[str, Any]]:
 def test_mean_correction_is_a_line_of_its_own() -> None:
     plain = sweep(FlashPrefillConfig, [0.3, 0.1, 0.05], [0.1, 0.2, 0.4], [0.2, 0.1, 0.05])
     corrected = sweep(FlashPrefillConfig, [0.3, 0.1, 0.05], [0.1, 0.2, 0.4], [0.1, 0.05, 0.01], mean_correction=True)
-    cells = [line.split(" | ") for line in leaderboards(plain + corrected, NO_COSTS, NO_ANSWERS).splitlines()]
+    cells = [line.split(" | ") for line in LEADERBOARD.markdown(plain + corrected).splitlines()]
     found = {cell[0]: cell[1:4] for cell in cells if cell[0].startswith("| flash")}
     assert found["| flashprefill"][0] == "0.200" and found["| flashprefill, corrected"][0] == "**0.100**"
-    assert found["| flashprefill"][2] == "-" and found["| flashprefill, corrected"][2] == "**0.400**"
+    assert found["| flashprefill"][2] == "- |" and found["| flashprefill, corrected"][2] == "**0.400** |"
 
 
-def cost(config: Any, length: int, select_ms: float, **fields: Any) -> dict[str, Any]:
-    shape = {"batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "workload": "sharpened"}
-    where = {"device": "cuda", "gpu": "A GPU", "torch": "2.11", "commit": "cost-commit", "date": "2026-01-01"}
-    settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    return shape | where | {
-        "selector": config.name, "settings": settings, "length": length, "select_ms": select_ms, "backend": "TRITON",
-        "kernel": "TRITON", **fields,
-    }  # fmt: skip
-
-
-def test_selection_costs_stand_beside_the_selectors_that_were_timed() -> None:
-    timed = [cost(FlashPrefillConfig(), 32_768, 0.31), cost(FlashPrefillConfig(), 131_072, 2.5)]
-    timed += [cost(FlashPrefillConfig(), 32_768, 0.25)]  # measured again
-    timed += [cost(XAttentionConfig(), 32_768, 7.0, device="cpu"), cost(XAttentionConfig(), 8192, 1.0)]
-    timed += [cost(FlexPrefillConfig(), 32_768, 0.5, heads=8)]
-    text = leaderboards(rows_of_three(), timed, NO_ANSWERS)
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[-2:] for line in lines[2:]] == [["-", "- |"], ["0.25", "2.5 |"], ["-", "- |"]]
-    assert "flashprefill with alpha 0.1" in text and "cost-commit" in text and "xattention with" not in text
-
-
-def answers(selector: str, accuracies: dict[tuple[str, int], float], **fields: Any) -> list[dict[str, Any]]:
-    conditions = {
-        "kind": "accuracy", "model": "some-model", "model_sha256": "0123456789abcdef", "tokenizer_sha256": "0",
-        "python": "3.12", "gpu": "A GPU", "dtype": "bfloat16", "seed": 0, "samples": 50, "chat_template": True,
-        "task_version": 1.0, "metric": "string_match", "settings": {}, "mean_correction": False, "dense_layers": [],
-        "prompts_sha256": "0", "density": 0.5, "measured_prompts": 0,
-    }  # fmt: skip
-    cells = accuracies.items()
-    return [
-        {**conditions, "selector": selector, "task": task, "length": length, "accuracy": value, **fields}
-        for (task, length), value in cells
-    ]
-
-
-def test_answers_of_the_same_model_stand_beside_its_selectors() -> None:
-    asked = answers("dense", {("a", 4096): 1, ("b", 4096): 0.9, ("a", 16_384): 0.8})
-    asked += answers("flashprefill", {("a", 4096): 0.8, ("b", 4096): 0.5, ("a", 16_384): 0.3})
-    asked += answers("xattention", {("a", 4096): 0.8, ("a", 16_384): 0.7})
-    asked += answers("flexprefill", {("a", 4096): 0.1}, model_sha256="of another model")
-    text = leaderboards(rows_of_three(), NO_COSTS, asked)
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert lines[0].endswith("| answers at 4K / 16K |") and "dense 0.95 / 0.80." in text
-    assert [line.split(" | ")[-1] for line in lines[2:]] == ["- |", "0.65 / 0.30 |", "- / 0.70 |"]
-
-
-def test_a_summary_has_a_line_for_each_selector_and_says_who_is_denser_and_further_away() -> None:
+def test_a_summary_has_a_line_for_each_selector() -> None:
     text = fidelity_summary(rows_of_three())
     lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert [line.split(" | ")[:4] for line in lines] == [
@@ -124,15 +74,14 @@ def test_a_summary_has_a_line_for_each_selector_and_says_who_is_denser_and_furth
         ["| xattention", "in 1, 1.0x", "in 1, 1.0x", "in none"],
     ]
     assert lines[0].endswith("| 0.300: KL 0.200, 80.0% the same |")
-    assert "flexprefill keeps 30.0% of the blocks" in text and "; xattention keeps 25.0%, and it does at 5.0%" in text
-    assert "xattention keeps 25.0% of the blocks" not in text, "flashprefill is sparser, but further from dense"
+    assert "1 sweeps (some-model, length 4096, source)" in text
     assert fidelity_summary([]) == ""
 
 
 def test_a_few_settings_are_no_sweep() -> None:
     few = rows_of_three()[1:2]
-    assert leaderboards(few, NO_COSTS, NO_ANSWERS) == "" and single_settings(rows_of_three()) == ""
-    line = single_settings(few).splitlines()[-1]
+    assert LEADERBOARD.markdown(few) == "" and SINGLES.markdown(rows_of_three()) == ""
+    line = SINGLES.markdown(few).splitlines()[-1]
     assert line.startswith("| 4,096 | flexprefill | ") and line.endswith(" | 0.300 | 0.200 | 1.80 | 0.800 |")
 
 

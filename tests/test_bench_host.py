@@ -10,7 +10,7 @@ from cli_checks import assert_refused
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.host_tables import HOST
+from bench.speed_tables import HOST
 from flexprefill_fa import selector_names
 
 
@@ -58,8 +58,8 @@ def test_the_table_has_a_line_for_each_case_launched_and_replayed() -> None:
         {**same, "case": case, "kernel": kernel, "graph": graph, "host_us": us} for case, kernel, graph, us in cases
     ]
     table = HOST.markdown([*rows, {**same, "case": "cosa", "kernel": "FLASH", "host_us": 5.0}]).splitlines()
-    assert table[-2:] == ["| cosa | 1,104 | 135 |", "| SDPA | 57 | - |"]
-    assert "selectors as they come by FLASH" in table[0]
+    assert table[2] == '| call | kernel | graph="auto", µs | graph="never", µs |'
+    assert table[-2:] == ["| cosa | FlexAttention FLASH | 135 | 1,104 |", "| sdpa | SDPA | - | 57 |"]
 
 
 def test_what_cannot_run_is_refused() -> None:

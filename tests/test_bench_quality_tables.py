@@ -1,29 +1,29 @@
-"""Rows of `python -m bench quality` as tables and as a plot."""
+"""Rows of `python -m bench quality` as tables."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.quality_tables import CORRECTION, SELECTORS, Family, Point, families
-from bench.render import draw_plots, render_document
+from bench.quality_tables import CORRECTION, SELECTORS, at, families
+from bench.render import render_document
 from flexprefill_fa.tools.rows import append
 
 
-def point(density: float, recall: float, error: float | None = None, corrected: float | None = None) -> Point:
-    return Point({}, density, recall, error, corrected)
+def point(density: float, recall: float, error: float | None = None, corrected: float | None = None) -> dict[str, Any]:
+    return {"density": density, "recall": recall, "error": error, "corrected": corrected}
 
 
 def test_interpolation_is_linear_in_log_density() -> None:
-    family = Family("any", {}, (point(0.1, 0.8, 0.4), point(0.4, 0.9, 0.2, 0.1), point(0.8, 0.98, None, 0.05)))
-    assert family.at("recall", 0.2) == pytest.approx(0.85)
-    assert family.at("recall", 0.1) == 0.8 and family.at("recall", 0.8) == 0.98
-    assert family.at("recall", 0.4 * 2**0.25) == pytest.approx(0.92)
-    assert family.at("recall", 0.0999) is None and family.at("recall", 0.801) is None
-    assert family.at("error", 0.2) == pytest.approx(0.3) and family.at("error", 0.5) is None
-    assert family.at("corrected", 0.2) is None
-    assert family.at("corrected", 0.4 * 2**0.5) == pytest.approx(0.075)
-    assert Family("any", {}, (point(0.2, 0.5),)).at("recall", 0.2) == 0.5
+    points = [point(0.1, 0.8, 0.4), point(0.4, 0.9, 0.2, 0.1), point(0.8, 0.98, None, 0.05)]
+    assert at(points, "recall", 0.2) == pytest.approx(0.85)
+    assert at(points, "recall", 0.1) == 0.8 and at(points, "recall", 0.8) == pytest.approx(0.98)
+    assert at(points, "recall", 0.4 * 2**0.25) == pytest.approx(0.92)
+    assert at(points, "recall", 0.0999) is None and at(points, "recall", 0.801) is None
+    assert at(points, "error", 0.2) == pytest.approx(0.3) and at(points, "error", 0.5) is None
+    assert at(points, "corrected", 0.2) is None
+    assert at(points, "corrected", 0.4 * 2**0.5) == pytest.approx(0.075)
+    assert at([point(0.2, 0.5)], "recall", 0.2) == 0.5
 
 
 def quality_row(
@@ -52,6 +52,7 @@ def sweep(selector: str, knob: str, fixed: dict[str, Any], recalls: tuple[float,
     return rows
 
 
+PUBLISHED_NAME, PAPER_NAME = "flexprefill, min_budget 512", "flexprefill, min_budget 512, variant paper"
 PUBLISHED = {"tau": 0.1, "min_budget": 512, "variant": "published"}
 ROWS = [
     *sweep("flexprefill", "gamma", PUBLISHED, (0.8, 0.96)),
@@ -68,34 +69,41 @@ def cells(table: str, *first: str) -> list[str]:
 
 def test_selectors_at_equal_densities() -> None:
     table = SELECTORS.markdown(ROWS)
-    caption = table.splitlines()[0]
-    for part in ("NVIDIA H200", "torch 2.11.0", "commit abc123", "8/2 heads", "bfloat16", "layers 0, 1", "0.0021"):
-        assert part in caption
-    published = cells(table, "8,192", "flexprefill variant=published")
-    assert published[:4] == ["-", "0.800", "0.880", "0.960"]
-    assert published[4:] == ["-", "**0.300** / **0.150**", "**0.200** / **0.100**", "**0.100** / **0.050**"]
-    assert cells(table, "8,192", "flexprefill variant=paper")[1:4] == ["0.810", "0.890", "**0.970**"]
-    assert cells(table, "8,192", "flashprefill")[1:4] == ["**0.900**", "**0.920**", "0.940"]
+    for part in (
+        "NVIDIA H200",
+        "torch 2.11.0",
+        "commit abc123",
+        "8 heads, kv_heads 2",
+        "bfloat16",
+        "layer 0, 1, seed 0",
+    ):
+        assert part in table.splitlines()[0]
+    assert table.endswith("an error of 0.0021.")
+    published = cells(table, "8,192", PUBLISHED_NAME)
+    assert published[:3] == ["0.800", "0.880", "0.960"], "no column for a density that no sweep reaches"
+    assert published[3:] == ["**0.300**", "**0.200**", "**0.100**", "**0.150**", "**0.100**", "**0.050**"]
+    assert cells(table, "8,192", PAPER_NAME)[:3] == ["0.810", "0.890", "**0.970**"]
+    assert cells(table, "8,192", "flashprefill")[:3] == ["**0.900**", "**0.920**", "0.940"]
 
 
 def test_a_smaller_error_is_the_better_one() -> None:
     rows = [row | {"error": row["error"] * (0.9 if row["selector"] == "flashprefill" else 1)} for row in ROWS]
     table = SELECTORS.markdown(rows)
-    assert cells(table, "8,192", "flashprefill")[5] == "**0.270** / **0.135**"
-    assert cells(table, "8,192", "flexprefill variant=published")[5] == "0.300 / 0.150"
+    assert cells(table, "8,192", "flashprefill")[3::3] == ["**0.270**", "**0.135**"]
+    assert cells(table, "8,192", PUBLISHED_NAME)[3::3] == ["0.300", "0.150"]
 
 
 def test_means_take_whole_sets_of_layers_alone() -> None:
     (group,) = SELECTORS.groups([*ROWS, *ROWS[:1]])
     assert len(group) == len(ROWS), "a later row takes an earlier one's place"
     found = families(group, 8192)
-    assert list(found) == ["flexprefill variant=published", "flexprefill variant=paper", "flashprefill"]
-    low, high = found["flexprefill variant=published"].points
-    assert (low.density, low.recall, low.error, low.corrected) == pytest.approx((0.1, 0.8, 0.3, 0.15))
-    assert (high.settings["gamma"], high.density) == (0.05, pytest.approx(0.4))
+    assert list(found) == [PUBLISHED_NAME, PAPER_NAME, "flashprefill"]
+    low, high = found[PUBLISHED_NAME]
+    assert [low[name] for name in ("density", "recall", "error", "corrected")] == pytest.approx([0.1, 0.8, 0.3, 0.15])
+    assert (high["settings"]["gamma"], high["density"]) == (0.05, pytest.approx(0.4))
     half = [row for row in group if row is not group[-1]]  # layer 1, alpha 0.2, corrected
-    point = families(half, 8192)["flashprefill"].points[0]
-    assert point.corrected is None and point.error is not None
+    first = families(half, 8192)["flashprefill"][0]
+    assert first["corrected"] is None and first["error"] is not None
     third = [*group, *(row | {"layer": 2} for row in group if row["selector"] == "flashprefill")]
     assert list(families(third, 8192)) == ["flashprefill"]
     assert len(SELECTORS.groups([*ROWS, ROWS[0] | {"gpu": "NVIDIA H100"}])) == 2
@@ -104,17 +112,17 @@ def test_means_take_whole_sets_of_layers_alone() -> None:
 def test_mean_correction_table() -> None:
     rows = [*ROWS, *sweep("flashprefill", "alpha", {"sink_blocks": 2}, (0.7, 0.9), length=32768)]
     table = CORRECTION.markdown(rows)
-    assert cells(table, "8,192", "flashprefill alpha=0.05")[:5] == ["0.400", "0.940", "0.100", "0.050", "0.500"]
-    assert cells(table, "8,192", "flashprefill alpha=0.05")[5:] == ["0.200", "0.100"]
-    assert cells(table, "8,192", "flashprefill alpha=0.2")[:5] == ["0.100", "0.900", "0.300", "0.150", "0.500"]
-    assert cells(table, "32,768", "flashprefill alpha=0.2")[1] == "0.700"
+    assert cells(table, "8,192", "flashprefill, alpha 0.05")[:5] == ["0.400", "0.940", "0.100", "0.050", "0.500"]
+    assert cells(table, "8,192", "flashprefill, alpha 0.05")[5:] == ["0.200", "0.100"]
+    assert cells(table, "8,192", "flashprefill, alpha 0.2")[:5] == ["0.100", "0.900", "0.300", "0.150", "0.500"]
+    assert cells(table, "32,768", "flashprefill, alpha 0.2")[1] == "0.700"
     plain = [row for row in rows if not row["mean_correction"]]
-    assert cells(CORRECTION.markdown(plain), "8,192", "flashprefill alpha=0.2")[2:5] == ["0.300", "-", "-"]
+    assert cells(CORRECTION.markdown(plain), "8,192", "flashprefill, alpha 0.2")[2:] == ["0.300", "0.600"]
     assert CORRECTION.markdown(ROWS[:8]) == CORRECTION.markdown([]) == SELECTORS.markdown([]) == ""
 
 
-def test_render_round_trip_and_plot(tmp_path: Path) -> None:
-    names = ("quality-plot", "quality", "mean-correction")
+def test_render_round_trip(tmp_path: Path) -> None:
+    names = ("quality", "mean-correction")
     markers = "\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in names)
 
     def rendered(text: str) -> str:
@@ -125,13 +133,10 @@ def test_render_round_trip_and_plot(tmp_path: Path) -> None:
     for row in ROWS:
         append(tmp_path / "quality.jsonl", row)
     once = rendered(markers)
-    assert "quality.png)" in once and "| with / without |" in once and "| recall at 10% |" in once
+    assert "| of the error |" in once and "| recall at 10% |" in once
     assert rendered(once) == once
     append(tmp_path / "quality.jsonl", ROWS[0] | {"recall": 0.5})
     assert rendered(once) != once
-    pytest.importorskip("matplotlib")
-    draw_plots(tmp_path)
-    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_of_another_model_are_another_table() -> None:

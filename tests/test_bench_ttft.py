@@ -18,12 +18,10 @@ from bench.shapes import SHAPES, model_config
 from bench.stand_in import StandIn
 from bench.ttft import kernels_of
 from bench.ttft_ranks import Ranks, build_model
-from bench.ttft_tables import ttft_tables
+from bench.ttft_tables import FIRST_TOKEN
 from flexprefill_fa import FlashPrefillConfig, FlexPrefillConfig, select_blocks, sparse_prefill_attention
 from flexprefill_fa.integrations.transformers import enable_sparse_prefill
-from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.loading import DTYPES, UsageError
-from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.rows import read
 
 CPU = torch.device("cpu")
@@ -100,7 +98,7 @@ def test_rows_of_a_tiny_model(tmp_path: Path) -> None:
     assert sparse["density"] == pytest.approx(round(0.5 * 78) / 78, abs=1e-5)
     assert 0 < sparse["select_ms"] < sparse["attention_ms"] < sparse["ttft_ms"]
     assert {"ttft_ms_p20", "repeats", "commit", "transformers"} <= sparse.keys()
-    assert "flexprefill, min_budget 128, CPU | 0.500" in ttft_tables(rows, [])
+    assert "flexprefill, min_budget 128, CPU | 0.500" in FIRST_TOKEN.markdown(rows)
 
 
 def test_a_prompt_in_chunks_selects_for_each_chunk(tmp_path: Path) -> None:
@@ -234,41 +232,31 @@ def test_the_model_is_sparse_through_the_integration() -> None:
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
 
 
-def test_tables_name_the_densities_of_a_trained_model() -> None:
+def test_a_table_of_first_tokens() -> None:
     settings = dataclasses.asdict(FlexPrefillConfig())
     common: dict[str, Any] = {
         "kind": "ttft", "gpu": "X", "shape": "llama-3.1-8b", "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128,
         "dtype": "bfloat16", "ranks": 1, "length": 4096, "chunk": None, "torch": "2", "triton": "3",
-        "transformers": "5", "flash_attn_4": None, "commit": "c", "date": "d", "repeats": 3,
+        "transformers": "5", "flash_attn_4": None, "commit": "c", "date": "d", "repeats": 3, "compiled": False,
     }  # fmt: skip
     dense = {"selector": None, "settings": {}, "synthetic_density": None}
+    sparse = {"kernel": None, "selector": "flexprefill", "settings": settings, "synthetic_density": 0.05}
     rows = [
-        common | dense | {"kernel": "sdpa", "compiled": False, "ttft_ms": 100.0, "attention_ms": 40.0, "peak_gib": 20},
-        common | dense | {"kernel": "FLASH", "compiled": False, "ttft_ms": 80.0, "attention_ms": 20.0},
+        common | dense | {"kernel": "sdpa", "ttft_ms": 100.0, "attention_ms": 40.0, "peak_gib": 20},
+        common | dense | {"kernel": "FLASH", "ttft_ms": 80.0, "attention_ms": 20.0},
         common | dense | {"kernel": "FLASH", "compiled": True, "ttft_ms": 60.0},
-        common
-        | {"kernel": None, "selector": "flexprefill", "settings": settings, "synthetic_density": 0.05, "density": 0.05}
-        | {"compiled": False, "ttft_ms": 40.0, "attention_ms": 10.0, "select_ms": 2.0, "peak_gib": 21.5, "repeats": 1},
+        common | sparse | {"density": 0.05, "ttft_ms": 40.0, "attention_ms": 10.0, "select_ms": 2.0, "repeats": 1},
     ]
-    needle = model_sha256(MODEL_DIR)
-    accuracy = [
-        {"kind": "accuracy", "selector": "flexprefill", "settings": settings, "length": 4096, "density": density,
-         "mean_correction": False, "dense_layers": layers, "model_sha256": model}
-        for density, layers, model in ((0.59, [], needle), (0.63, [], needle), (0.7, [4], needle), (0.9, [], "another"))
-    ]  # fmt: skip
-    table = ttft_tables(rows, accuracy)
-    assert "| 4,096 | dense SDPA | - | - | 100 | 1.00x | 0.80x | - | - | 40% | - | 20.0 |" in table
-    assert "| 4,096 | dense FlexAttention FLASH | - | - | 80 | 1.25x | 1.00x | 60 | 1.00x | 25% | - | - |" in table
-    assert (
-        "| 4,096 | flexprefill | 0.050 | 0.59 to 0.63 | 40 (one pass) | 2.50x | 2.00x | - | - | 25% | 5% | 21.5 |"
-        in table
-    )
-    broken = ttft_tables([*rows[:-1], rows[-1] | {"error": "0 of 32 calls"}], accuracy)
-    assert "| 4,096 | flexprefill | 0.050 | 0.59 to 0.63 | 0 of 32 calls | - | - | - | - | - | - | 21.5 |" in broken
+    table = FIRST_TOKEN.markdown(rows)
+    assert "| 4,096 | dense SDPA | - | 100 | 1.00x | 0.80x | 40% | - | 20.0 |" in table
+    assert "| 4,096 | dense FlexAttention FLASH | - | 80 | 1.25x | 1.00x | 25% | - | - |" in table
+    assert "| 4,096 | dense FlexAttention FLASH, compiled | - | 60 | - | 1.00x | - | - | - |" in table
+    assert "| 4,096 | flexprefill | 0.050 | 40 (one pass) | 2.50x | 2.00x | 25% | 5% | - |" in table
+    broken = FIRST_TOKEN.markdown([*rows[:-1], rows[-1] | {"error": "0 of 32 calls"}])
+    assert "| 4,096 | flexprefill | 0.050 | 0 of 32 calls | - | - | - | - |" in broken, "no share of selection is left"
 
     two = [rows[0] | {"ranks": 2, "ttft_ms": 60.0}, rows[3] | {"ranks": 2, "ttft_ms": 25.0}]
-    shared = ttft_tables([*rows[:3], *two], accuracy).split("shared by 2 ranks")[1]
-    assert "| 4,096 | dense SDPA | - | - | 60 | 1.00x | 1.67x | - | - |" in shared
-    assert "| 40 (one pass)" not in shared and "| 25 (one pass) | 2.40x | - | - | - |" in shared
-    assert "| x SDPA | x one rank |" in shared and "best dense kernel" not in shared
-    assert "| x SDPA | x best dense | compiled, ms |" in table and "| attention | selection | peak GiB |" in table
+    shared = FIRST_TOKEN.markdown([*rows[:3], *two])
+    assert "| x SDPA | x best dense | x one rank |" in shared and "x one rank" not in table
+    assert "| dense SDPA, 2 ranks | - | 60 | 1.00x | 1.00x | 1.67x |" in shared
+    assert "| flexprefill, 2 ranks | 0.050 | 25 (one pass) | 2.40x | 2.40x | - |" in shared

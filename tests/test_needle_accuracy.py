@@ -97,11 +97,11 @@ def test_a_table_for_each_model_and_the_shipped_one_is_marked() -> None:
         for model in ("f" * 64, model_sha256(MODEL_DIR))
         for task, length, samples, exact in cells
     ]
-    shipped, other = run_tables(rows).split("\n\n**")
+    shipped, other = run_tables(rows).split("\n\n**SHA")
     assert "| vt | 0.750 | 0.250 |" in other and "| single | 1.000 | - |" in other
     assert "ffffffffff" in other and "flexprefill_fa/tools/needle/model" not in other
-    assert "512 at 4,096 tokens; 128 at 8,192 tokens. X, torch 2, commit abc" in other
-    assert "(`flexprefill_fa/tools/needle/model`)" in shipped and "| vt | 0.750 | 0.250 |" in shipped
+    assert "512 at 4,096 tokens; 128 at 8,192 tokens." in other and "X, torch 2, commit abc" in other
+    assert "It is `flexprefill_fa/tools/needle/model`." in shipped and "| vt | 0.750 | 0.250 |" in shipped
 
 
 CELL = {"task": "vt", "length": 700, "samples": 8, "exact": 0.25, "commit": "abc", "date": "2026-11-23"}

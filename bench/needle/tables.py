@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
-from bench.tables import Column, Table, across, distinct, pivot, values
+from bench.tables import Table, conditions, field, pivot, values
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.rows import Row
 
-
-def conditions_of(rows: Sequence[Row]) -> str:
-    """Where the accuracies were measured; where versions, commits or dates differ, each is named."""
-    words = {"gpu": "", "torch": "torch ", "python": "Python ", "commit": "commit ", "date": ""}
-    return ", ".join(f"{word}{found}" for name, word in words.items() if (found := distinct(rows, name)))
+conditions_of = partial(conditions, names="gpu torch python commit date")
+"""Where the accuracies were measured."""
 
 
 def questions_of(rows: Sequence[Row]) -> str:
     """How many questions of a task each length had."""
-    found = pivot(rows, lambda row: row["samples"], lambda row: row["length"])
+    lengths = {samples: [row for row in rows if row["samples"] == samples] for samples in values(rows, "samples")[::-1]}
     return "; ".join(
-        f"{samples} at {', '.join(f'{length:,}' for length in sorted(found[samples]))} tokens"
-        for samples in sorted(found, reverse=True)
+        f"{samples} at {', '.join(f'{length:,}' for length in values(found, 'length'))} tokens"
+        for samples, found in lengths.items()
     )
 
 
-def _columns(rows: list[Row]) -> list[Column]:
-    """Of lines that are a task's rows by length."""
-    titles = {length: f"{length:,} tokens" for length in values(rows, "length")}
-    told: Column = "task", lambda line: next(iter(line.values()))["task"]
-    return [told, *across(titles, lambda row: f"{row['exact']:.3f}")]
+def _title(length: int) -> str:
+    return f"{length:,} tokens"
 
 
-def _caption(rows: list[Row]) -> str:
-    model = rows[0]["model_sha256"]
-    return (
-        f"**SHA-256 {model[:10]}**{' (`flexprefill_fa/tools/needle/model`)' if model == _shipped() else ''}: share of "
-        "whole answers that are right after dense prefill, bfloat16. Questions of each task: "
-        f"{questions_of(rows)}. {conditions_of(rows)}."
-    )
+def _mark(rows: Sequence[Row]) -> str:
+    return " It is `flexprefill_fa/tools/needle/model`." if rows[0]["model_sha256"] == _shipped() else ""
 
 
 def _shipped() -> str:
@@ -46,11 +36,14 @@ def _shipped() -> str:
 
 
 RUNS = Table(
-    group_by=("model_sha256", "asked_sha256", "seed", "gpu", "torch", "python"),
-    identity=("task", "length"),
-    lines=lambda rows: pivot(rows, lambda row: row["task"], lambda row: row["length"]).values(),
-    columns=_columns,
-    caption=_caption,
+    group_by="model_sha256 asked_sha256 seed gpu torch python",
+    identity="task length",
+    caption="**SHA-256 {model_sha256:.10}**: share of whole answers that are right after dense prefill, bfloat16",
+    lines=lambda rows: pivot(
+        (({"task": row["task"]}, {_title(row["length"]): field(row, "exact:.3f")}) for row in rows),
+        map(_title, values(rows, "length")),
+    ),
+    notes=lambda rows: f"Questions of each task: {questions_of(rows)}.{_mark(rows)}",
 )
 """The accuracies of one model under one set of conditions."""
 
