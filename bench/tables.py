@@ -193,13 +193,21 @@ def conditions(rows: Sequence[Row], names: str) -> str:
 
 def line_of(row: Row) -> str:
     """A row for a log: what was measured, and the first of its times."""
-    who = [f"{row['length']} tokens", method(row) if row.get("selector") else "dense" if "selector" in row else None]
-    who += [row.get(name) for name in ("case", "backend", "measure", "kernel", "implementation", "path")]
-    who += [f"{name} {row[name]}" for name in ("layer", "head_dim", "tile") if row.get(name) is not None]
-    told = ", ".join(dict.fromkeys(filter(None, (*who, "compiled" if row.get("compiled") else None))))
+    who = [f"{row['length']} tokens", f"layer {row['layer']}" if row.get("layer") is not None else ""]
+    if "measure" in row:  # of a serving engine
+        who.append(f"{row['backend']}, {row['measure']}")
+    elif "tile" in row or "case" in row:
+        who.append(row["case"] if "case" in row else f"head_dim {row['head_dim']}, tile {row['tile']}")
+    elif row["selector"] is None:
+        who.append(f"dense {row['kernel']}")
+    else:
+        ran = {"dense": f"(dense {row.get('kernel')})", "peer": f"of {row.get('implementation')}"}
+        who.append(" ".join(filter(None, (method(row), row.get("backend"), ran.get(row.get("path", ""))))))
+    told = ", ".join(filter(None, (*who, "compiled" if row.get("compiled") else "")))
     if isinstance(row.get("error"), str):
         return f"{told}: WRONG: {row['error']}"
     found = [f"{value:.3f} {name[-2:]}" for name, value in row.items() if name.endswith(("_ms", "_us"))][:1]
     found += [f"{value:,.0f} tokens/s" for name, value in row.items() if name.endswith("tokens_per_s")]
-    numbers = ("density", "recall", "error", "peak_gib")
-    return f"{told}: {', '.join(found + [f'{name} {row[name]:.3f}' for name in numbers if row.get(name) is not None])}"
+    found += [f"{name} {row[name]:.3f}" for name in ("density", "recall", "error") if row.get(name) is not None]
+    found += [f"peak {row['peak_gib']:.1f} GiB"] if "peak_gib" in row else []
+    return f"{told}: {', '.join(found)}"

@@ -321,7 +321,7 @@ def test_each_setting_of_a_selector_has_its_lines(lines: list[dict[str, Any]]) -
     rest = "tau 0.05, min_budget 200, max_budget 400"
     methods = [f"flexprefill, gamma 0.5, {rest}", f"flexprefill, gamma 0.9, {rest}", "flexprefill"]
     assert found == [[method, who] for method in methods for who in ("flexprefill_fa CPU", "p")]
-    assert f"flexprefill, gamma 0.9, {rest}, p, peer, " in line_of(more[-1])
+    assert f"flexprefill, gamma 0.9, {rest} of p: " in line_of(more[-1])
 
 
 def test_auto_is_a_line_of_its_own(lines: list[dict[str, Any]]) -> None:

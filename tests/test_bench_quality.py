@@ -160,7 +160,7 @@ def test_both_corrections_are_asked_for_unless_one_is_named(out: Path, monkeypat
     calls.clear()
     result = run(*options, "--mean-correction")
     assert result.exit_code == 0 and calls == [{**shared, "mean_correction": True}] * 2
-    assert "| 600 | flexprefill gamma=0.5 |" in result.stdout
+    assert "| 600 | flexprefill, gamma 0.5, min_budget 128 |" in result.stdout
     assert "flexprefill, gamma 0.5, min_budget 128, mean correction CPU: density " in result.stderr
 
 

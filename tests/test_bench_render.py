@@ -140,9 +140,7 @@ def test_other_settings_workloads_and_gpus_get_tables_of_their_own() -> None:
 def test_a_row_of_an_older_version_is_told_with_what_to_do(tmp_path: Path) -> None:
     older = {name: value for name, value in FIRST.items() if name != "chunk"}
     append(tmp_path / "ttft.jsonl", older)
-    message = (
-        "ttft.jsonl has no 'chunk', which .* shows: take out rows of older versions, or measure them again"
-    )
+    message = "ttft.jsonl has no 'chunk', which .* shows: take out rows of older versions, or measure them again"
     with pytest.raises(ValueError, match=message):
         rendered(MARKERS, tmp_path)
 
@@ -194,7 +192,7 @@ def test_round_trip(results: Path) -> None:
     assert "; peakprefill, peak 0.2, variance True; the prefill time" in rendered(once, results)
     once = rendered(once, results)
     assert "| 65,536 | 0.060 | FLASH | 4.1 | CUDA graph | 571 | 93% |" in once
-    assert "one layer, needle heads**" in once and "layer 2, SHA-256 0123456789, torch" in once and "1.67x" in once
+    assert "one layer, needle heads**" in once and "SHA-256 0123456789, layer 2, torch" in once and "1.67x" in once
     assert rendered(once, results) == once
     append(results / "attention.jsonl", sparse("TRITON", 6.0))
     assert rendered(once, results) != once
