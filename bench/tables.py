@@ -74,7 +74,7 @@ class Table:
 
 def kernel_name(row: Row) -> str:
     """A row's kernel of dense attention, as it is written."""
-    return KERNEL_NAMES.get(row["kernel"], row["kernel"])
+    return str(KERNEL_NAMES.get(row["kernel"], row["kernel"]))
 
 
 def key(row: Row, names: str) -> str:
