@@ -7,7 +7,20 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from bench.tables import Line, Table, cells, conditions, group_rows, mark, markdown, method, number, pivot, usual_knob
+from bench.tables import (
+    Line,
+    Table,
+    cells,
+    conditions,
+    group_rows,
+    mark,
+    markdown,
+    method,
+    number,
+    paragraphs,
+    pivot,
+    usual_knob,
+)
 from flexprefill_fa.tools.fidelity.plot import curves
 from flexprefill_fa.tools.rows import Row
 
@@ -116,6 +129,7 @@ def fidelity_summary(rows: Iterable[Row]) -> str:
     if not sweeps:
         return ""
     reached = [[_densities(part, target) for part in sweeps] for target in TARGETS]
+    shown = [_as_it_comes(group) for group in groups if group[0]["text"] == _TEXT]
     lines = []
     for name in dict.fromkeys(row["selector"] for part in sweeps for row in part):
         line = {"selector": name}
@@ -123,12 +137,9 @@ def fidelity_summary(rows: Iterable[Row]) -> str:
             ratios = [least[name] / min(least.values()) for least in found if name in least]
             told = dict.fromkeys(f"{ratio:.1f}x" for ratio in (min(ratios), max(ratios))) if ratios else ()
             line[f"KL {target:g}"] = f"in {len(ratios)}, {' to '.join(told)}" if ratios else "in none"
-        for group in groups:
-            length = max(row["length"] for row in group)
-            usual = [row for row in group if (row["selector"], row["length"]) == (name, length) and usual_knob(row)]
-            if group[0]["text"] == _TEXT and usual:
-                told = f"{usual[0]['density']:.3f}: KL {usual[0]['kl']:.3f}, {usual[0]['same_top']:.1%} the same"
-                line[f"as it comes on {group[0]['model']}, {length:,} tokens"] = told
+        for usual in shown:
+            told = "{density:.3f}: KL {kl:.3f}, {same_top:.1%} the same".format(**usual[name]) if name in usual else "-"
+            line[f"as it comes on {_where(usual)}"] = told
         lines.append(line)
     caption = (
         f"Of {len(sweeps)} sweeps ({conditions([part[0] for part in sweeps], 'model length text')}), those in which a "
@@ -136,7 +147,37 @@ def fidelity_summary(rows: Iterable[Row]) -> str:
         "needs. As it comes: density and KL of the usual knob, and the share of positions whose most likely token "
         f"stays the same, on '{_TEXT}'."
     )
-    return f"{caption}\n\n{markdown(lines)}"
+    return paragraphs([caption, markdown(lines), *map(_lost, shown)])
+
+
+def _as_it_comes(group: Sequence[Row]) -> dict[str, Row]:
+    """The row of each selector with its usual knob, at the longest prompts."""
+    longest = max(row["length"] for row in group)
+    found = [row for row in group if row["length"] == longest and usual_knob(row)]
+    return {row["selector"]: row for row in reversed(found)}
+
+
+def _where(usual: dict[str, Row]) -> str:
+    return "{model}, {length:,} tokens".format(**next(iter(usual.values())))
+
+
+def _lost(usual: dict[str, Row]) -> str:
+    """What is lost by those that keep more blocks than another selector and are further from dense by both measures."""
+    lines = []
+    for name, row in usual.items():
+        better = [
+            other
+            for other in usual.values()
+            if other["density"] < row["density"] and other["kl"] < row["kl"] and other["same_top"] > row["same_top"]
+        ]
+        if better:
+            best = min(better, key=lambda other: other["kl"])
+            lines.append(
+                f"{name} keeps {row['density']:.1%} of the blocks and another token becomes most likely at "
+                f"{1 - row['same_top']:.1%} of positions; {best['selector']} keeps {best['density']:.1%}, and it does "
+                f"at {1 - best['same_top']:.1%}"
+            )
+    return f"What is lost on {_where(usual)}: {'. '.join(lines)}." if lines else ""
 
 
 def _densities(rows: Sequence[Row], target: float) -> dict[str, float]:

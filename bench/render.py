@@ -14,7 +14,7 @@ from bench.needle.tables import run_tables
 from bench.paths import ROOT
 from bench.quality_tables import CORRECTION, SELECTORS
 from bench.serve_tables import ENGINES, serve_tables
-from bench.speed_tables import GIVEN, HOST, PEERS, attention_tables, demo_table, shown_first
+from bench.speed_tables import GIVEN, HOST, PEERS, PREFILL, SELECTION, attention_tables, demo_table, shown_first
 from bench.ttft_tables import FIRST_TOKEN, speed_summary
 from flexprefill_fa.tools.rows import read
 
@@ -29,7 +29,9 @@ DOCUMENTS: dict[Path, dict[str, tuple[Any, ...]]] = {
         "attention-needle": (partial(attention_tables, device="cuda", workload="needle"), "attention"),
         "attention-cpu": (partial(attention_tables, device="cpu", workload="needle"), "attention"),
         "density": (GIVEN.markdown, "attention"),
+        "attention-model": (partial(attention_tables, device="cuda", workload="model"), "attention"),
         "host": (HOST.markdown, "host"),
+        "prefill": (PREFILL.markdown, "host"),
         "ttft": (FIRST_TOKEN.markdown, "ttft"),
         "serving": (serve_tables, *ENGINES),
         "peers": (PEERS.markdown, "peers"),
@@ -37,6 +39,7 @@ DOCUMENTS: dict[Path, dict[str, tuple[Any, ...]]] = {
     },
     ROOT / "docs/accuracy.md": {
         "fidelity": (LEADERBOARD.markdown, "fidelity"),
+        "selection": (SELECTION.markdown, "attention"),
         "fidelity-settings": (SINGLES.markdown, "fidelity"),
         "ruler-summary": (USUAL.markdown, "ruler"),
         "ruler": (TASKS.markdown, "ruler"),

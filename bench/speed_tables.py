@@ -11,6 +11,7 @@ from bench.planning import YARDSTICK
 from bench.tables import Line, Table, cells, conditions, field, kernel_name, key, markdown, method, pivot, settings_of
 from flexprefill_fa.masks import get_selector
 from flexprefill_fa.masks.selector import DEFAULT_SELECTOR
+from flexprefill_fa.tools.reporting import changed_settings
 from flexprefill_fa.tools.rows import Row
 
 OURS = "flexprefill_fa"
@@ -182,6 +183,38 @@ HOST = Table(
     where=lambda row: "graph" in row and "host_us" in row,  # others are of whole prefills, or say nothing of graphs
 )
 """What a call costs the CPU before the GPU has its work."""
+PREFILL = Table(
+    group_by="model model_sha256 gpu dtype",
+    identity="length case graph",
+    caption="**Prefill of the {model} model in transformers, uncompiled**: medians by wall clock, in turns, ms",
+    lines=lambda rows: pivot(
+        ({"tokens": f"{row['length']:,}"}, {_prefill(row): field(row, "prefill_ms:.2f")}) for row in rows
+    ),
+    where=lambda row: "prefill_ms" in row,
+)
+"""Whole prefills of a model so small that it waits for the CPU."""
+SELECTION = Table(
+    group_by="gpu heads kv_heads head_dim dtype workload",
+    identity="selector settings length",
+    caption="**Selection for all heads of one layer**, ms, settings as they come",
+    lines=lambda rows: pivot(
+        ({"selector": method(row)}, {f"{row['length']:,} tokens": field(row, "select_ms:ms")}) for row in rows
+    ),
+    where=lambda row: (row["workload"], row["head_dim"]) == ("sharpened", 128) and _costs(row),
+)
+"""What choosing blocks takes: fewer of them are less time only where that is cheap."""
+
+
+def _prefill(row: Row) -> str:
+    return row["case"] + (', graph="auto"' if row["graph"] == "auto" else "")
+
+
+def _costs(row: Row) -> bool:
+    return (
+        "select_ms" in row
+        and row["length"] in (32768, 131072)
+        and not changed_settings(row["selector"], row["settings"])
+    )
 
 
 def demo_table(rows: Sequence[Row]) -> str:

@@ -186,6 +186,8 @@ def conditions(rows: Sequence[Row], names: str) -> str:
     told = []
     for name in names.split():
         found = [row[name] for row in rows if row.get(name) not in (None, {})]
+        if name == "repeats" and len(set(found)) > 1:
+            found = [f"{min(found)} to {max(found)}"]
         texts = dict.fromkeys(settings_of(value) if isinstance(value, dict) else str(value) for value in found)
         told += [_TOLD.get(name, f"{name} {{}}").format(", ".join(texts))] if texts else []
     return ", ".join(told)
