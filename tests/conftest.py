@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,14 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    if not HAS_GPU and importlib.util.find_spec("triton"):
+        from interpreter import make_quick
+
+        make_quick()
 
 
 @pytest.fixture(autouse=True)
