@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")  # it costs graphs as small as these more than it saves
 import torch  # noqa: E402
+
+# pytest listens to every logger that does not propagate; torch.compile then writes its trace for it.
+logging.getLogger("torch.__trace").propagate = True
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
