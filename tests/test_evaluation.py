@@ -52,7 +52,7 @@ def no_report_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval's file of RULER's needles sorts every pair of an adjective and a noun when it is imported, for seconds."""
+    """At its import lm-eval's file of RULER's needles sorts all pairs of an adjective and a noun, for seconds."""
     wonderwords = pytest.importorskip("wonderwords")
     lists = wonderwords.RandomWord._get_word_lists_by_category
 
@@ -64,7 +64,7 @@ def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def rulers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One folder of lm-eval's instead of all: where a name is in no folder that was given, thousands of files are read."""
+    """One folder of lm-eval's instead of all, whose thousands of files are read for a name that is in no other."""
     import lm_eval.tasks.manager as manager
 
     monkeypatch.setattr(manager, "__file__", str(Path(manager.__file__).parent / "ruler" / "manager.py"))
