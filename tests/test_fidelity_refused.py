@@ -184,7 +184,7 @@ def test_a_target_that_no_setting_reaches(out: Path) -> None:
     assert last.startswith("error: no setting of flexprefill stays within a KL of 1e-07 at 700 tokens: the best that")
     assert f"gamma={row['settings']['gamma']}" in last and f"KL {row['kl']:.4g} at density {row['density']:.3f}" in last
     assert row["kl"] > 1e-7 and "enable_sparse_prefill" not in result.stdout
-    result = fidelity(out, "--selector", "flexprefill", *target, "--dtype", "bfloat16")
+    result = fidelity(out, "--selector", "flexprefill", *target, "--text", __file__, "--dtype", "bfloat16")
     assert "what is left there may be rounding: try --dtype float32" in result.stderr.splitlines()[-1], "all is kept"
 
 
