@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")  # it costs graphs as small as these more than it saves
 import torch  # noqa: E402
+
+# pytest listens to every logger that does not propagate; torch.compile then writes its trace for it.
+logging.getLogger("torch.__trace").propagate = True
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -50,6 +55,22 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    if not HAS_GPU and importlib.util.find_spec("triton"):
+        from interpreter import make_quick
+
+        make_quick()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_compiler() -> None:
+    """Each compilation empties the processor's caches to time its guards, for a log."""
+    from torch._dynamo import guards
+
+    setattr(guards, "profile_guard_manager", lambda *_: 0.0)  # noqa: B010 (not exported, for pyright)
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hf_models import oracle_layers, prompt, tiny_model
 from oracle_attention import masked_attention
 from test_attention import every_third_key, recency
 from torch import Tensor
 from workloads import structured_qk
 
 from flexprefill_fa import BlockSelection, FlexPrefillConfig, sparse_prefill_attention
-from flexprefill_fa.integrations.transformers import enable_sparse_prefill
 
 CONFIG = FlexPrefillConfig(gamma=0.4, tau=0.0, min_budget=1)
 Attend = Callable[..., Any]
@@ -74,6 +72,10 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, mask_
 
 def check_model(forward: Callable[[Any], Callable[..., Any]] = lambda model: model) -> None:
     """The logits of a sparse model are those over the blocks that its selector keeps, and not the dense ones."""
+    from hf_models import oracle_layers, prompt, tiny_model  # of transformers, which the other checks do without
+
+    from flexprefill_fa.integrations.transformers import enable_sparse_prefill
+
     model, ids = tiny_model("llama", layers=1), prompt(1, 1100)
     with torch.no_grad():
         dense = model(ids).logits

@@ -50,6 +50,26 @@ def no_report_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
+@pytest.fixture
+def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its import lm-eval's file of RULER's needles sorts all pairs of an adjective and a noun, for seconds."""
+    wonderwords = pytest.importorskip("wonderwords")
+    lists = wonderwords.RandomWord._get_word_lists_by_category
+
+    def short(self: Any, *arguments: Any) -> dict[str, list[str]]:
+        return {name: words[::20] for name, words in lists(self, *arguments).items()}
+
+    monkeypatch.setattr(wonderwords.RandomWord, "_get_word_lists_by_category", short)
+
+
+@pytest.fixture
+def rulers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One folder of lm-eval's instead of all, whose thousands of files are read for a name that is in no other."""
+    import lm_eval.tasks.manager as manager
+
+    monkeypatch.setattr(manager, "__file__", str(Path(manager.__file__).parent / "ruler" / "manager.py"))
+
+
 @pytest.fixture(scope="module")
 def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model of two layers with room for 2,048 positions."""
@@ -122,6 +142,7 @@ def test_rows_resume_repeat_and_carry_their_conditions(tmp_path: Path, monkeypat
     assert but_timing(read(again)) == but_timing([dense, flex])
 
 
+@pytest.mark.usefixtures("few_words")
 def test_lm_evals_own_task_runs_sparse(short_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     result = evaluate(
@@ -173,6 +194,12 @@ def test_a_task_without_its_data_says_which_and_takes_it_from_a_folder(
     assert row["length"] is None and row["metric"] == "score" and row["density"] == 1
 
 
+@pytest.mark.usefixtures("rulers_alone")
+def test_lm_evals_own_tasks_are_found_without_their_folder() -> None:
+    assert Tasks(["niah_single_1", "needle_single"]).names == ["niah_single_1", "needle_single"]
+
+
+@pytest.mark.usefixtures("rulers_alone")
 def test_mistakes_are_told_in_one_line(short_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     assert_refused(evaluate(out, "--lengths", "4096", model=short_model), "at most 2048", "got 4096")
@@ -202,6 +229,7 @@ def test_mistakes_are_told_in_one_line(short_model: Path, tmp_path: Path) -> Non
     assert read(out) == []
 
 
+@pytest.mark.usefixtures("few_words")
 def test_a_task_is_drawn_the_same_for_the_same_seed() -> None:
     """lm-eval's own tasks draw from global random numbers, which anything may have used before."""
     tasks = Tasks(["niah_single_1"], [Path(of_lm_eval("ruler")[1])])

@@ -41,8 +41,8 @@ def count(request: pytest.FixtureRequest, needle_tokenizer: Tokenizer) -> CountT
 @pytest.mark.parametrize("name", ALL)
 def test_prompt_and_answer_take_exactly_the_budget(name: str, count: CountTokens) -> None:
     recipe = ALL[name]
-    for length in (8192, 12345):
-        for sample, tokens in fit(recipe, count, length, samples=3, seed=1):
+    for length, samples in ((8192, 2), (9345, 1)):
+        for sample, tokens in fit(recipe, count, length, samples=samples, seed=1):
             assert tokens == count([sample])[0] == length - recipe.new_tokens
 
 

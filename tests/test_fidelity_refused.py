@@ -176,15 +176,15 @@ def test_nan_logits_of_one_selector_leave_the_others(out: Path, monkeypatch: pyt
 
 def test_a_target_that_no_setting_reaches(out: Path) -> None:
     """Two columns and diagonals of at most 384 tokens leave something out, whatever gamma is."""
-    spec = "flexprefill:max_budget=384+min_budget=128"
-    result = fidelity(out, "--selector", spec, "--target-kl", "1e-7", "--no-recall", "--text", __file__, "--skip", "64")
+    spec, target = "flexprefill:max_budget=384+min_budget=128", ("--target-kl", "1e-7", "--no-recall")
+    result = fidelity(out, "--selector", spec, *target, "--text", __file__, "--skip", "64", "--lengths", "700")
     assert result.exit_code == 2, result.output
     last = result.stderr.splitlines()[-1]
     row = min(read(out), key=lambda row: row["kl"])
-    assert last.startswith("error: no setting of flexprefill stays within a KL of 1e-07 at 1100 tokens: the best that")
+    assert last.startswith("error: no setting of flexprefill stays within a KL of 1e-07 at 700 tokens: the best that")
     assert f"gamma={row['settings']['gamma']}" in last and f"KL {row['kl']:.4g} at density {row['density']:.3f}" in last
     assert row["kl"] > 1e-7 and "enable_sparse_prefill" not in result.stdout
-    result = fidelity(out, "--selector", "flexprefill", "--target-kl", "1e-7", "--dtype", "bfloat16", "--no-recall")
+    result = fidelity(out, "--selector", "flexprefill", *target, "--text", __file__, "--dtype", "bfloat16")
     assert "what is left there may be rounding: try --dtype float32" in result.stderr.splitlines()[-1], "all is kept"
 
 

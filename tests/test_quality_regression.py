@@ -15,6 +15,7 @@ import needs
 import pytest
 import quality_checks
 import torch
+import torch.nn.functional as F
 from quality_checks import (
     COLUMN_KEEPERS,
     NEEDLE_SETTINGS,
@@ -30,8 +31,9 @@ from quality_checks import (
 from torch import Tensor
 
 from bench.capture import needle_layers
-from bench.quality import exact_attention
+from bench.quality import MASS_BLOCK, Exact
 from flexprefill_fa import BlockSelection, StreamingLLMConfig
+from flexprefill_fa.exact import block_mass
 from flexprefill_fa.grid import Grid, unmasked_blocks, visible_blocks
 from flexprefill_fa.index_lists import both_lists, shared_lists
 from flexprefill_fa.masks import Selector, selector, vertical_slash
@@ -56,8 +58,14 @@ def layers() -> list[Layer]:
     found = []
     for seed in CAPTURE_SEEDS:
         captured = needle_layers(TOKENS, LAYERS, dtype=torch.float32, device=torch.device("cpu"), seed=seed)
-        found += [Layer(*tensors, exact_attention(*tensors)) for tensors in captured.values()]
+        found += [Layer(*tensors, exact(*tensors)) for tensors in captured.values()]
     return found
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor) -> Exact:
+    """`exact_attention` with an output of PyTorch's, as exact in fp32 and sooner there."""
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return Exact(out, block_mass(query, key, MASS_BLOCK))
 
 
 @pytest.fixture(scope="module")

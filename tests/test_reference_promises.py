@@ -82,7 +82,7 @@ def test_padding_of_whole_blocks_changes_nothing(variant: Any, block_size: int, 
     assert not padded[:, rows:].any() and not padded[:, :, rows:].any()
 
 
-@pytest.mark.parametrize("n", [1000, 2048, 3001])
+@pytest.mark.parametrize("n", [1000, 2048, 2177])
 def test_trained_heads(needle_model: PreTrainedModel, needle_tokenizer: Tokenizer, n: int) -> None:
     """Queries and keys of the needle model on its own kind of text, all layers, published settings and others."""
     ids = torch.tensor([build_prompt(needle_tokenizer, n, needles=4, seed=n).token_ids])
