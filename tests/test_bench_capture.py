@@ -52,7 +52,8 @@ def test_a_models_layer_is_measured_on_a_text(folder: Path, tmp_path: Path) -> N
     options = ("--selectors", "flexprefill:min_budget=128+gamma=0.5", "--layer", "1", "--text", "prose")
     result = run(folder, "--lengths", "520", *options, "--backends", "CPU", "--out", str(out))
     assert result.exit_code == 0, result.output
-    assert "**Layer 1 of tiny (SHA-256 " in result.stdout and " on the text prose**" in result.stdout
+    assert "model heads**" in result.stdout and "tiny, SHA-256 " in result.stdout
+    assert ", prose, layer 1, " in result.stdout
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["path"] for row in rows] == ["dense", "dense", "sparse"]
     said = {"workload": "model", "model": "tiny", "model_sha256": model_sha256(folder), "layer": 1, "text": "prose"}

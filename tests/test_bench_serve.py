@@ -216,7 +216,7 @@ def test_the_table() -> None:
     assert "| 131,072 tokens: first token, ms | 0.052 | 12,000 | 4,000 | 3.00x |" in text, "the later row counts"
     assert "| 32 requests decoding: tokens/s | - | 2,000 | 1,990 | 0.99x |" in text
     assert "random blocks of density 0.05" in text and "default backend FlashAttention 3" in text
-    assert "repeats 2, 7, commit abc" in text
+    assert "repeats 2 to 7, commit abc" in text
     assert "from the paged cache: length 131072, q_len 8192, gather_ms 0.4, select_ms 0.8, attend_ms 0.8." in text
     assert serve_tables([]) == ""
 

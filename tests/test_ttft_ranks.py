@@ -78,7 +78,7 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     what = ("--selectors", "", "--dense", "sdpa", "--modes", "eager", "--repeats", "1", "--out", str(out))
     first, second = run_ranks(command_on_a_rank, *shape, *what, folder=tmp_path, timeout=240)
     assert first[0] == second[0] == 0, (first, second)
-    assert "shared by 2 ranks" in first[1] and "600" not in second[1]
+    assert "| 600 | dense SDPA, 2 ranks |" in first[1] and "600" not in second[1]
     (row,) = read(out)
     assert row["kernel"] == "sdpa" and row["ranks"] == 2 and row["ttft_ms"] > 0
 
