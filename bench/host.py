@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from bench.workloads import structured_inputs
 from flexprefill_fa import FlexPrefillConfig, Selector, get_selector, selector_names, sparse_prefill_attention
 from flexprefill_fa.dense import fastest_dense
 from flexprefill_fa.dispatch import Request, kernel_for
-from flexprefill_fa.graph_cache import GRAPHS
+from flexprefill_fa.graph_cache import GRAPHS, release_graphs
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.loading import load_model
 from flexprefill_fa.tools.needle import MODEL_DIR
@@ -83,17 +84,25 @@ def prefill_rows(device: torch.device, dtype: torch.dtype, repeats: int, length:
     model, _ = load_model(MODEL_DIR, dtype, device)
     model.set_attn_implementation("sdpa")
     tokens = torch.randint(0, model.config.vocab_size, (1, length), device=device)
-    cases = {("sdpa", "never"): nullcontext, ("as it comes", "never"): partial(enable_sparse_prefill, model)}
+    configs = {"as it comes": (), **{name: (get_selector(name)(),) for name in ("peakprefill", "flashprefill")}}
+    cases: dict[tuple[str, str], Callable[[], Any]] = {("sdpa", "never"): nullcontext}
     for graph in ("never", "auto") if device.type == "cuda" else ("never",):
-        for name in ("peakprefill", "flashprefill"):
-            cases[name, graph] = partial(enable_sparse_prefill, model, get_selector(name)(), graph=graph)
+        for name, given in configs.items():
+            if not given or length > given[0].dense_tokens:
+                cases[name, graph] = partial(enable_sparse_prefill, model, *given, graph=graph)
     times: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+    kept = dict.fromkeys(cases, False)
     for _ in range(ROUNDS):
         for case, made in cases.items():
+            release_graphs()
             with made():
                 call = partial(model, tokens, logits_to_keep=1)
                 times[case] += [us / 1000 for us in call_us(call, device, PREFILL_WARM_UPS, repeats, whole=True)]
+            kept[case] = len(GRAPHS) > 0
+    release_graphs()
     same = {"length": length, "model": "needle", "model_sha256": model_sha256(MODEL_DIR), "repeats": ROUNDS * repeats}
     for (case, graph), found in times.items():
+        if kept[case, graph] != (graph == "auto"):  # dense, or captures that failed
+            continue
         row = described("host", device, dtype, **same, case=case, graph=graph)
         yield row | summarise(found, "wall clock").fields("prefill_ms")

@@ -225,6 +225,7 @@ def gather_share(plan: LoadPlan, page: int = 16) -> Row:
         attend = functools.partial(block_sparse_attention, query, key, value, chosen)
         return {
             "q_len": q_len,
+            "timed_by": "CUDA graph",
             "gather_ms": milliseconds(gather_both),
             "select_ms": milliseconds(lambda: select_blocks(query, key, settings.selector, scale=scale)),
             "attend_ms": milliseconds(lambda: attend(scale=scale, backend=settings.backend)),

@@ -67,7 +67,7 @@ _TABLE = Table(
     group_by=" ".join(("kind gpu model layers", *(engine.step_tokens for engine in ENGINES.values()))),
     identity="backend measure length settings synthetic_density",
     caption="**{model}**: wall clock of the whole engine, first token: median of the repeats, fewest of the longest "
-    "prompts. The sparse engine selects in full and then attends over seeded random blocks",
+    "prompts, other rows: one run each. The sparse engine selects in full and then attends over seeded random blocks",
     lines=_lines,
     notes=_gather,
     told="dense_kernel dtype settings synthetic_density",

@@ -104,7 +104,11 @@ def _beside_dense(rows: Sequence[Row], time: str, columns: Mapping[str, Any]) ->
     dense = [row for row in rows if row["selector"] is None]
     filled = []
     for row in (row for row in rows if row["selector"] is not None):
-        beside = {other["kernel"]: other["total_ms"] for other in dense if other["length"] == row["length"]}
+        beside = {
+            other["kernel"]: other["total_ms"]
+            for other in dense
+            if other["length"] == row["length"] and "total_ms" in other
+        }
         yardstick = YARDSTICK[row["device"]]
         found = {"best_dense": min(beside.values(), default=None), yardstick: beside.get(yardstick)}
         known = {f"speedup_{name}": ms / row[time] for name, ms in found.items() if ms is not None and time in row}

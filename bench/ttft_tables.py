@@ -88,7 +88,7 @@ def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:
     asked = [row for row in plain if selected and key(row, _METHOD) == key(selected[0], _METHOD)]
     first = next(iter(group_rows((row for row in asked if row["synthetic_density"]), f"{_SAME} synthetic_density")), [])
     beside = [row for row in split(plain)[0] if first and key(row, _SAME) == key(first[0], _SAME)]
-    lines = []
+    lines, shown = [], []
     for row in sorted(auto, key=lambda row: row["length"]):
         kept = row["density"] if row["path"] == "sparse" else 1
         line = {"tokens": f"{row['length']:,}", "blocks kept": f"{kept:.1%}"}
@@ -101,13 +101,15 @@ def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:
             line[f"{title}: speed-up"] = number(slow / fast, "x")
         else:
             lines.append(line)
+            shown += [row, *(other for other in dense if other["length"] == row["length"])]
     if not lines:
         return ""
+    head = ATTENTION.head(sorted(shown, key=lambda row: row["selector"] is None))
     return (
-        f"{ATTENTION.head(auto)} Dense is the fastest kernel measured, and what sparse prefill takes itself where it "
-        f"expects no gain. First token: {conditions(first, 'shape layers')}, random weights, uncompiled; selection in "
-        f"full, then attention over {conditions(first, 'synthetic_density transformers commit date')}."
-        f"\n\n{markdown(lines)}"
+        f"{head} Dense is the fastest kernel measured, and what sparse prefill takes itself where it expects no gain. "
+        f"First token: {conditions(first, 'shape layers')}, random weights, uncompiled, "
+        f"{conditions([*beside, *first], 'repeats')}; selection in full, then attention over "
+        f"{conditions(first, 'synthetic_density transformers commit date')}.\n\n{markdown(lines)}"
     )
 
 

@@ -37,7 +37,7 @@ def attend(
     graph: str = "never",
     selected: bool = False,
 ) -> Found:
-    """Attention as it was asked for; as `dispatch.attend`, for tensors that nobody has checked.
+    """Attention as it was asked for, on tensors that nobody has checked.
 
     Args:
         query, key, value: as for `sparse_prefill_attention`.
@@ -45,6 +45,9 @@ def attend(
         request: what else was asked for, starts and lengths checked.
         graph: "never", or "auto" to capture and replay calls that come again, see `graph_cache.py`.
         selected: whether the selection is wanted, which a graph does not give.
+
+    Returns:
+        `[B, Hq, Lq, D]`; what makes the selection that was computed, where it is wanted; whether it is the selector's.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, or a backend that cannot run.

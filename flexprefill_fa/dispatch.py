@@ -1,7 +1,7 @@
 """The one place that decides how a prompt's attention is computed: dense or sparse, which kernel, which options.
 
 Two questions, asked apart: `dense` says whether attention over every block may take the selector's place, and
-`backend` names the kernel. The core call, transformers, vLLM and `compat` all come here.
+`backend` names the kernel. The core call, transformers (both by `calls.py`) and `block_sparse_attention` come here.
 """
 
 from __future__ import annotations

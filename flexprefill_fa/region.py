@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+import torch._inductor.config as inductor_config
 import torch.fx.experimental._config as fx_config
 import torch.nn.functional as F
 from torch import Tensor
@@ -209,8 +210,17 @@ def compile_limits() -> Iterator[None]:
         _config_lock,
         torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=_RECOMPILE_LIMIT),
         fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]  # added by torch
+        inductor_config.patch(_threads()),  # pyright: ignore[reportAttributeAccessIssue]  # added by torch
     ):
         yield
+
+
+def _threads() -> dict[str, int]:
+    """TorchInductor's setting by which processes of other numbers of threads compile kernels of their own.
+
+    Before torch 2.13 its cache gives them each other's; the CPU kernel for fewer threads then writes beyond its room.
+    """
+    return {"cpp.threads": torch.get_num_threads()} if torch_version() < (2, 13) else {}
 
 
 def nothing_compiles() -> bool:

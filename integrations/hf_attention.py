@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from flexprefill_fa.autocast import as_sdpa_casts
 from flexprefill_fa.block_mask import both, item
 from flexprefill_fa.calls import attend
-from flexprefill_fa.dense import attention_with_extras
+from flexprefill_fa.dense import attention_with_extras, fastest_dense
 from flexprefill_fa.dispatch import Request
 from flexprefill_fa.masks import StreamingLLMConfig
 from flexprefill_fa.validation import MAX_HEAD_DIM, MIN_HEAD_DIM
@@ -100,7 +100,9 @@ def flexprefill_attention(
     plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE, None) or _DEFAULT_PLAN
     plain = prompt.is_plain and softcap is None and s_aux is None and sliding_window is None
     dense = plan.config is None or key.shape[2] < plan.min_prompt_tokens
-    if plain and dense and query.shape[2] == key.shape[2]:  # what the model would do by itself
+    trains = torch.is_grad_enabled() and query.requires_grad  # which is refused
+    if plain and dense and query.shape[2] == key.shape[2] and not trains and fastest_dense(query) == "sdpa":
+        # What the model would do by itself.
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
     if prompt.windowed and sliding_window is None:  # some models leave their window to the mask
         sliding_window = plan.window

@@ -102,8 +102,9 @@ def enable_sparse_prefill(
         mean_correction: let dropped blocks count, True or "tilted", see `sparse_prefill_attention`; "auto": tilted,
             where a layer, a prompt and the device can have it. Default: "auto" without a config, False with one.
         graph: "auto" to capture sparse prefills that come again as CUDA graphs, as in `sparse_prefill_attention`;
-            layers that are alike share one. Worth its memory where the CPU's launches take longer than the GPU's work:
-            small models and prompts up to 16,384 tokens. A compiled model goes without.
+            layers that are alike share one for each length, and `release_graphs()` drops them. Worth its memory where
+            lengths come again and the CPU's launches take longer than the GPU's work: small models and prompts up to
+            16,384 tokens. A compiled model goes without.
         statistics: None, "density" to keep each layer's density, kept blocks and JS distance, or "recall" to also
             compute the recall (exact attention: slow).
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import needs
 import pytest
 import torch
 import transformers
 from hf_models import SMALL, SPARSE, prompt, run, state, tiny_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexprefill_fa import (
     FlexPrefillConfig,
     PeakPrefillConfig,
 )
+from flexprefill_fa.integrations import hf_attention
 from flexprefill_fa.integrations.transformers import (
     NAME,
     collect_statistics,
@@ -153,6 +156,48 @@ def test_by_attn_implementation_alone(llama: PreTrainedModel) -> None:
         torch.testing.assert_close(run(llama).logits, dense, atol=1e-5, rtol=1e-5)
     finally:
         llama.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize(
+    ("name", "padded", "prefix", "own"),
+    [("llama", 0, 0, True), ("llama", 100, 0, False), ("llama", 0, 150, False), ("windowed", 0, 0, False)],
+    ids=["whole", "padded", "behind a prefix", "windowed"],
+)
+@torch.no_grad()
+def test_a_dense_prompt_goes_to_the_models_sdpa_where_nothing_is_masked(
+    name: str, padded: int, prefix: int, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windowed = transformers.MistralConfig(**SMALL, sliding_window=100)
+    model: Any = transformers.MistralForCausalLM(windowed).eval() if name == "windowed" else tiny_model(name)
+    ids = prompt(1, 400)
+    mask = (torch.arange(400) >= padded).long()[None]
+
+    def logits() -> Tensor:
+        cache = model(ids[:, :prefix], use_cache=True).past_key_values if prefix else None
+        return model(ids[:, prefix:], attention_mask=mask, past_key_values=cache).logits[:, padded:]
+
+    seen: list[int] = []
+    sdpa = hf_attention.sdpa_attention_forward
+
+    def counted(module: Any, query: Tensor, *rest: Any, **named: Any) -> Any:
+        seen.append(query.shape[2])
+        return sdpa(module, query, *rest, **named)
+
+    monkeypatch.setattr(hf_attention, "sdpa_attention_forward", counted)
+    expected = logits()
+    with enable_sparse_prefill(model, SPARSE, min_prompt_tokens=1000):
+        torch.testing.assert_close(logits(), expected, atol=1e-5, rtol=1e-5)
+    layers = model.config.num_hidden_layers
+    assert seen.count(400 - prefix) == (layers if own else 0)
+
+
+def test_a_dense_prompt_that_requires_grad_is_refused(llama: PreTrainedModel) -> None:
+    for least in (1, 1000):
+        with (
+            enable_sparse_prefill(llama, SPARSE, min_prompt_tokens=least),
+            pytest.raises(ValueError, match="requires grad"),
+        ):
+            llama(prompt(1, 400))
 
 
 def test_lengths_from_which_prompts_run_sparse() -> None:
