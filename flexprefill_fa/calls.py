@@ -53,7 +53,7 @@ def attend(
         ValueError, TypeError: for arguments that do not fit, or a backend that cannot run.
     """
     kind = kind_of(query, key, value, config, request)
-    prepared = _find(kind)
+    prepared = None if kind is None else _find(kind)  # a graph that is traced must not depend on what is known
     if prepared is None:
         check_query_key(query, key)
         check_value(key, value)
@@ -103,7 +103,7 @@ def kind_of(query: Tensor, key: Tensor, value: Tensor, config: Any, request: Req
     return type(config), shapes, kinds, values, tuple(map(type, values))
 
 
-def _find(kind: Hashable | None) -> Prepared | None:
+def _find(kind: Hashable) -> Prepared | None:
     """What was decided about calls of a kind."""
     try:
         return _known.get(kind)

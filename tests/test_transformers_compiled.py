@@ -55,6 +55,20 @@ def test_one_graph_serves_two_lengths_and_is_sparse(model: PreTrainedModel, padd
     assert (dense - inside)[mask.bool()].abs().max() > 0.01
 
 
+@torch.no_grad()
+def test_uncompiled_calls_between_compiled_ones_cost_no_graph(model: PreTrainedModel) -> None:
+    with enable_sparse_prefill(model, SPARSE):
+        compiled, counts = torch.compile(model, fullgraph=True, dynamic=True), []
+        for length in (650, 901, 1100):
+            expected = model(prompt(1, length), use_cache=False).logits
+            before = graphs()
+            torch.testing.assert_close(
+                compiled(prompt(1, length), use_cache=False).logits, expected, atol=1e-4, rtol=1e-4
+            )
+            counts.append(graphs() - before)
+    assert counts == [1, 0, 0]
+
+
 def test_generate_with_a_compiled_prefill(model: PreTrainedModel) -> None:
     """Five lengths: one graph below min_prompt_tokens, one above, tokens as uncompiled, and the model given back."""
 
