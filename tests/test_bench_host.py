@@ -40,13 +40,13 @@ def test_rows_of_the_cpu_are_printed_alone(tmp_path: Path, monkeypatch: pytest.M
 
 def test_prefills_of_the_needle_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.host.PREFILL_WARM_UPS", 1)
-    options = ("--prefill", "--lengths", "400", "--device", "cpu", "--dtype", "float32", "--repeats", "2")
+    options = ("--prefill", "--lengths", "1200", "--device", "cpu", "--dtype", "float32", "--repeats", "2")
     result = run(*options, "--out", str(tmp_path / "host.jsonl"))
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["case"] for row in rows] == ["sdpa", "as it comes", "peakprefill", "flashprefill"]
     for row in rows:
-        assert (row["length"], row["model"], row["graph"], row["repeats"]) == (400, "needle", "never", 6)
+        assert (row["length"], row["model"], row["graph"], row["repeats"]) == (1200, "needle", "never", 6)
         assert 0 < row["prefill_ms_p20"] <= row["prefill_ms"] <= row["prefill_ms_p80"]
 
 
