@@ -21,7 +21,7 @@ from flexprefill_fa.masks.peakprefill.config import MOST_REPRESENTATIVES, PeakPr
 from flexprefill_fa.masks.peakprefill.representatives import CLUSTER_STEPS, QUERY_STEP, count_of
 
 SPLITS = 16  # programs that share the queries of a key head
-QUERY_ROWS = 128  # queries of a program at a time: it waits for memory each time
+QUERY_ROWS = 32  # queries of a program at a time
 ROUND = MOST_REPRESENTATIVES  # columns of members; 16 is also the least side of a matrix product
 
 
@@ -276,9 +276,8 @@ def represent(
     with on_device(key):
         if config.variance:
             _squares_kernel[(SPLITS, batch * kv_heads)](
-                query, ranges, squares, *query.stride()[:3], kv_heads, groups, grid.offset, ROWS=QUERY_ROWS,
-                num_warps=8, **sizes,
-            )  # fmt: skip
+                query, ranges, squares, *query.stride()[:3], kv_heads, groups, grid.offset, ROWS=QUERY_ROWS, **sizes
+            )
         _representatives_kernel[(grid.kv_blocks, batch * kv_heads)](
             key, ranges, squares, vectors, biases, *key.stride()[:3], kv_heads, groups, grid.offset, tiles, count,
             scale * scale * LOG2E / 2, BLOCK=grid.block_size, R=most, T=width // most, ROUND=ROUND,
