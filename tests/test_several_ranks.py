@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
 )
+from typer.testing import CliRunner
 
+from bench.cli import app
 from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa import FlexPrefillConfig
 from flexprefill_fa.integrations.hf_attention import flexprefill_attention
@@ -36,10 +39,12 @@ from flexprefill_fa.integrations.transformers import (
     enable_sparse_prefill,
     observe_sparse_prefill,
 )
+from flexprefill_fa.tools.rows import read
 
 SPARSE = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=1)
 EVERYTHING = FlexPrefillConfig(gamma=1.0, min_budget=1)
 LENGTH, PADDING = 420, 128
+ROWS = "ttft.jsonl"
 SIZES: dict[str, Any] = {
     **{"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
@@ -95,9 +100,19 @@ def shared(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, **options)
 
 
+def command_on_a_rank(folder: Path) -> tuple[int, str]:
+    """`python -m bench ttft`, dense: `prefills` has sparse attention. The ranks stay together: they join once."""
+    shape = ("--config", "tiny", "--layers", "1", "--dtype", "float32", "--device", "cpu", "--lengths", "600")
+    what = ("--selectors", "", "--dense", "sdpa", "--modes", "eager", "--repeats", "1")
+    with patch("torch.distributed.destroy_process_group"):
+        result = CliRunner().invoke(app, ["ttft", *shape, *what, "--out", str(folder / ROWS)])
+    return result.exit_code, result.output
+
+
 def on_a_rank(folder: str) -> dict[str, Any]:
-    """Everything that is compared with one process, in one start of the ranks: they take long to import."""
-    with Ranks.start("cpu") as ranks:
+    """Everything that ranks do, in one start of them: they take long to import."""
+    command = command_on_a_rank(Path(folder))
+    with Ranks(torch.distributed.get_rank(), 2, torch.device("cpu")) as ranks:
         found = prefills(shared(Path(folder) / "2 kv heads"))
         found["sinks"] = sinks_of_a_rank(ranks.rank, ranks.world_size)
         found["random weights"] = logits_of_random_weights(ranks)
@@ -106,7 +121,8 @@ def on_a_rank(folder: str) -> dict[str, Any]:
         with pytest.raises(ValueError) as by_name:
             shared(Path(folder) / "1 kv head", attn_implementation="flexprefill")(prompt(1, LENGTH))
         ranks.barrier()
-    return found | {"errors": [str(error.value), str(by_name.value)], "ranks": (ranks.rank, ranks.world_size)}
+        size = torch.distributed.get_world_size()
+    return found | {"errors": [str(error.value), str(by_name.value)], "ranks": (ranks.rank, size), "command": command}
 
 
 def check_selections(kept: list[Tensor], expected: list[Tensor], heads: slice) -> None:
@@ -116,12 +132,22 @@ def check_selections(kept: list[Tensor], expected: list[Tensor], heads: slice) -
         assert torch.equal(ours, whole[:, heads])
 
 
-def test_two_ranks_do_what_one_process_does(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "2 kv heads")
-    tiny_model("llama", num_key_value_heads=1).save_pretrained(tmp_path / "1 kv head")
-    both = run_ranks(on_a_rank, str(tmp_path), folder=tmp_path, timeout=240)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the models, and of the rows that the ranks write."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny_model("llama").save_pretrained(folder / "2 kv heads")
+    tiny_model("llama", num_key_value_heads=1).save_pretrained(folder / "1 kv head")
+    return folder
 
-    alone = prefills(AutoModelForCausalLM.from_pretrained(tmp_path / "2 kv heads"))
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> list[dict[str, Any]]:
+    return run_ranks(on_a_rank, str(folder), folder=folder, timeout=240)
+
+
+def test_two_ranks_do_what_one_process_does(folder: Path, both: list[dict[str, Any]]) -> None:
+    alone = prefills(AutoModelForCausalLM.from_pretrained(folder / "2 kv heads"))
     assert (alone["sparse"] - alone["dense"]).abs().max() > 0.01, "dense would pass too"
     for rank, found in enumerate(both):
         assert found["ranks"] == (rank, 2)
@@ -145,6 +171,14 @@ def test_two_ranks_do_what_one_process_does(tmp_path: Path) -> None:
             "got 2"
             for what in ("layer 0 (LlamaAttention)", "this llama model")
         ]
+
+
+def test_the_command_under_torchrun(folder: Path, both: list[dict[str, Any]]) -> None:
+    (code, output), (other_code, other_output) = (found["command"] for found in both)
+    assert code == other_code == 0, (output, other_output)
+    assert "| 600 | dense SDPA, 2 ranks |" in output and "600" not in other_output
+    (row,) = read(folder / ROWS)
+    assert row["kernel"] == "sdpa" and row["ranks"] == 2 and row["ttft_ms"] > 0
 
 
 def shared_out(ranks: int, plan: dict[str, str] | None = None) -> Any:

@@ -1,19 +1,14 @@
-"""Ranks and the model they share, and the command under torchrun; `test_several_ranks.py` compares the weights."""
+"""Ranks and the model they share; `test_several_ranks.py` starts some, for the weights and the command."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from transformers import LlamaConfig
-from typer.testing import CliRunner
 
-from bench.cli import app
 from bench.ttft_ranks import Ranks, build_model
-from flexprefill_fa.tools.rows import read
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_hidden_layers": 1}
@@ -64,23 +59,6 @@ def test_a_gpu_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"without a number under torchrun.*: expected 'cuda', got 'cuda:1'"):
         Ranks.start("cuda:1")
-
-
-def command_on_a_rank(*options: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["ttft", *options])
-    return result.exit_code, result.output
-
-
-def test_the_command_under_torchrun(tmp_path: Path) -> None:
-    out = tmp_path / "ttft.jsonl"
-    shape = ("--config", "tiny", "--layers", "1", "--dtype", "float32", "--device", "cpu", "--lengths", "600")
-    # Sparse attention would be compiled on both ranks; `test_several_ranks.py` has it.
-    what = ("--selectors", "", "--dense", "sdpa", "--modes", "eager", "--repeats", "1", "--out", str(out))
-    first, second = run_ranks(command_on_a_rank, *shape, *what, folder=tmp_path, timeout=240)
-    assert first[0] == second[0] == 0, (first, second)
-    assert "| 600 | dense SDPA, 2 ranks |" in first[1] and "600" not in second[1]
-    (row,) = read(out)
-    assert row["kernel"] == "sdpa" and row["ranks"] == 2 and row["ttft_ms"] > 0
 
 
 @pytest.mark.parametrize("ranks", [3, 4], ids=["neither", "the kv heads not"])
