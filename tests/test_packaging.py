@@ -21,10 +21,8 @@ def test_integrations_is_a_relative_symlink() -> None:
     assert os.readlink(link) == "../integrations"
 
 
-def test_importing_starts_nothing() -> None:
-    """No optional package, no Triton kernel (torch.compile itself imports Triton), no CUDA start, no compilation."""
-    script = """
-import sys, torch, torch.nn.attention.flex_attention
+ALONE = """
+import importlib, pkgutil, sys, torch, torch.nn.attention.flex_attention
 torch.compile(len)
 before = set(sys.modules)
 import flexprefill_fa
@@ -34,8 +32,48 @@ ours = [name for name in sys.modules if name.startswith("flexprefill_fa")]
 assert not [name for name in ours if {"triton", "tl"} & vars(sys.modules[name]).keys()], ours
 assert not torch.cuda.is_initialized()
 assert not torch._dynamo.utils.counters
+
+extras = ("rich", "typer", "transformers", "vllm", "sglang", "lm_eval", "matplotlib", "bench")
+sys.modules.update(dict.fromkeys(extras))
+import flexprefill_fa.integrations
+for module in pkgutil.walk_packages(flexprefill_fa.__path__, "flexprefill_fa."):
+    if not module.name.startswith(("flexprefill_fa.integrations.", "flexprefill_fa.tools.")):
+        __import__(module.name)
+try:
+    import flexprefill_fa.integrations.transformers
+except ImportError as error:
+    print(error)
+assert not [name for name in sys.modules if name.startswith(("transformers.", "flexprefill_fa.integrations."))]
+assert not hasattr(torch.ops.flexprefill_fa, "sequence_ids")
+for engine in ("vllm", "sglang"):
+    name = f"flexprefill_fa.integrations.{engine}"
+    integration = importlib.import_module(name)
+    importlib.import_module(f"{name}_plan")
+    assert f"{name}_backend" not in sys.modules
+    try:
+        integration.register()
+    except ImportError as error:
+        print(error)
+from flexprefill_fa.tools import main
+main()
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
+
+
+def test_what_an_import_does_and_what_it_does_without_the_extras() -> None:
+    """In one process, for each takes seconds to import torch.
+
+    An import brings in no optional package and no Triton kernel (torch.compile itself imports Triton), and starts
+    neither CUDA nor a compilation. Without the extras the library and the plans of the engines import, the rest says
+    what to install, and nothing is half registered.
+    """
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the command needs rich and typer: pip install 'flexprefill-fa[cli]' (")
+    transformers, vllm, sglang = done.stdout.splitlines()
+    assert "needs transformers: pip install 'flexprefill-fa[hf]'" in transformers
+    assert vllm == "the vLLM integration needs vLLM: pip install 'flexprefill-fa[vllm]'"
+    assert sglang.startswith("the SGLang integration needs SGLang with a registry of attention backends: ")
 
 
 def imports(file: Path) -> set[str]:
@@ -81,24 +119,6 @@ def test_of_lm_eval_the_public_modules_are_enough() -> None:
 def test_relative_imports_are_read_too() -> None:
     names = imports(ROOT / "integrations" / "lm_eval.py")
     assert {"flexprefill_fa.integrations.hf_plan.AS_ASKED", "flexprefill_fa.choice.Choice", "functools"} <= names
-
-
-def test_without_the_extras_the_library_imports_and_the_command_says_what_to_install() -> None:
-    script = """
-import pkgutil, sys
-sys.modules.update(dict.fromkeys(("rich", "typer", "transformers", "vllm", "lm_eval", "matplotlib", "bench")))
-import flexprefill_fa, flexprefill_fa.integrations
-for module in pkgutil.walk_packages(flexprefill_fa.__path__, "flexprefill_fa."):
-    if not module.name.startswith(("flexprefill_fa.integrations.", "flexprefill_fa.tools.")):
-        __import__(module.name)
-from flexprefill_fa.tools import main
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: the command needs rich and typer: pip install 'flexprefill-fa[cli]' (")
-    assert done.stdout == ""
 
 
 def test_public_names_exist() -> None:
@@ -172,7 +192,7 @@ import flexprefill_fa
 print(flexprefill_fa.__file__, file=sys.stderr)
 command.load()()
 """
-    options = ("demo", "--tokens", "1024", "--needles", "4", "--device", "cpu", "--json")
+    options = ("demo", "--tokens", "768", "--needles", "4", "--device", "cpu", "--json")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", script, *options],

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hf_models import FAMILIES, oracle_layers, prompt, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from flexprefill_fa import FlexPrefillConfig
-from flexprefill_fa.integrations.transformers import compile_prefill, enable_sparse_prefill
+from flexprefill_fa.integrations.transformers import NAME, compile_prefill, enable_sparse_prefill
 
 EVERYTHING = FlexPrefillConfig(gamma=1.0, min_budget=1)
 SPARSE = FlexPrefillConfig(gamma=0.5, tau=0.0, min_budget=1)
@@ -199,3 +199,8 @@ def test_a_model_spread_by_a_device_map(llama: PreTrainedModel, tmp_path: Path) 
     message = "expected a model on one device or shared out by tp_plan, got one spread by device_map over cpu, disk"
     with enable_sparse_prefill(spread, SPARSE), pytest.raises(ValueError, match=message):
         compile_prefill(spread)
+
+
+def test_registered_under_a_name_that_transformers_does_not_rewrite() -> None:
+    assert NAME in AttentionInterface().valid_keys()
+    assert not any(part in NAME for part in ("flash", "sdpa", "/"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,18 +128,3 @@ def test_the_entry_point_and_the_extra() -> None:
     )
     assert entry in project
     assert 'vllm = ["vllm>=0.24"]\n' in project
-
-
-def test_importing_needs_no_vllm_and_registering_says_that_it_does() -> None:
-    script = """
-import sys
-sys.modules["vllm"] = None
-import flexprefill_fa.integrations.vllm as integration, flexprefill_fa.integrations.vllm_plan
-assert "flexprefill_fa.integrations.vllm_backend" not in sys.modules
-try:
-    integration.register()
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "the vLLM integration needs vLLM: pip install 'flexprefill-fa[vllm]'"
