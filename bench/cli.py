@@ -13,11 +13,11 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from bench import RESULTS
 from bench.attention import LengthBenchmark
 from bench.fit import fit_rates
 from bench.host import host_rows, prefill_rows
 from bench.needle.network import model_config as needle_config
-from bench.paths import RESULTS
 from bench.peer_rows import PeerBenchmark
 from bench.peers import PEERS, parse_peers
 from bench.planning import make_plan

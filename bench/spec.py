@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench.paths import RESULTS
+from bench import RESULTS
 from flexprefill_fa.backends import flash_problem, resolve_backend
 from flexprefill_fa.choice import make_config, selector_spec
 from flexprefill_fa.tools.fidelity.texts import CORPORA

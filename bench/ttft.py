@@ -1,7 +1,7 @@
 """Time to first token of a model with random weights: `generate` of one token, with dense and with sparse prefill.
 
 Random weights have no attention pattern. Each selector therefore runs in full, and attention is then over seeded random
-blocks of a stated density (`bench.stand_in`).
+blocks of a stated density (`bench.synthetic`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.planning import DENSE_KERNELS
 from bench.prefill_kernels import dense_prefill, implementation, timed_attention
 from bench.shapes import FIRST_TOKEN, model_config
 from bench.spec import backends_of, parse_lengths, parse_list, parse_place, parse_selectors, parse_share
-from bench.stand_in import StandIn
+from bench.synthetic import StandIn
 from bench.timing import Timer, described, summarise
 from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa.backends import resolve_backend

@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from bench import RESULTS
 from bench.cli import app
-from bench.paths import RESULTS
 from bench.render import BLOCKS, DOCUMENTS, render_document
 from bench.speed_tables import attention_tables, demo_table
 from bench.ttft_tables import speed_summary

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import bench.ttft
 from bench.cli import app
 from bench.shapes import SHAPES, model_config
-from bench.stand_in import StandIn
+from bench.synthetic import StandIn
 from bench.ttft import kernels_of
 from bench.ttft_ranks import Ranks, build_model
 from bench.ttft_tables import FIRST_TOKEN

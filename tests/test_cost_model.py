@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
+from bench import RESULTS
 from bench.fit import best_dense
-from bench.paths import RESULTS
 from bench.tune import best_tiles
 from flexprefill_fa import FlexPrefillConfig, PeakPrefillConfig, get_selector
 from flexprefill_fa.backends import TRITON_TILES

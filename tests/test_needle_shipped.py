@@ -7,10 +7,10 @@ from typing import Any
 
 from safetensors import safe_open
 
+from bench import RESULTS
 from bench.needle.evaluate import missed_goals
 from bench.needle.settings import FULL
 from bench.needle.tables import RUNS, conditions_of, questions_of
-from bench.paths import RESULTS
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.formats import EVALUATED

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 import typer
 from torch import Generator, Tensor, nn
 
+from bench import ROOT
 from bench.needle.batches import TASKS, Batch, Builder
 from bench.needle.corpus import Corpus, build_corpus
 from bench.needle.network import attention_kernel, export, hidden_states, logits_at, make_network
 from bench.needle.settings import FULL, Settings
-from bench.paths import ROOT
 from bench.terminal import one_line_errors
 from flexprefill_fa.tools.loading import resolve_device
 
