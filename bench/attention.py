@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,12 +24,14 @@ from flexprefill_fa.tools.loading import first_line
 from flexprefill_fa.tools.rows import Row
 
 _BLOCK = 128  # of synthetic selections
-Calls = Mapping[str, Callable[[], Any]]
+Calls = dict[str, Callable[[], Any]]
 """What to time, by the field of its milliseconds."""
 
 
 class LengthBenchmark:
     """All rows of one length n, of queries and keys alike; `note` is called with a line about what is left out."""
+
+    kind = "attention"
 
     def __init__(self, plan: Plan, length: int, note: Callable[[str], None]) -> None:
         self.plan = plan
@@ -37,9 +39,9 @@ class LengthBenchmark:
         self.note = note
         self.inputs, found = plan.inputs(length)
         self.watch = Stopwatch(plan.device, plan.repeats, plan.seconds)
-        same = ("batch", "heads", "kv_heads", "head_dim", "workload", "seed")
-        shape = {"length": length, **{name: getattr(plan, name) for name in same}}
-        self.conditions = described("attention", plan.device, plan.dtype, **shape, **found)
+        same = ("heads", "kv_heads", "head_dim", "workload", "seed")
+        shape = {"length": length, "batch": 1, **{name: getattr(plan, name) for name in same}}
+        self.conditions = described(self.kind, plan.device, plan.dtype, **shape, **found)
         self.dense_rows: dict[str, Row] = {}  # by kernel
         self.references: dict[Any, Reference] = {}  # of each config's or density's selection
 
@@ -82,18 +84,16 @@ class LengthBenchmark:
             row: Row = {**self.conditions, "path": "dense" if goes_dense else "sparse", "selector": config.name}
             row |= {"settings": dataclasses.asdict(config), "backend": backend, "kernel": kernel}
             way: Any = {"dense": "auto" if backend == "auto" else "never", "backend": backend}
-            calls: dict[str, Callable[[], Any]] = {
-                "total_ms": partial(sparse_prefill_attention, *self.inputs, config, **way)
-            }
+            calls: Calls = {"total_ms": partial(sparse_prefill_attention, *self.inputs, config, **way)}
             if goes_dense:
-                row |= {"kernel": fastest_dense(query), "would_be_density": kept["density"]}
-                row |= self._measured(calls, dense)
+                row |= {"kernel": fastest_dense(query), **self._measured(calls, dense)}
                 yield row | self.speedups(row)
                 continue
-            attend = calls["attend_ms"] = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
+            attend = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
+            calls["attend_ms"] = attend
             if self.plan.mean_correction:
-                ways: Any = {"corrected_ms": True, "tilted_ms": "tilted"}
-                calls |= {name: partial(attend, mean_correction=means) for name, means in ways.items()}
+                calls["corrected_ms"] = partial(attend, mean_correction=True)
+                calls["tilted_ms"] = partial(attend, mean_correction="tilted")
             yield self._sparse_row(row | kept, calls, selection, sparse, select_ms=taken)
 
     def _synthetic_rows(self, density: float) -> Iterator[Row]:
@@ -108,9 +108,8 @@ class LengthBenchmark:
 
     def random_blocks(self, density: float) -> BlockSelection:
         """A synthetic selection."""
-        query = self.inputs.query
-        same: Any = {"batch": query.shape[0], "block_size": _BLOCK, "device": query.device, "seed": self.plan.seed}
-        return chunk_selection(self.length, self.length, query.shape[1], density, **same)
+        plan = self.plan
+        return chunk_selection(self.length, self.length, plan.heads, density, device=plan.device, seed=plan.seed)
 
     def _sparse_row(
         self, row: Row, calls: Calls, selection: BlockSelection, expected: Reference, **taken: Times

@@ -17,17 +17,16 @@ from bench import RESULTS
 from bench.attention import LengthBenchmark
 from bench.fit import fit_rates
 from bench.host import host_rows, prefill_rows
-from bench.needle.network import model_config as needle_config
+from bench.models import SHAPES, Ranks
 from bench.peer_rows import PeerBenchmark
 from bench.peers import PEERS, parse_peers
-from bench.planning import make_plan
-from bench.quality import quality_rows, sweep
+from bench.planning import Plan
+from bench.quality import LAYERS, quality_rows, sweep
 from bench.quality_tables import SETTINGS
 from bench.render import DOCUMENTS, draw_plots, render_document
 from bench.serve import LoadPlan, load_rows
 from bench.serve_tables import ENGINES, serve_tables
-from bench.shapes import SHAPES
-from bench.spec import parse_lengths, parse_place, parse_share, parse_whole, takes
+from bench.spec import parse_lengths, parse_place, parse_share, takes
 from bench.speed_tables import ATTENTION, GIVEN
 from bench.speed_tables import PEERS as PEERS_TABLE
 from bench.tables import paragraphs
@@ -63,7 +62,6 @@ _INPUTS += " dtype dense device seed repeats seconds out as_json"
 @app.command()
 @takes(f"lengths selectors density {_INPUTS}", out="attention")
 def attention(
-    batch: Annotated[int, typer.Option(min=1)] = 1,
     mean_correction: Annotated[bool, typer.Option(help="Time attention with mean correction too.")] = False,
     **given: Any,
 ) -> None:
@@ -71,7 +69,7 @@ def attention(
 
     Exits with 1 if an output was wrong and with 2 if something could not run.
     """
-    plan = make_plan(batch=batch, mean_correction=mean_correction, **given)
+    plan = Plan(mean_correction=mean_correction, **given)
     run = Recorder(given["out"], given["as_json"])
     run.each(plan.lengths, plan.steps(), lambda length: LengthBenchmark(plan, length, run.note).rows())
     run.wrong = any("error" in row for row in run.rows)
@@ -85,7 +83,6 @@ def quality(
         str | None,
         typer.Option(help="Comma-separated; name or name:field=value+field=value. Default: a sweep of every selector."),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Of the needle model, comma-separated; all by default.")] = None,
     mean_correction: Annotated[
         bool | None, typer.Option("--mean-correction/--no-mean-correction", help="Both by default.")
     ] = None,
@@ -95,15 +92,12 @@ def quality(
 
     Exits with 1 if a setting failed and with 2 if something could not run.
     """
-    last = needle_config()["num_hidden_layers"] - 1
-    wanted = list(range(last + 1)) if layers is None else parse_whole("layers", layers, 0, last)
     corrections = (False, True) if mean_correction is None else (mean_correction,)
     backend = "TRITON" if parse_place(given["device"], given["dtype"])[0].type == "cuda" else "CPU"
-    asked = sweep() if selectors is None else selectors
-    plan = make_plan(selectors=asked, workload="needle", backends=backend, **given)
+    plan = Plan(selectors=selectors or sweep(), workload="needle", backends=backend, **given)
     run = Recorder(given["out"], given["as_json"])
-    steps = len(wanted) * len(plan.configs) * len(corrections)
-    run.each(plan.lengths, steps, partial(quality_rows, plan, wanted, corrections, run.failed))
+    steps = LAYERS * len(plan.configs) * len(corrections)
+    run.each(plan.lengths, steps, partial(quality_rows, plan, corrections, run.failed))
     run.finish(SETTINGS.markdown(run.rows))
 
 
@@ -122,7 +116,6 @@ def ttft(
     chunk: Annotated[
         int | None, typer.Option(min=128, help="Tokens of the prompt at a time; selectors alone. Default: all.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Of the model, instead of the shape's own.")] = None,
     **given: Any,
 ) -> None:
     """Time to first token of a model with random weights, peak memory, and what attention and selection take of it.
@@ -133,11 +126,10 @@ def ttft(
     options = {name: value for name, value in locals().items() if name != "given"} | given
     require_transformers()
     # They need transformers at import, which the other commands do without.
-    from bench.ttft import make_plan, ttft_rows
-    from bench.ttft_ranks import Ranks
+    from bench.ttft import TtftPlan, ttft_rows
 
     left_out: list[str] = []
-    plan = make_plan(left_out.append, **options)
+    plan = TtftPlan(left_out.append, **options)
     with Ranks.start(plan.device) as ranks:
         run = Recorder(given["out"], given["as_json"], quiet=ranks.rank > 0)
         for line in left_out:
@@ -149,14 +141,11 @@ def ttft(
 
 
 @app.command()
-@takes("lengths as_json", lengths="4096,16384,65536,131072")
+@takes("lengths repeats as_json", lengths="4096,16384,65536,131072", repeats=7)
 def serve(
     engine: Annotated[str, typer.Option(help="vllm or sglang.")] = "vllm",
     settings: Annotated[str, typer.Option(help="Of the backend, as a JSON object.")] = "{}",
     density: Annotated[float, typer.Option(help="Of the blocks that the sparse engine attends over.")] = 0.05,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each prompt below 64K tokens; longer ones get a third.")] = 7,
-    batched_tokens: Annotated[int, typer.Option(min=128, help="The most prompt tokens of a step.")] = 8192,
-    layers: Annotated[int, typer.Option(min=1, help="Of the model; 32 make the shape of Llama-3.1-8B.")] = 32,
     out: Annotated[
         Path | None, typer.Option(help="JSON lines; rows are added. Default: bench/results/ENGINE.jsonl.")
     ] = None,
@@ -164,7 +153,7 @@ def serve(
 ) -> None:
     """Time to first token and throughput of an engine's default backend and of sparse prefill, random weights.
 
-    Exits with 2 if something could not run.
+    The repeats are of each prompt below 64K tokens; longer ones get a third. Exits with 2 if something could not run.
     """
     try:
         chosen = json.loads(settings)
@@ -172,8 +161,8 @@ def serve(
         raise UsageError(f"settings must be a JSON object, got {settings!r}: {first_line(error)}") from error
     if not isinstance(chosen, dict):
         raise UsageError(f"settings must be a JSON object, got {settings!r}")
-    lengths, share = parse_lengths(given["lengths"]), parse_share("density", f"{density:g}")
-    plan = LoadPlan(lengths, chosen, share, repeats, batched_tokens, layers, name=engine)
+    share = parse_share("density", f"{density:g}")
+    plan = LoadPlan(parse_lengths(given["lengths"]), chosen, share, given["repeats"], engine)
     title = ENGINES[engine].title
     if not torch.cuda.is_available():
         raise UsageError(f"{title} is measured on a CUDA GPU, and there is none")
@@ -204,7 +193,7 @@ def peers(
     Exits with 1 if an output of this package was wrong and with 2 if a peer's was, or something could not run.
     """
     found = parse_peers(peer or [])
-    plan = make_plan(**given)
+    plan = Plan(**given)
     run = Recorder(given["out"], given["as_json"])
     for name in sorted({config.name for config in plan.configs} - {one.selector for one, _ in found}):
         run.note(f"{name} is measured without a peer")
@@ -229,38 +218,31 @@ def peers(
 
 @app.command()
 @takes("out as_json", out="tuning")
-def tune(
-    head_dims: Annotated[str, typer.Option(help="Comma-separated.")] = "64,128,256",
-    **given: Any,
-) -> None:
+def tune(**given: Any) -> None:
     """Try tiles of FlexAttention's Triton kernel on this GPU, for the table in flexprefill_fa/backends.py."""
-    dims = parse_whole("head-dims", head_dims, 16, 256)
     if not torch.cuda.is_available():
         raise UsageError("tiles are tuned on a CUDA GPU, and there is none")
     run = Recorder(given["out"], given["as_json"])
-    run.take("tiles", None, partial(tuning_rows, dims))
+    run.take("tiles", None, tuning_rows)
     for (capability, head_dim), tile in best_tiles(run.rows).items():
         run.note(f"compute capability {capability}, head_dim {head_dim}: {tile}")
     run.finish("")
 
 
 @app.command()
-@takes("lengths dtype device", lengths="1024,4096")
+@takes("lengths repeats dtype device out", lengths="1024,4096", repeats=200, out="host")
 def host(
-    repeats: Annotated[int, typer.Option(min=2, help="Measurements of each time.")] = 200,
     prefill: Annotated[bool, typer.Option(help="Whole prefills of the needle model in transformers instead.")] = False,
-    out: Annotated[Path, typer.Option(help="JSON lines; rows of a GPU are added, a CPU's are printed alone.")] = RESULTS
-    / "host.jsonl",
     **given: Any,
 ) -> None:
-    """Time what a call costs the CPU before the GPU has its work, for SDPA, dense attention and every selector."""
+    """Time what a call costs the CPU before the GPU has its work, for SDPA, dense attention and every selector.
+
+    Rows of a GPU are added, a CPU's are printed alone.
+    """
     where, precision = parse_place(given["device"], given["dtype"])
-    run = Recorder(out if where.type == "cuda" else None, as_json=True)
-    run.each(
-        parse_lengths(given["lengths"]),
-        None,
-        partial(prefill_rows if prefill else host_rows, where, precision, repeats),
-    )
+    run = Recorder(given["out"] if where.type == "cuda" else None, as_json=True)
+    rows = partial(prefill_rows if prefill else host_rows, where, precision, given["repeats"])
+    run.each(parse_lengths(given["lengths"]), None, rows)
     run.finish("")
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from bench.attention import Calls, LengthBenchmark
 from bench.check import Reference, no_better_than_zeros, reference, relative_error
 from bench.peers.base import Peer, foreign_code
-from bench.planning import Plan
 from bench.speed_tables import OURS
 from bench.synthetic import chunk_selection
 from flexprefill_fa import BlockSelection, sparse_prefill_attention
@@ -34,23 +33,17 @@ class PeerBenchmark(LengthBenchmark):
     sparse rows have too), and must be better than zeros; over given blocks it is held against fp64 attention over
     those. A peer gets the same values in its own layout, copied before the clock starts. It may leave threads, default
     dtypes or torch itself changed: take `peer_rows` when `rows` of every length are through.
-
-    Args:
-        plan, length, note: as for `LengthBenchmark`.
     """
 
-    def __init__(self, plan: Plan, length: int, note: Callable[[str], None]) -> None:
-        super().__init__(plan, length, note)
-        self.conditions["kind"] = "peers"
+    kind = "peers"
 
     def random_blocks(self, density: float) -> BlockSelection:
         """As before, one choice for the query heads of a kv head."""
-        batch, heads, _, _ = self.inputs.query.shape
-        kv_heads = self.inputs.key.shape[1]
-        same: Any = {"batch": batch, "device": self.plan.device, "seed": self.plan.seed}
-        chosen = chunk_selection(self.length, self.length, kv_heads, density, **same)
-        lists = [part.repeat_interleave(heads // kv_heads, 1) for part in chosen.lists]
-        return BlockSelection(lists[0], lists[1], lists[2], lists[3], self.length, self.length, chosen.block_size)
+        heads, kv_heads = self.plan.heads, self.plan.kv_heads
+        where: Any = {"device": self.plan.device, "seed": self.plan.seed}
+        chosen = chunk_selection(self.length, self.length, kv_heads, density, **where)
+        count, partial, full_count, full = (part.repeat_interleave(heads // kv_heads, 1) for part in chosen.lists)
+        return BlockSelection(count, partial, full_count, full, self.length, self.length, chosen.block_size)
 
     def selector_rows(self, config: Any, dense: Reference) -> Iterator[Row]:
         """As before, with `dense_error`."""

@@ -18,9 +18,7 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(**job["engine"], worker_extension_cls=_EXTENSION)
     started = time.perf_counter() - start
     if job.get("synthetic"):
-        from bench.serve import attend_synthetic
-
-        llm.collective_rpc(attend_synthetic, args=(job["synthetic"],))
+        llm.collective_rpc(_attend_synthetic, args=(job["synthetic"],))
     llm.collective_rpc("sparse_prefill_statistics", args=(True,))  # without what ran at the start
     memory = _memory if job.get("memory") else None
     at_start = llm.collective_rpc(memory) if memory else None
@@ -66,6 +64,15 @@ def sparse_layers(worker: Any) -> list[Any]:
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
     found = [getattr(layer, "impl", None) for layer in layers]
     return [impl for impl in found if getattr(impl, "sparse_counter", None) is not None]
+
+
+def _attend_synthetic(worker: Any, density: float) -> None:
+    """Let every sparse layer of a worker select in full and then attend over random blocks instead."""
+    from bench.serve import synthetic_attention
+
+    attend = synthetic_attention(density)
+    for impl in sparse_layers(worker):
+        impl.attend = attend
 
 
 def _fail(*arguments: Any) -> Any:

@@ -97,15 +97,6 @@ def parse_lengths(text: str) -> list[int]:
     return sorted(token_count(item) for item in parse_list("lengths", text))
 
 
-def parse_whole(option: str, text: str, least: int, most: int) -> list[int]:
-    """Whole numbers in [least, most], ascending."""
-    items = parse_list(option, text)
-    for item in items:
-        if not item.isdecimal() or not least <= int(item) <= most:
-            raise UsageError(f"{option} must be whole numbers in [{least}, {most}], got {item!r}")
-    return sorted(map(int, items))
-
-
 def parse_share(option: str, text: str) -> float:
     """A number in (0, 1]."""
     try:
@@ -149,7 +140,7 @@ def backends_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> list
 
 
 def check_backends(
-    backends: Sequence[str], dtype: torch.dtype, head_dim: int, configs: Sequence[Any], device: torch.device
+    backends: Sequence[str], configs: Sequence[Any], device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> None:
     """Check that each backend can run with each selector here at all."""
     probe = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)

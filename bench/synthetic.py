@@ -31,15 +31,14 @@ def chunk_selection(
     heads: int,
     density: float,
     *,
-    batch: int = 1,
     block_size: int = 128,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> BlockSelection:
     """`round(density x causal blocks)` blocks per head: the diagonal, the first column, others at random.
 
-    The queries are the last `q_len` of `kv_len` keys. Each head of each element draws its own blocks, the same on every
-    device. The density is higher where what is always kept is more.
+    The queries are the last `q_len` of `kv_len` keys. Each head draws its own blocks, the same on every device. The
+    density is higher where what is always kept is more.
     """
     grid = Grid(q_len, kv_len, block_size)
     ranges = real_ranges(None, None, 1, kv_len, torch.device("cpu"))
@@ -52,12 +51,12 @@ def chunk_selection(
     generator = torch.Generator().manual_seed(seed)
     full = full.to(device)
     lists = []
-    for _ in range(batch * heads):  # one at a time: a long prompt's blocks are many
+    for _ in range(heads):  # one at a time: a long prompt's blocks are many
         keep = always.flatten().clone()
         keep[free[torch.randperm(len(free), generator=generator)[:extra]]] = True
         keep = keep.view(1, 1, *visible.shape).to(device)
         lists.append(shared_lists(keep & ~full, keep & full))
-    parts = tuple(torch.cat(tensors, 1).unflatten(1, (batch, heads))[0] for tensors in zip(*lists, strict=True))
+    parts = tuple(torch.cat(tensors, 1) for tensors in zip(*lists, strict=True))
     return BlockSelection(*both_lists(parts), q_len, kv_len, block_size)
 
 

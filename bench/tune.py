@@ -18,7 +18,7 @@ from flexprefill_fa.tools.rows import Row
 DENSITIES = (0.06, 0.25)
 _LENGTH, _BLOCK = 32768, 128
 _REPEATS, _SECONDS = 10, 2.0
-_HEADS, _KV_HEADS = 32, 8
+_HEADS, _KV_HEADS, _HEAD_DIMS = 32, 8, (64, 128, 256)
 _SAME = 0.005  # relative L2 distance of two tiles' outputs
 _NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 CANDIDATES: tuple[tuple[int, ...], ...] = (
@@ -35,7 +35,7 @@ CANDIDATES: tuple[tuple[int, ...], ...] = (
 )
 
 
-def tuning_rows(head_dims: Sequence[int]) -> Iterator[Row]:
+def tuning_rows() -> Iterator[Row]:
     """One row per head dim and candidate: time of attention over synthetic selections of bfloat16 heads.
 
     A candidate that does not compile, or whose output is not that of torch's own tile, has `error` and no times.
@@ -43,7 +43,7 @@ def tuning_rows(head_dims: Sequence[int]) -> Iterator[Row]:
     device, dtype = torch.device("cuda"), torch.bfloat16
     watch = Stopwatch(device, _REPEATS, _SECONDS)
     selections = [chunk_selection(_LENGTH, _LENGTH, _HEADS, density, device=device) for density in DENSITIES]
-    for head_dim in head_dims:
+    for head_dim in _HEAD_DIMS:
         heads = (_HEADS, _KV_HEADS, _KV_HEADS)
         tensors = [torch.randn(1, count, _LENGTH, head_dim, dtype=dtype, device=device) for count in heads]
         expected: dict[float, Tensor] = {}

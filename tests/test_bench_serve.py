@@ -62,11 +62,11 @@ def test_synthetic_attention_selects_and_then_attends_over_its_own_blocks(monkey
 
 def test_no_setting_reaches_the_synthetic_blocks() -> None:
     with pytest.raises(ValueError, match="unknown setting 'synthetic'"):
-        LoadPlan([4096], {"synthetic": 0.05}, 0.05, 3, 8192, 2)
+        LoadPlan([4096], {"synthetic": 0.05}, 0.05, 3)
 
 
 def test_the_plan() -> None:
-    plan = LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6, 8192, 2)
+    plan = LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6)
     short, long, together, first, second = plan.phases()
     assert [len(phase["prompts"]) for phase in (short, long)] == [7, 3], "the first of each is not counted"
     assert {len(prompt) for prompt in long["prompts"]} == {65536} and long["max_tokens"] == 1
@@ -78,12 +78,12 @@ def test_the_plan() -> None:
 
 def test_the_plan_for_sglang() -> None:
     """Prompts and sizes are those of vLLM's plan; only where they and the settings are said differs."""
-    plan = LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6, 8192, 2, name="sglang")
+    plan = LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6, "sglang")
     default, sparse = plan.engine("folder", False), plan.engine("folder", True)
     overrides = '{"sparse_prefill": {"gamma": 0.9}}'
     assert {**default, "prefill_attention_backend": "flexprefill", "json_model_override_args": overrides} == sparse
     assert (default["context_length"], default["chunked_prefill_size"]) == (65552, 8192)
-    assert plan.phases() == LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6, 8192, 2).phases()
+    assert plan.phases() == LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6).phases()
 
 
 class Engine:
@@ -185,7 +185,7 @@ def test_the_gather_comes_after_both_engines(monkeypatch) -> None:
     monkeypatch.setattr(bench.serve, "run_job", lambda job, engine: jobs.append(job) or {"log": ""})
     monkeypatch.setattr(bench.serve, "_measured", lambda plan, result: iter([{"measure": "decode"}]))
     monkeypatch.setattr(bench.serve, "gather_share", lambda plan: {"q_len": 8192, "gather_ms": 0.5})
-    *_, last = found = list(bench.serve.load_rows(LoadPlan([4096, 131072], {}, 0.05, 7, 8192, 32), lambda line: None))
+    *_, last = found = list(bench.serve.load_rows(LoadPlan([4096, 131072], {}, 0.05, 7), lambda line: None))
     assert [row["backend"] for row in found] == ["default", "sparse prefill", "gather"]
     assert [job.get("synthetic") for job in jobs] == [None, 0.05]
     assert (last["measure"], last["length"], last["gather_ms"]) == ("gather", 131072, 0.5)

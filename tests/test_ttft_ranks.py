@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.ttft_ranks import Ranks, build_model
+from bench.models import Ranks, build_model
 from flexprefill_fa.tools.rows import read
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -73,7 +73,7 @@ def command_on_a_rank(*options: str) -> tuple[int, str]:
 
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     out = tmp_path / "ttft.jsonl"
-    shape = ("--config", "tiny", "--layers", "1", "--dtype", "float32", "--device", "cpu", "--lengths", "600")
+    shape = ("--config", "tiny", "--dtype", "float32", "--device", "cpu", "--lengths", "600")
     # Sparse attention would be compiled on both ranks; `test_several_ranks.py` has it.
     what = ("--selectors", "", "--dense", "sdpa", "--modes", "eager", "--repeats", "1", "--out", str(out))
     first, second = run_ranks(command_on_a_rank, *shape, *what, folder=tmp_path, timeout=240)
