@@ -34,9 +34,7 @@ class LengthBenchmark:
     kind = "attention"
 
     def __init__(self, plan: Plan, length: int, note: Callable[[str], None]) -> None:
-        self.plan = plan
-        self.length = length
-        self.note = note
+        self.plan, self.length, self.note = plan, length, note
         self.inputs, found = plan.inputs(length)
         self.watch = Stopwatch(plan.device, plan.repeats, plan.seconds)
         same = ("heads", "kv_heads", "head_dim", "workload", "seed")
@@ -170,13 +168,8 @@ class LengthBenchmark:
         if "error" in row:
             return {}
         own, name = row.get("total_ms", row.get("attend_ms")), YARDSTICK[self.plan.device.type]
-        dense = {kernel: found["total_ms"] for kernel, found in self.dense_rows.items()}
-        best = min(dense, key=dense.__getitem__, default=None)
-        return {
-            f"speedup_{name}": round(dense[name] / own, 3) if name in dense else None,
-            "speedup_best_dense": best and round(dense[best] / own, 3),
-            "best_dense": best,
-        }
+        gains = {kernel: round(found["total_ms"] / own, 3) for kernel, found in self.dense_rows.items()}
+        return {f"speedup_{name}": gains.get(name), "speedup_best_dense": min(gains.values(), default=None)}
 
 
 def spread(name: str, per_head: Tensor, ends: str) -> Row:

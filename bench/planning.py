@@ -12,17 +12,9 @@ from typing import Any
 import torch
 
 from bench.capture import needle_layers, text_layer
-from bench.spec import (
-    WORKLOADS,
-    backends_of,
-    check_backends,
-    parse_lengths,
-    parse_list,
-    parse_place,
-    parse_selectors,
-    parse_share,
-)
+from bench.spec import WORKLOADS, backends_of, parse_lengths, parse_list, parse_place, parse_selectors, parse_share
 from bench.workloads import Inputs, sharpness_of, structured_inputs
+from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.fidelity.texts import CORPORA
 from flexprefill_fa.tools.loading import UsageError, load_config, model_name
@@ -75,7 +67,7 @@ class Plan:
         self.device, self.dtype = parse_place(device, dtype)
         place = (self.device, self.dtype, self.head_dim)
         self.backends = parse_list("backends", backends) if backends else backends_of(*place)
-        check_backends(self.backends, self.configs, *place)
+        self._check_backends()
         self.lengths = parse_lengths(lengths)
         self.kernels = DENSE_KERNELS[self.device.type] if dense else ()  # of dense attention
         for length, share in itertools.product(self.lengths, self.densities):
@@ -86,6 +78,16 @@ class Plan:
                     f"density at {length} tokens must be in [{always / causal:.4g}, 1] (the diagonal and the first "
                     f"block are always kept), got {share:g}"
                 )
+
+    def _check_backends(self) -> None:
+        """Check that each backend can run with each selector here at all."""
+        probe = torch.empty(1, 1, 1, self.head_dim, dtype=self.dtype, device=self.device)
+        sizes = {config.block_size for config in self.configs} or {128}
+        for backend, block_size in itertools.product(self.backends, sizes):
+            try:
+                resolve_backend(backend, probe, block_size)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
 
     def _head_shape(self, asked: Sequence[int | None]) -> tuple[int, int, int]:
         """Query heads, kv heads and head_dim of the workload; None means its default."""

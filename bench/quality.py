@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,15 +89,9 @@ def sweep() -> str:
     found = []
     for name in selector_names():
         fields = get_selector(name).sweep
-        settings = [
-            "+".join(f"{field}={value}" for field, value in zip(fields, values, strict=True))
-            for values in zip(*fields.values(), strict=True)
-        ]
-        found += [
-            f"{name}:{'+'.join(filter(None, (setting, others)))}"
-            for others in _BESIDE.get(name, [""])
-            for setting in settings
-        ]
+        for others, values in itertools.product(_BESIDE.get(name, [""]), zip(*fields.values(), strict=True)):
+            settings = [f"{field}={value}" for field, value in zip(fields, values, strict=True)]
+            found.append(f"{name}:{'+'.join([*settings, *filter(None, [others])])}")
     return ",".join(found)
 
 

@@ -46,9 +46,8 @@ def families(rows: Sequence[Row], length: int) -> dict[str, list[Point]]:
         if not either:
             continue
         point = {**same[0], "density": _mean(either, "density"), "recall": _mean(either, "recall")}
-        point |= {"error": _mean(plain, "error"), "corrected": _mean(corrected, "error")}
-        worst = (max((row["error_max"] for row in part), default=None) for part in (plain, corrected))
-        point |= dict(zip(("worst", "corrected_worst"), worst, strict=True))
+        for part, error, worst in ((plain, "error", "worst"), (corrected, "corrected", "corrected_worst")):
+            point[error], point[worst] = _mean(part, "error"), max((row["error_max"] for row in part), default=None)
         swept = get_selector(point["selector"]).sweep
         fixed = {name: value for name, value in point["settings"].items() if name not in swept}
         found.setdefault(method({"selector": point["selector"], "settings": fixed}), []).append(point)
@@ -75,10 +74,9 @@ def _selectors(rows: list[Row]) -> list[Line]:
         found = families(rows, length)
         here = [{"tokens": f"{length:,}", "selector": name} for name in found]
         for (title, (name, choose)), density in itertools.product(_READ.items(), DENSITIES):
-            column = f"{title} at {density:.0%}"
-            for line in here:
-                line[column] = number(at(found[line["selector"]], name, density), ".3f")
-            mark(here, column, choose)
+            for line, points in zip(here, found.values(), strict=True):
+                line[f"{title} at {density:.0%}"] = number(at(points, name, density), ".3f")
+            mark(here, f"{title} at {density:.0%}", choose)
         lines += here
     return lines
 
@@ -116,13 +114,10 @@ SELECTORS = Table(
     notes=lambda rows: f"Rounding alone gives dense attention an error of {max(values(rows, 'dense_error')):.2g}.",
     told="layer seed",
 )
-"""Recall and output error of every selector at equal densities."""
 SETTINGS = dataclasses.replace(SELECTORS, lines=_points, caption=_OF + "relative output error")
-"""What a run measured."""
 CORRECTION = dataclasses.replace(
     SETTINGS,
     where=lambda row: (
         SELECTORS.where(row) and row["selector"] == "flashprefill" and row["settings"]["alpha"] in CORRECTED
     ),
 )
-"""What mean correction does to flashprefill's output error."""

@@ -16,7 +16,7 @@ import torch
 import typer
 
 from bench import RESULTS
-from flexprefill_fa.backends import flash_problem, resolve_backend
+from flexprefill_fa.backends import flash_problem
 from flexprefill_fa.choice import make_config, selector_spec
 from flexprefill_fa.tools.fidelity.texts import CORPORA
 from flexprefill_fa.tools.loading import UsageError, require_kernels, resolve_device, resolve_dtype, token_count
@@ -137,16 +137,3 @@ def backends_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> list
         return ["auto", "FLASH", "TRITON"]
     typer.echo(f"without FLASH: {problem}", err=True)
     return ["auto", "TRITON"]
-
-
-def check_backends(
-    backends: Sequence[str], configs: Sequence[Any], device: torch.device, dtype: torch.dtype, head_dim: int
-) -> None:
-    """Check that each backend can run with each selector here at all."""
-    probe = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
-    for backend in backends:
-        for block_size in {config.block_size for config in configs} or {128}:
-            try:
-                resolve_backend(backend, probe, block_size)
-            except ValueError as error:
-                raise UsageError(str(error)) from error

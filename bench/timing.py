@@ -60,14 +60,11 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device, repeats: int, seconds: float) -> None:
-        self.device = device
-        self.repeats = repeats
-        self.seconds = seconds
+        self.device, self.repeats, self.seconds = device, repeats, seconds
         self.captures = True
         self._flush: torch.Tensor | None = None
         if device.type == "cuda":
-            cache = torch.cuda.get_device_properties(device).L2_cache_size
-            size = max(2 * cache, _LEAST_FLUSH_BYTES)
+            size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, _LEAST_FLUSH_BYTES)
             self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def eager(self, call: Callable[[], object]) -> Times:
@@ -184,12 +181,12 @@ class Timer:
             yield
             taken = 1e3 * (time.perf_counter() - start)
             self._times.append(lambda: taken)
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        yield
-        end.record()
-        self._times.append(lambda: begin.elapsed_time(end))
+        else:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._times.append(lambda: begin.elapsed_time(end))
 
     def take_ms(self) -> float:
         """Milliseconds of all bodies since the last call; waits for the GPU."""

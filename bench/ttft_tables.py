@@ -72,7 +72,6 @@ FIRST_TOKEN = Table(
     lines=_lines,
     where=lambda row: row["kind"] == "ttft",
 )
-"""The first token of a model, with each attention; medians of passes by wall clock."""
 
 
 def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:

@@ -64,7 +64,6 @@ def sparse(backend: str, total_ms: float, **fields: Any) -> dict[str, Any]:
         "attend_ms": total_ms - 1.5,
         "speedup_sdpa_flash": 100 / total_ms,
         "speedup_best_dense": 54 / total_ms,
-        "best_dense": "FLASH",
     }
     return row(backend=backend, total_ms=total_ms, **(found | fields))
 
