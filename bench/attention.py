@@ -41,12 +41,12 @@ class LengthBenchmark:
         shape = {"length": length, "batch": 1, **{name: getattr(plan, name) for name in same}}
         self.conditions = described(self.kind, plan.device, plan.dtype, **shape, **found)
         self.dense_rows: dict[str, Row] = {}  # by kernel
-        self.references: dict[Any, Reference] = {}  # of each config's or density's selection
+        self.references: dict[Any, Reference] = {}  # of each config's or density's selection; of None, dense
 
     def rows(self) -> Iterator[Row]:
         """The rows, dense first; a row whose check failed has `error` and no times."""
         with torch.no_grad(), self.plan.on_device():
-            dense = reference(self.inputs, None)
+            dense = self.references[None] = reference(self.inputs, None)
             for kernel in self.plan.kernels:
                 yield from self._dense_row(kernel, dense)
             for config in self.plan.configs:

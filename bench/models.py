@@ -71,19 +71,15 @@ class Ranks:
                 torch.cuda.set_device(device)
             return cls(0, 1, device)
         if device.index is not None:
-            raise ValueError(
-                f"device must be without a number under torchrun, where each rank takes the GPU of its local rank: "
-                f"expected {device.type!r}, got {str(device)!r}"
-            )
+            told = "device must be without a number under torchrun, where each rank takes the GPU of its local rank"
+            raise ValueError(f"{told}: expected {device.type!r}, got {str(device)!r}")
         if device.type == "cuda":
             if local >= (found := torch.cuda.device_count()):
                 raise ValueError(f"each rank needs a GPU of its own: expected more than {local} GPUs, got {found}")
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         elif torch.cuda.is_available():
-            raise ValueError(
-                f"device must be 'cuda' where ranks see GPUs (hide them by CUDA_VISIBLE_DEVICES=), got {str(device)!r}"
-            )
+            raise ValueError("device must be 'cuda' where ranks see GPUs (else CUDA_VISIBLE_DEVICES=), got 'cpu'")
         over = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(**over)
         return cls(dist.get_rank(), world_size, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.attention import Calls, LengthBenchmark
-from bench.check import Reference, no_better_than_zeros, reference, relative_error
+from bench.check import Reference, no_better_than_zeros, relative_error
 from bench.peers.base import Peer, foreign_code
 from bench.speed_tables import OURS
 from bench.synthetic import chunk_selection
@@ -39,11 +39,10 @@ class PeerBenchmark(LengthBenchmark):
 
     def random_blocks(self, density: float) -> BlockSelection:
         """As before, one choice for the query heads of a kv head."""
-        heads, kv_heads = self.plan.heads, self.plan.kv_heads
-        where: Any = {"device": self.plan.device, "seed": self.plan.seed}
-        chosen = chunk_selection(self.length, self.length, kv_heads, density, **where)
-        count, partial, full_count, full = (part.repeat_interleave(heads // kv_heads, 1) for part in chosen.lists)
-        return BlockSelection(count, partial, full_count, full, self.length, self.length, chosen.block_size)
+        plan, groups = self.plan, self.plan.heads // self.plan.kv_heads
+        one = chunk_selection(self.length, self.length, plan.kv_heads, density, device=plan.device, seed=plan.seed)
+        count, partial, full_count, full = (part.repeat_interleave(groups, 1) for part in one.lists)
+        return BlockSelection(count, partial, full_count, full, self.length, self.length, one.block_size)
 
     def selector_rows(self, config: Any, dense: Reference) -> Iterator[Row]:
         """As before, with `dense_error`."""
@@ -92,7 +91,7 @@ class PeerBenchmark(LengthBenchmark):
             yield {"settings": call.settings}
         out, ratio = call.check()
         out = self._in_our_layout(out)
-        expected = self._dense_reference if config is None else self.references[config]
+        expected = self.references[config]
         yield {"dense_error": relative_error(out[:, :, expected.positions], expected.dense)}
         if problem := no_better_than_zeros(out, expected):
             raise ValueError(problem)
@@ -120,15 +119,11 @@ class PeerBenchmark(LengthBenchmark):
         del out
         yield self.times({"attend_ms": attend})
 
-    @cached_property
-    def _dense_reference(self) -> Reference:
-        return reference(self.inputs, None)
-
     def _in_our_layout(self, out: Any) -> Tensor:
         """A peer's output as `[B, H, L, D]`."""
         expected = list(self.inputs.query.transpose(1, 2).shape)
-        if not isinstance(out, Tensor) or list(out.shape) != expected:
-            got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if got != expected:
             raise ValueError(f"its output must have shape [B, L, H, D] = {expected}, got {got}")
         if not bool(out.isfinite().all()):
             raise ValueError("its output is not finite")

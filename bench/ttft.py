@@ -157,6 +157,7 @@ class _ModelBenchmark:
     def __init__(self, plan: TtftPlan, model: PreTrainedModel, ranks: Ranks) -> None:
         self.plan, self.model, self.ranks = plan, model, ranks
         self.cuda = ranks.device.type == "cuda"
+        self.stand_in = functools.cache(lambda config: StandIn(config, plan.density, plan.seed, ranks.device))
         config = plan.config
         sizes = {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
         sizes |= {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
@@ -171,12 +172,8 @@ class _ModelBenchmark:
         probe = torch.empty(1, 1, 1, self._same["head_dim"], dtype=self.plan.dtype, device=self.ranks.device)
         offset = one.compiled and one.chunk is not None
         row |= {"selector": one.config.name, "settings": dataclasses.asdict(one.config)}
-        backend = kernels_of(probe, one.config.block_size, offset_in_graph=offset)
-        return row | {"synthetic_density": self.plan.density, "backend": backend}
-
-    @functools.cache  # noqa: B019 (it lives as long as the command)
-    def _stand_in(self, config: Any) -> StandIn:
-        return StandIn(config, self.plan.density, self.plan.seed, self.ranks.device)
+        row["backend"] = kernels_of(probe, one.config.block_size, offset_in_graph=offset)
+        return row | {"synthetic_density": self.plan.density}
 
     def row(self, one: Pass) -> Row:
         """One row, see `ttft_rows`."""
@@ -184,7 +181,7 @@ class _ModelBenchmark:
         generator = torch.Generator().manual_seed(plan.seed)
         tokens = torch.randint(_FIRST_TOKEN, plan.config.vocab_size, (1, one.length), generator=generator)
         tokens = tokens.to(self.ranks.device)
-        timer, stand_in = Timer(self.ranks.device), None if one.config is None else self._stand_in(one.config)
+        timer, stand_in = Timer(self.ranks.device), None if one.config is None else self.stand_in(one.config)
         with ExitStack() as stack:
             if one.kernel is not None:
                 stack.enter_context(dense_prefill(self.model, one.kernel, one.compiled))
