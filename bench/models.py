@@ -79,7 +79,7 @@ class Ranks:
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         elif torch.cuda.is_available():
-            raise ValueError("device must be 'cuda' where ranks see GPUs (else CUDA_VISIBLE_DEVICES=), got 'cpu'")
+            raise ValueError("device must be 'cuda' where ranks see GPUs (hide them: CUDA_VISIBLE_DEVICES=), got 'cpu'")
         over = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(**over)
         return cls(dist.get_rank(), world_size, device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_checks import assert_refused
 from typer.testing import CliRunner, Result
 
 import bench.attention
@@ -145,9 +146,7 @@ def test_mistakes_are_one_line_before_any_work(
 
     monkeypatch.setattr("bench.cli.LengthBenchmark", no_work)
     result = run("--device", "cpu", *options, "--out", str(out))
-    assert result.exit_code == 2, result.output
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: ") and message in line
+    assert_refused(result, message)
     assert result.stdout == "" and not out.exists()
 
 

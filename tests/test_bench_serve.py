@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_checks import assert_refused
 from oracle import causal_oracle, relative_error
 from typer.testing import CliRunner
 
@@ -267,8 +268,7 @@ def test_an_engine_that_fails_is_told_whole_behind_the_rows_before_it(monkeypatc
 def test_mistakes_in_one_line(arguments: list[str], message: str) -> None:
     if torch.cuda.is_available() and "there is none" in message:
         pytest.skip("there is a GPU")
-    result = CliRunner().invoke(app, ["serve", *arguments])
-    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert_refused(CliRunner().invoke(app, ["serve", *arguments]), message)
 
 
 def test_another_question_about_the_same_text(needle_tokenizer) -> None:
