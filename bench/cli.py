@@ -55,8 +55,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_INPUTS = "backends heads kv_heads head_dim workload model text layer"
-_INPUTS += " dtype dense device seed repeats seconds out as_json"
+_RUN = "dtype device seed out as_json"
+_INPUTS = f"backends heads kv_heads head_dim workload model text layer dense repeats seconds {_RUN}"
+_EVERY, _BOTH = ",".join(selector_names()), "flexprefill,flashprefill"
 
 
 @app.command()
@@ -77,12 +78,8 @@ def attention(
 
 
 @app.command()
-@takes("lengths dtype device seed out as_json", lengths="8192,32768", out="quality")
+@takes(f"lengths selectors {_RUN}", lengths="8192,32768", selectors=None, out="quality")
 def quality(
-    selectors: Annotated[
-        str | None,
-        typer.Option(help="Comma-separated; name or name:field=value+field=value. Default: a sweep of every selector."),
-    ] = None,
     mean_correction: Annotated[
         bool | None, typer.Option("--mean-correction/--no-mean-correction", help="Both by default.")
     ] = None,
@@ -90,11 +87,12 @@ def quality(
 ) -> None:
     """Compare what selectors keep, and what their outputs lose against exact attention, on a trained model's heads.
 
-    Exits with 1 if a setting failed and with 2 if something could not run.
+    Without --selectors every selector is swept. Exits with 1 if a setting failed and with 2 if something could not run.
     """
     corrections = (False, True) if mean_correction is None else (mean_correction,)
     backend = "TRITON" if parse_place(given["device"], given["dtype"])[0].type == "cuda" else "CPU"
-    plan = Plan(selectors=selectors or sweep(), workload="needle", backends=backend, **given)
+    selectors = given["selectors"] or sweep()
+    plan = Plan(**given | {"selectors": selectors, "workload": "needle", "backends": backend})
     run = Recorder(given["out"], given["as_json"])
     steps = LAYERS * len(plan.configs) * len(corrections)
     run.each(plan.lengths, steps, partial(quality_rows, plan, corrections, run.failed))
@@ -102,13 +100,10 @@ def quality(
 
 
 @app.command()
-@takes("lengths repeats seconds dtype device seed out as_json", repeats=5, seconds=10.0, out="ttft")
+@takes(f"lengths selectors repeats seconds {_RUN}", selectors=_EVERY, repeats=5, seconds=10.0, out="ttft")
 def ttft(
     config: Annotated[str, typer.Option(help=f"Shape of the model: {', '.join(SHAPES)}.")] = "llama-3.1-8b",
-    selectors: Annotated[
-        str, typer.Option(help="Run in full, then attention is over random blocks; comma-separated, '' for none.")
-    ] = ",".join(selector_names()),
-    density: Annotated[float, typer.Option(help="Of those random blocks, in (0, 1].")] = 0.05,
+    density: Annotated[float, typer.Option(help="Of the random blocks, in (0, 1].")] = 0.05,
     dense: Annotated[
         str | None, typer.Option(help="Dense kernels, comma-separated, '' for none. Default: all there are.")
     ] = None,
@@ -120,8 +115,9 @@ def ttft(
 ) -> None:
     """Time to first token of a model with random weights, peak memory, and what attention and selection take of it.
 
-    Under torchrun the ranks share the model by transformers' tensor parallelism. Exits with 1 if something that was to
-    run sparse did not, and with 2 if something could not run.
+    Selectors run in full, then attention is over random blocks; '' for none. Under torchrun the ranks share the model
+    by transformers' tensor parallelism. Exits with 1 if something that was to run sparse did not, and with 2 if
+    something could not run.
     """
     options = {name: value for name, value in locals().items() if name != "given"} | given
     require_transformers()
@@ -174,12 +170,7 @@ def serve(
 
 
 @app.command()
-@takes(
-    f"lengths selectors density {_INPUTS}",
-    lengths="4096,16384,65536",
-    selectors="flexprefill,flashprefill",
-    out="peers",
-)
+@takes(f"lengths selectors density {_INPUTS}", lengths="4096,16384,65536", selectors=_BOTH, out="peers")
 def peers(
     peer: Annotated[
         list[str] | None,
@@ -267,13 +258,12 @@ def render(
 ) -> None:
     """Write the documents' tables and the plots from the rows in bench/results/."""
     after = {document: render_document(document, names, RESULTS) for document, names in DOCUMENTS.items()}
-    if check:
-        stale = [document.name for document, text in after.items() if document.read_text(encoding="utf-8") != text]
-        if stale:
-            what = f"{', '.join(stale)} is not what the rows say: run 'python -m bench render'"
-            typer.echo(f"error: {what}", err=True)
-            raise typer.Exit(1)
-        return
-    for document, text in after.items():
-        document.write_text(text, encoding="utf-8")
-    draw_plots(RESULTS)
+    stale = [document for document, text in after.items() if document.read_text(encoding="utf-8") != text]
+    if check and stale:
+        names = ", ".join(document.name for document in stale)
+        typer.echo(f"error: {names} is not what the rows say: run 'python -m bench render'", err=True)
+        raise typer.Exit(1)
+    if not check:
+        for document in stale:
+            document.write_text(after[document], encoding="utf-8")
+        draw_plots(RESULTS)

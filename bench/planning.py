@@ -138,6 +138,6 @@ def _model_heads(folder: Path, layer: int, asked: Sequence[int | None]) -> tuple
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     found = (heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
     if any(size not in (None, own) for size, own in zip(asked, found, strict=True)):
-        own = "{} heads, {} kv-heads and head-dim {}".format(*found)
-        raise UsageError(f"the model has {own}: leave those options out")
+        told = "the model has {} heads, {} kv-heads and head-dim {}: leave those options out"
+        raise UsageError(told.format(*found))
     return found

@@ -29,21 +29,17 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
 def _run_phase(llm: Any, phase: dict[str, Any], memory: Any) -> dict[str, Any]:
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
-    sampling = SamplingParams(
-        temperature=0.0,
-        max_tokens=phase["max_tokens"],
-        ignore_eos=phase.get("ignore_eos", False),
-        detokenize=False,
-    )
+    asked: Any = {"max_tokens": phase["max_tokens"], "ignore_eos": phase.get("ignore_eos", False)}
+    sampling = SamplingParams(temperature=0.0, detokenize=False, **asked)
 
     def generate(batch: list[list[int]]) -> list[Any]:
         return llm.generate([{"prompt_token_ids": ids} for ids in batch], sampling, use_tqdm=False)
 
     if phase.get("fault"):
-        llm.collective_rpc(_break_sparse_attention)
+        llm.collective_rpc(_set_fault, args=(True,))
     answers, seconds = timed_batches(phase, generate)
     if phase.get("fault"):
-        llm.collective_rpc(_mend_sparse_attention)
+        llm.collective_rpc(_set_fault, args=(False,))
     return {
         "outputs": [list(answer.outputs[0].token_ids) for answer in answers],
         "cached": [answer.num_cached_tokens for answer in answers],
@@ -79,14 +75,12 @@ def _fail(*arguments: Any) -> Any:
     raise RuntimeError("sparse attention was made to fail")
 
 
-def _break_sparse_attention(worker: Any) -> None:
+def _set_fault(worker: Any, failing: bool) -> None:
     for impl in sparse_layers(worker):
-        impl.attend, impl.attend_before = _fail, impl.attend
-
-
-def _mend_sparse_attention(worker: Any) -> None:
-    for impl in sparse_layers(worker):
-        impl.attend = impl.attend_before
+        if failing:
+            impl.attend, impl.attend_before = _fail, impl.attend
+        else:
+            impl.attend = impl.attend_before
 
 
 if __name__ == "__main__":
