@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from bench import RESULTS
 from bench.attention import LengthBenchmark
-from bench.fit import fit_rates
+from bench.gpu_constants import best_tiles, fit_rates, tuning_rows
 from bench.host import host_rows, prefill_rows
 from bench.models import SHAPES, Ranks
 from bench.peer_rows import PeerBenchmark
@@ -32,7 +32,6 @@ from bench.speed_tables import PEERS as PEERS_TABLE
 from bench.tables import paragraphs
 from bench.terminal import Recorder, one_line_errors
 from bench.ttft_tables import FIRST_TOKEN
-from bench.tune import best_tiles, tuning_rows
 from flexprefill_fa import selector_names
 from flexprefill_fa.tools.loading import UsageError, require_transformers
 from flexprefill_fa.tools.rows import Row, read

@@ -26,8 +26,10 @@ from flexprefill_fa.selection import every_block
 from flexprefill_fa.tools.needle.prompts import another_question, build_prompt, is_correct
 from flexprefill_fa.tools.rows import read
 
+SHAPES = [(129, 129), (1000, 1000), (4096, 4096), (1024, 4096), (1000, 4001), (129, 700)]
 
-@pytest.mark.parametrize("q_len,kv_len", [(1024, 1024), (1024, 4096), (1000, 4001), (129, 700)])
+
+@pytest.mark.parametrize(("q_len", "kv_len"), SHAPES)
 @pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
 def test_blocks_of_a_chunk(q_len: int, kv_len: int, density: float) -> None:
     found = chunk_selection(q_len, kv_len, 4, density, seed=3)
@@ -40,7 +42,12 @@ def test_blocks_of_a_chunk(q_len: int, kv_len: int, density: float) -> None:
     least = ((visible & ~full).sum() + (visible & full)[..., 0].sum()) / visible.sum()
     expected, half_a_block = max(density, least.item()), 0.51 / visible.sum().item()
     assert found.density().flatten().tolist() == pytest.approx([expected] * 4, abs=half_a_block)
+    assert torch.equal(found.kept_blocks(), keep.sum((-2, -1))), "none in both lists"
+    listed = torch.arange(found.full_kv_indices.shape[-1]) < found.full_kv_num_blocks[..., None]
+    assert (found.full_kv_indices.diff(dim=-1)[listed[..., 1:]] > 0).all(), "ascending, none twice"
     assert torch.equal(keep, chunk_selection(q_len, kv_len, 4, density, seed=3).to_dense())
+    if q_len == 4096 and density == 0.5:
+        assert not torch.equal(keep[0, 0], keep[0, 1])
     if density == 1.0:
         query, key = torch.empty(1, 4, q_len, 16), torch.empty(1, 4, kv_len, 16)
         assert torch.equal(keep, every_block(query, key, 128).to_dense())

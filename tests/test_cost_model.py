@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from bench import RESULTS
-from bench.fit import best_dense
-from bench.tune import best_tiles
+from bench.gpu_constants import best_dense, best_tiles
 from flexprefill_fa import FlexPrefillConfig, PeakPrefillConfig, get_selector
 from flexprefill_fa.backends import TRITON_TILES
 from flexprefill_fa.cost_model import RATES, predicted_ms, prefers_dense
