@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.attention import Calls, LengthBenchmark
-from bench.check import Reference, no_better_than_zeros, relative_error
+from bench.check import no_better_than_zeros, relative_error
 from bench.peers.base import Peer, foreign_code
 from bench.speed_tables import OURS
 from bench.synthetic import chunk_selection
@@ -44,9 +44,10 @@ class PeerBenchmark(LengthBenchmark):
         count, partial, full_count, full = (part.repeat_interleave(groups, 1) for part in one.lists)
         return BlockSelection(count, partial, full_count, full, self.length, self.length, one.block_size)
 
-    def selector_rows(self, config: Any, dense: Reference) -> Iterator[Row]:
+    def selector_rows(self, config: Any) -> Iterator[Row]:
         """As before, with `dense_error`."""
-        for row in super().selector_rows(config, dense):
+        dense = self.references[None]
+        for row in super().selector_rows(config):
             row["implementation"] = OURS
             if row["path"] == "sparse" and "error" not in row:
                 out = sparse_prefill_attention(*self.inputs, config, dense="never", backend=row["backend"])
