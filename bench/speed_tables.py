@@ -8,20 +8,7 @@ from functools import partial
 from typing import Any
 
 from bench.planning import YARDSTICK
-from bench.tables import (
-    Line,
-    Table,
-    cells,
-    conditions,
-    field,
-    kernel_name,
-    key,
-    markdown,
-    method,
-    pivot,
-    settings_of,
-    split,
-)
+from bench.tables import Line, Table, cells, conditions, field, kernel_name, key, markdown, method, pivot, settings_of
 from flexprefill_fa.masks import get_selector
 from flexprefill_fa.masks.selector import DEFAULT_SELECTOR
 from flexprefill_fa.tools.reporting import changed_settings
@@ -114,9 +101,9 @@ def _one_method(rows: Sequence[Row]) -> list[Line]:
 
 def _beside_dense(rows: Sequence[Row], time: str, columns: Mapping[str, Any]) -> list[Line]:
     """The lines of rows, with speed-ups over dense rows of another process where a row's own had none."""
-    dense, selected = split(rows)
+    dense = [row for row in rows if row["selector"] is None]
     filled = []
-    for row in selected:
+    for row in (row for row in rows if row["selector"] is not None):
         here = [other for other in dense if other["length"] == row["length"] and "total_ms" in other]
         beside = {other["kernel"]: other["total_ms"] for other in here}
         yardstick = YARDSTICK[row["device"]]
@@ -182,6 +169,10 @@ def shown_first(rows: Iterable[Row]) -> list[Row]:
     return [row for row in same if row["selector"] is None or key(row, _METHOD) == key(usual[0], _METHOD)]
 
 
+def _call(row: Row) -> Line:
+    return {"call": row["case"], "kernel": kernel_name(row)}
+
+
 def _replayed(row: Row) -> str:
     return row["case"] + (', graph="auto"' if row["graph"] == "auto" else "")
 
@@ -195,13 +186,7 @@ HOST = Table(
     group_by="length gpu heads kv_heads head_dim dtype",
     identity="case graph",
     caption="**{length:,} tokens**: medians of calls, each with an idle GPU before it",
-    lines=lambda rows: pivot(
-        (
-            {"call": row["case"], "kernel": kernel_name(row)},
-            {f'graph="{row["graph"]}", µs': field(row, "host_us:,.0f")},
-        )
-        for row in rows
-    ),
+    lines=lambda rows: pivot((_call(row), {f'graph="{row["graph"]}", µs': field(row, "host_us:,.0f")}) for row in rows),
     where=lambda row: "graph" in row and "host_us" in row,  # others are of whole prefills, or say nothing of graphs
 )
 PREFILL = Table(
