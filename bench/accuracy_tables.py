@@ -47,10 +47,6 @@ def title_of(row: Row) -> str:
     return row["task"] if row["task_version"] is None else f"{row['task']} version {row['task_version']}"
 
 
-def _short(row: Row) -> str:
-    return row["task"].removeprefix("needle_").removeprefix("offline_")
-
-
 def _is_below(row: Row) -> bool:
     return row["dense"] is not None and row["accuracy"] < row["dense"] - MARGIN - 1e-9
 
@@ -80,7 +76,6 @@ TASKS = Table(
     lines=_task_lines,
     where=lambda row: row["kind"] == ACCURACY_KIND,
 )
-"""Accuracy and density of each task at each length, and recall where prompts were measured."""
 
 
 def _summary_lines(rows: list[Row], name: Callable[[Row], str] = method) -> list[Line]:
@@ -100,7 +95,8 @@ def _summary_lines(rows: list[Row], name: Callable[[Row], str] = method) -> list
         mean = statistics.fmean(row["accuracy"] for row in tasks.values())
         text = f"{mean:.2f}" if whole else f"{len(tasks)} of {asked[length]} tasks"
         text = f"**{text}**" if any(map(_is_below, tasks.values())) else text
-        text += f", {_short(worst)} {worst['accuracy']:.2f}" if worst["accuracy"] < 1 else ""
+        short = worst["task"].removeprefix("needle_").removeprefix("offline_")
+        text += f", {short} {worst['accuracy']:.2f}" if worst["accuracy"] < 1 else ""
         if whole and who != DENSE:
             text += f" ({statistics.fmean(row['density'] for row in tasks.values()):.2f})"
         entries.append(({"selector": who}, {tokens(length): text}))
@@ -113,10 +109,8 @@ SUMMARY = dataclasses.replace(
     caption="**{model}**: mean accuracy over the tasks below, the worst task, in brackets the mean density; no mean "
     f"where not all tasks were asked. {_BOLD}",
 )
-"""How well each selector does on average, and where it does worst."""
 USUAL = dataclasses.replace(
     SUMMARY,
     where=lambda row: TASKS.where(row) and usual_knob(row) and not row["dense_layers"],
     lines=partial(_summary_lines, name=lambda row: method({**row, "settings": {}})),
 )
-"""The same of the usual knob of each selector, whatever its other settings."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,41 +24,41 @@ from flexprefill_fa.tools.loading import first_line
 from flexprefill_fa.tools.rows import Row
 
 _BLOCK = 128  # of synthetic selections
-Calls = Mapping[str, Callable[[], Any]]
+Calls = dict[str, Callable[[], Any]]
 """What to time, by the field of its milliseconds."""
 
 
 class LengthBenchmark:
     """All rows of one length n, of queries and keys alike; `note` is called with a line about what is left out."""
 
+    kind = "attention"
+
     def __init__(self, plan: Plan, length: int, note: Callable[[str], None]) -> None:
-        self.plan = plan
-        self.length = length
-        self.note = note
+        self.plan, self.length, self.note = plan, length, note
         self.inputs, found = plan.inputs(length)
         self.watch = Stopwatch(plan.device, plan.repeats, plan.seconds)
-        same = ("batch", "heads", "kv_heads", "head_dim", "workload", "seed")
-        shape = {"length": length, **{name: getattr(plan, name) for name in same}}
-        self.conditions = described("attention", plan.device, plan.dtype, **shape, **found)
+        same = ("heads", "kv_heads", "head_dim", "workload", "seed")
+        shape = {"length": length, "batch": 1, **{name: getattr(plan, name) for name in same}}
+        self.conditions = described(self.kind, plan.device, plan.dtype, **shape, **found)
         self.dense_rows: dict[str, Row] = {}  # by kernel
-        self.references: dict[Any, Reference] = {}  # of each config's or density's selection
+        self.references: dict[Any, Reference] = {}  # of each config's or density's selection; of None, dense
 
     def rows(self) -> Iterator[Row]:
         """The rows, dense first; a row whose check failed has `error` and no times."""
         with torch.no_grad(), self.plan.on_device():
-            dense = reference(self.inputs, None)
+            self.references[None] = reference(self.inputs, None)
             for kernel in self.plan.kernels:
-                yield from self._dense_row(kernel, dense)
+                yield from self._dense_row(kernel)
             for config in self.plan.configs:
-                yield from self.selector_rows(config, dense)
+                yield from self.selector_rows(config)
             for density in self.plan.densities:
                 yield from self._synthetic_rows(density)
 
-    def _dense_row(self, kernel: str, expected: Reference) -> Iterator[Row]:
+    def _dense_row(self, kernel: str) -> Iterator[Row]:
         call = partial(causal_attention, *self.inputs, kernel)
         row: Row = {**self.conditions, "path": "dense", "selector": None, "backend": None, "kernel": kernel}
         try:
-            row |= self._measured({"total_ms": call}, expected, ValueError)
+            row |= self._measured({"total_ms": call}, self.references[None], ValueError)
         except ValueError as error:  # what causal_attention says of a kernel that does not fit
             self.note(f"{self.length} tokens: dense {kernel} cannot run: {first_line(error)}")
             return
@@ -68,7 +68,7 @@ class LengthBenchmark:
             self.dense_rows[kernel] = row
         yield row
 
-    def selector_rows(self, config: Any, dense: Reference) -> Iterator[Row]:
+    def selector_rows(self, config: Any) -> Iterator[Row]:
         """Those of a selector, one for each backend."""
         query, key, _ = self.inputs
         select = partial(select_blocks, query, key, config)
@@ -82,18 +82,16 @@ class LengthBenchmark:
             row: Row = {**self.conditions, "path": "dense" if goes_dense else "sparse", "selector": config.name}
             row |= {"settings": dataclasses.asdict(config), "backend": backend, "kernel": kernel}
             way: Any = {"dense": "auto" if backend == "auto" else "never", "backend": backend}
-            calls: dict[str, Callable[[], Any]] = {
-                "total_ms": partial(sparse_prefill_attention, *self.inputs, config, **way)
-            }
+            calls: Calls = {"total_ms": partial(sparse_prefill_attention, *self.inputs, config, **way)}
             if goes_dense:
-                row |= {"kernel": fastest_dense(query), "would_be_density": kept["density"]}
-                row |= self._measured(calls, dense)
+                row |= {"kernel": fastest_dense(query), **self._measured(calls, self.references[None])}
                 yield row | self.speedups(row)
                 continue
-            attend = calls["attend_ms"] = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
+            attend = partial(block_sparse_attention, *self.inputs, selection, backend=backend)
+            calls["attend_ms"] = attend
             if self.plan.mean_correction:
-                ways: Any = {"corrected_ms": True, "tilted_ms": "tilted"}
-                calls |= {name: partial(attend, mean_correction=means) for name, means in ways.items()}
+                calls["corrected_ms"] = partial(attend, mean_correction=True)
+                calls["tilted_ms"] = partial(attend, mean_correction="tilted")
             yield self._sparse_row(row | kept, calls, selection, sparse, select_ms=taken)
 
     def _synthetic_rows(self, density: float) -> Iterator[Row]:
@@ -108,9 +106,8 @@ class LengthBenchmark:
 
     def random_blocks(self, density: float) -> BlockSelection:
         """A synthetic selection."""
-        query = self.inputs.query
-        same: Any = {"batch": query.shape[0], "block_size": _BLOCK, "device": query.device, "seed": self.plan.seed}
-        return chunk_selection(self.length, self.length, query.shape[1], density, **same)
+        plan = self.plan
+        return chunk_selection(self.length, self.length, plan.heads, density, device=plan.device, seed=plan.seed)
 
     def _sparse_row(
         self, row: Row, calls: Calls, selection: BlockSelection, expected: Reference, **taken: Times
@@ -171,13 +168,8 @@ class LengthBenchmark:
         if "error" in row:
             return {}
         own, name = row.get("total_ms", row.get("attend_ms")), YARDSTICK[self.plan.device.type]
-        dense = {kernel: found["total_ms"] for kernel, found in self.dense_rows.items()}
-        best = min(dense, key=dense.__getitem__, default=None)
-        return {
-            f"speedup_{name}": round(dense[name] / own, 3) if name in dense else None,
-            "speedup_best_dense": best and round(dense[best] / own, 3),
-            "best_dense": best,
-        }
+        gains = {kernel: round(found["total_ms"] / own, 3) for kernel, found in self.dense_rows.items()}
+        return {f"speedup_{name}": gains.get(name), "speedup_best_dense": min(gains.values(), default=None)}
 
 
 def spread(name: str, per_head: Tensor, ends: str) -> Row:

@@ -22,11 +22,14 @@ def needle_layers(
     """What layers of the packaged needle model see on the needle prompt of a length in tokens and a seed.
 
     Raises:
-        ValueError: for a length that holds no such prompt.
+        UsageError: for a length that holds no such prompt.
     """
     model, tokenizer = load_model(MODEL_DIR, dtype, device)
     loaded: Any = tokenizer
-    prompt = build_prompt(loaded.backend_tokenizer, length, needles=8, seed=seed)
+    try:
+        prompt = build_prompt(loaded.backend_tokenizer, length, needles=8, seed=seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return capture_layers(model, prompt.token_ids, layers)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.workloads import Inputs
 from flexprefill_fa import BlockSelection
+from flexprefill_fa.index_lists import kept_table
 from flexprefill_fa.tools.rows import Row
 
 SAMPLED_ROWS = 32
@@ -45,13 +46,8 @@ class Reference:
 
 def kept_rows(selection: BlockSelection, positions: Tensor) -> Tensor:
     """bool `[B, Hq, R, nk]`: which blocks the selection keeps for the query rows at these positions."""
-    partial_count, partial, full_count, full = selection.lists
-    rows, width = (positions // selection.block_size).to(partial.device), selection.grid.kv_blocks
-    kept = torch.zeros(*partial_count.shape[:2], len(rows), width + 1, dtype=torch.bool, device=rows.device)
-    for count, indices in ((partial_count, partial), (full_count, full)):
-        listed = torch.arange(indices.shape[-1], device=rows.device) < count[:, :, rows, None]
-        kept.scatter_(-1, torch.where(listed, indices[:, :, rows], width).long(), True)
-    return kept[..., :width]
+    rows = (positions // selection.block_size).to(selection.kv_num_blocks.device)
+    return kept_table(*(part[:, :, rows] for part in selection.lists), selection.grid.kv_blocks)
 
 
 def reference(inputs: Inputs, selection: BlockSelection | None, rows: int = SAMPLED_ROWS) -> Reference:
@@ -65,15 +61,13 @@ def reference(inputs: Inputs, selection: BlockSelection | None, rows: int = SAMP
     positions = sample_positions(length, rows).to(query.device)
     causal = torch.arange(length, device=query.device) <= positions[:, None]  # [R, n]
     queries = query[:, :, positions].unflatten(1, (-1, groups)).flatten(0, 1)  # [B Hkv, G, R, D]
-    kept, density = [None] * len(queries), 1.0
+    masks, density = [causal] * len(queries), 1.0
     if selection is not None:
-        kept = kept_rows(selection, positions).unflatten(1, (-1, groups)).flatten(0, 1)
+        kept = kept_rows(selection, positions).unflatten(1, (-1, groups)).flatten(0, 1)  # [B Hkv, G, R, nk]
+        masks = (causal & blocks.repeat_interleave(selection.block_size, -1)[..., :length] for blocks in kept)
         density = selection.density().mean().item()
     parts = []
-    for q, k, v, blocks in zip(queries, key.flatten(0, 1), value.flatten(0, 1), kept, strict=True):
-        mask = causal
-        if blocks is not None and selection is not None:
-            mask = causal & blocks.repeat_interleave(selection.block_size, -1)[..., :length]
+    for q, k, v, mask in zip(queries, key.flatten(0, 1), value.flatten(0, 1), masks, strict=True):
         exact, wide = _probability(q.double(), k.double(), causal), v.double()  # [G, R, n]; a group's are large enough
         dense = exact @ wide
         exact = exact.masked_fill_(~mask, 0)

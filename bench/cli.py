@@ -13,29 +13,27 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from bench import RESULTS
 from bench.attention import LengthBenchmark
-from bench.fit import fit_rates
+from bench.gpu_constants import best_tiles, fit_rates, tuning_rows
 from bench.host import host_rows, prefill_rows
-from bench.needle.network import model_config as needle_config
-from bench.paths import RESULTS
+from bench.models import SHAPES, Ranks
 from bench.peer_rows import PeerBenchmark
 from bench.peers import PEERS, parse_peers
-from bench.planning import make_plan
-from bench.quality import quality_rows, sweep
+from bench.planning import Plan
+from bench.quality import LAYERS, quality_rows, sweep
 from bench.quality_tables import SETTINGS
 from bench.render import DOCUMENTS, draw_plots, render_document
 from bench.serve import LoadPlan, load_rows
 from bench.serve_tables import ENGINES, serve_tables
-from bench.shapes import SHAPES
-from bench.spec import parse_lengths, parse_place, parse_share, parse_whole, takes
+from bench.spec import parse_lengths, parse_place, parse_share, takes
 from bench.speed_tables import ATTENTION, GIVEN
 from bench.speed_tables import PEERS as PEERS_TABLE
 from bench.tables import paragraphs
 from bench.terminal import Recorder, one_line_errors
 from bench.ttft_tables import FIRST_TOKEN
-from bench.tune import best_tiles, tuning_rows
 from flexprefill_fa import selector_names
-from flexprefill_fa.tools.loading import UsageError, first_line, require_transformers
+from flexprefill_fa.tools.loading import UsageError, require_transformers
 from flexprefill_fa.tools.rows import Row, read
 
 
@@ -56,14 +54,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_INPUTS = "backends heads kv_heads head_dim workload model text layer"
-_INPUTS += " dtype dense device seed repeats seconds out as_json"
+_RUN = "dtype device seed out as_json"
+_INPUTS = f"backends heads kv_heads head_dim workload model text layer dense repeats seconds {_RUN}"
+_EVERY, _BOTH = ",".join(selector_names()), "flexprefill,flashprefill"
 
 
 @app.command()
 @takes(f"lengths selectors density {_INPUTS}", out="attention")
 def attention(
-    batch: Annotated[int, typer.Option(min=1)] = 1,
     mean_correction: Annotated[bool, typer.Option(help="Time attention with mean correction too.")] = False,
     **given: Any,
 ) -> None:
@@ -71,7 +69,7 @@ def attention(
 
     Exits with 1 if an output was wrong and with 2 if something could not run.
     """
-    plan = make_plan(batch=batch, mean_correction=mean_correction, **given)
+    plan = Plan(mean_correction=mean_correction, **given)
     run = Recorder(given["out"], given["as_json"])
     run.each(plan.lengths, plan.steps(), lambda length: LengthBenchmark(plan, length, run.note).rows())
     run.wrong = any("error" in row for row in run.rows)
@@ -79,13 +77,8 @@ def attention(
 
 
 @app.command()
-@takes("lengths dtype device seed out as_json", lengths="8192,32768", out="quality")
+@takes(f"lengths selectors {_RUN}", lengths="8192,32768", selectors=None, out="quality")
 def quality(
-    selectors: Annotated[
-        str | None,
-        typer.Option(help="Comma-separated; name or name:field=value+field=value. Default: a sweep of every selector."),
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="Of the needle model, comma-separated; all by default.")] = None,
     mean_correction: Annotated[
         bool | None, typer.Option("--mean-correction/--no-mean-correction", help="Both by default.")
     ] = None,
@@ -93,28 +86,23 @@ def quality(
 ) -> None:
     """Compare what selectors keep, and what their outputs lose against exact attention, on a trained model's heads.
 
-    Exits with 1 if a setting failed and with 2 if something could not run.
+    Without --selectors every selector is swept. Exits with 1 if a setting failed and with 2 if something could not run.
     """
-    last = needle_config()["num_hidden_layers"] - 1
-    wanted = list(range(last + 1)) if layers is None else parse_whole("layers", layers, 0, last)
     corrections = (False, True) if mean_correction is None else (mean_correction,)
     backend = "TRITON" if parse_place(given["device"], given["dtype"])[0].type == "cuda" else "CPU"
-    asked = sweep() if selectors is None else selectors
-    plan = make_plan(selectors=asked, workload="needle", backends=backend, **given)
+    selectors = given["selectors"] or sweep()
+    plan = Plan(**given | {"selectors": selectors, "workload": "needle", "backends": backend})
     run = Recorder(given["out"], given["as_json"])
-    steps = len(wanted) * len(plan.configs) * len(corrections)
-    run.each(plan.lengths, steps, partial(quality_rows, plan, wanted, corrections, run.failed))
+    steps = LAYERS * len(plan.configs) * len(corrections)
+    run.each(plan.lengths, steps, partial(quality_rows, plan, corrections, run.failed))
     run.finish(SETTINGS.markdown(run.rows))
 
 
 @app.command()
-@takes("lengths repeats seconds dtype device seed out as_json", repeats=5, seconds=10.0, out="ttft")
+@takes(f"lengths selectors repeats seconds {_RUN}", selectors=_EVERY, repeats=5, seconds=10.0, out="ttft")
 def ttft(
     config: Annotated[str, typer.Option(help=f"Shape of the model: {', '.join(SHAPES)}.")] = "llama-3.1-8b",
-    selectors: Annotated[
-        str, typer.Option(help="Run in full, then attention is over random blocks; comma-separated, '' for none.")
-    ] = ",".join(selector_names()),
-    density: Annotated[float, typer.Option(help="Of those random blocks, in (0, 1].")] = 0.05,
+    density: Annotated[float, typer.Option(help="Of the random blocks, in (0, 1].")] = 0.05,
     dense: Annotated[
         str | None, typer.Option(help="Dense kernels, comma-separated, '' for none. Default: all there are.")
     ] = None,
@@ -122,22 +110,21 @@ def ttft(
     chunk: Annotated[
         int | None, typer.Option(min=128, help="Tokens of the prompt at a time; selectors alone. Default: all.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Of the model, instead of the shape's own.")] = None,
     **given: Any,
 ) -> None:
     """Time to first token of a model with random weights, peak memory, and what attention and selection take of it.
 
-    Under torchrun the ranks share the model by transformers' tensor parallelism. Exits with 1 if something that was to
-    run sparse did not, and with 2 if something could not run.
+    Selectors run in full, then attention is over random blocks; '' for none. Under torchrun the ranks share the model
+    by transformers' tensor parallelism. Exits with 1 if something that was to run sparse did not, and with 2 if
+    something could not run.
     """
     options = {name: value for name, value in locals().items() if name != "given"} | given
     require_transformers()
     # They need transformers at import, which the other commands do without.
-    from bench.ttft import make_plan, ttft_rows
-    from bench.ttft_ranks import Ranks
+    from bench.ttft import TtftPlan, ttft_rows
 
     left_out: list[str] = []
-    plan = make_plan(left_out.append, **options)
+    plan = TtftPlan(left_out.append, **options)
     with Ranks.start(plan.device) as ranks:
         run = Recorder(given["out"], given["as_json"], quiet=ranks.rank > 0)
         for line in left_out:
@@ -149,14 +136,11 @@ def ttft(
 
 
 @app.command()
-@takes("lengths as_json", lengths="4096,16384,65536,131072")
+@takes("lengths repeats as_json", lengths="4096,16384,65536,131072", repeats=7)
 def serve(
     engine: Annotated[str, typer.Option(help="vllm or sglang.")] = "vllm",
     settings: Annotated[str, typer.Option(help="Of the backend, as a JSON object.")] = "{}",
     density: Annotated[float, typer.Option(help="Of the blocks that the sparse engine attends over.")] = 0.05,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each prompt below 64K tokens; longer ones get a third.")] = 7,
-    batched_tokens: Annotated[int, typer.Option(min=128, help="The most prompt tokens of a step.")] = 8192,
-    layers: Annotated[int, typer.Option(min=1, help="Of the model; 32 make the shape of Llama-3.1-8B.")] = 32,
     out: Annotated[
         Path | None, typer.Option(help="JSON lines; rows are added. Default: bench/results/ENGINE.jsonl.")
     ] = None,
@@ -164,16 +148,16 @@ def serve(
 ) -> None:
     """Time to first token and throughput of an engine's default backend and of sparse prefill, random weights.
 
-    Exits with 2 if something could not run.
+    The repeats are of each prompt below 64K tokens; longer ones get a third. Exits with 2 if something could not run.
     """
     try:
         chosen = json.loads(settings)
-    except ValueError as error:
-        raise UsageError(f"settings must be a JSON object, got {settings!r}: {first_line(error)}") from error
+    except ValueError:
+        chosen = None
     if not isinstance(chosen, dict):
         raise UsageError(f"settings must be a JSON object, got {settings!r}")
-    lengths, share = parse_lengths(given["lengths"]), parse_share("density", f"{density:g}")
-    plan = LoadPlan(lengths, chosen, share, repeats, batched_tokens, layers, name=engine)
+    share = parse_share("density", f"{density:g}")
+    plan = LoadPlan(parse_lengths(given["lengths"]), chosen, share, given["repeats"], engine)
     title = ENGINES[engine].title
     if not torch.cuda.is_available():
         raise UsageError(f"{title} is measured on a CUDA GPU, and there is none")
@@ -185,12 +169,7 @@ def serve(
 
 
 @app.command()
-@takes(
-    f"lengths selectors density {_INPUTS}",
-    lengths="4096,16384,65536",
-    selectors="flexprefill,flashprefill",
-    out="peers",
-)
+@takes(f"lengths selectors density {_INPUTS}", lengths="4096,16384,65536", selectors=_BOTH, out="peers")
 def peers(
     peer: Annotated[
         list[str] | None,
@@ -204,7 +183,7 @@ def peers(
     Exits with 1 if an output of this package was wrong and with 2 if a peer's was, or something could not run.
     """
     found = parse_peers(peer or [])
-    plan = make_plan(**given)
+    plan = Plan(**given)
     run = Recorder(given["out"], given["as_json"])
     for name in sorted({config.name for config in plan.configs} - {one.selector for one, _ in found}):
         run.note(f"{name} is measured without a peer")
@@ -229,38 +208,31 @@ def peers(
 
 @app.command()
 @takes("out as_json", out="tuning")
-def tune(
-    head_dims: Annotated[str, typer.Option(help="Comma-separated.")] = "64,128,256",
-    **given: Any,
-) -> None:
+def tune(**given: Any) -> None:
     """Try tiles of FlexAttention's Triton kernel on this GPU, for the table in flexprefill_fa/backends.py."""
-    dims = parse_whole("head-dims", head_dims, 16, 256)
     if not torch.cuda.is_available():
         raise UsageError("tiles are tuned on a CUDA GPU, and there is none")
     run = Recorder(given["out"], given["as_json"])
-    run.take("tiles", None, partial(tuning_rows, dims))
+    run.take("tiles", None, tuning_rows)
     for (capability, head_dim), tile in best_tiles(run.rows).items():
         run.note(f"compute capability {capability}, head_dim {head_dim}: {tile}")
     run.finish("")
 
 
 @app.command()
-@takes("lengths dtype device", lengths="1024,4096")
+@takes("lengths repeats dtype device out", lengths="1024,4096", repeats=200, out="host")
 def host(
-    repeats: Annotated[int, typer.Option(min=2, help="Measurements of each time.")] = 200,
     prefill: Annotated[bool, typer.Option(help="Whole prefills of the needle model in transformers instead.")] = False,
-    out: Annotated[Path, typer.Option(help="JSON lines; rows of a GPU are added, a CPU's are printed alone.")] = RESULTS
-    / "host.jsonl",
     **given: Any,
 ) -> None:
-    """Time what a call costs the CPU before the GPU has its work, for SDPA, dense attention and every selector."""
+    """Time what a call costs the CPU before the GPU has its work, for SDPA, dense attention and every selector.
+
+    Rows of a GPU are added, a CPU's are printed alone.
+    """
     where, precision = parse_place(given["device"], given["dtype"])
-    run = Recorder(out if where.type == "cuda" else None, as_json=True)
-    run.each(
-        parse_lengths(given["lengths"]),
-        None,
-        partial(prefill_rows if prefill else host_rows, where, precision, repeats),
-    )
+    run = Recorder(given["out"] if where.type == "cuda" else None, as_json=True)
+    rows = partial(prefill_rows if prefill else host_rows, where, precision, given["repeats"])
+    run.each(parse_lengths(given["lengths"]), None, rows)
     run.finish("")
 
 
@@ -285,13 +257,12 @@ def render(
 ) -> None:
     """Write the documents' tables and the plots from the rows in bench/results/."""
     after = {document: render_document(document, names, RESULTS) for document, names in DOCUMENTS.items()}
-    if check:
-        stale = [document.name for document, text in after.items() if document.read_text(encoding="utf-8") != text]
-        if stale:
-            what = f"{', '.join(stale)} is not what the rows say: run 'python -m bench render'"
-            typer.echo(f"error: {what}", err=True)
-            raise typer.Exit(1)
-        return
-    for document, text in after.items():
-        document.write_text(text, encoding="utf-8")
-    draw_plots(RESULTS)
+    stale = [document for document, text in after.items() if document.read_text(encoding="utf-8") != text]
+    if check and stale:
+        names = ", ".join(document.name for document in stale)
+        typer.echo(f"error: {names} is not what the rows say: run 'python -m bench render'", err=True)
+        raise typer.Exit(1)
+    if not check:
+        for document in stale:
+            document.write_text(after[document], encoding="utf-8")
+        draw_plots(RESULTS)

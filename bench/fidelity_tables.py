@@ -7,20 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from bench.tables import (
-    Line,
-    Table,
-    cells,
-    conditions,
-    group_rows,
-    mark,
-    markdown,
-    method,
-    number,
-    paragraphs,
-    pivot,
-    usual_knob,
-)
+from bench.tables import Line, Table, cells, conditions, group_rows, mark, markdown, method, number, pivot, usual_knob
 from flexprefill_fa.tools.fidelity.plot import curves
 from flexprefill_fa.tools.rows import Row
 
@@ -60,9 +47,9 @@ def _leaderboard(group: list[Row]) -> list[Line]:
         return []
     entries = []
     for part in group_rows(sorted(group, key=lambda row: row["length"]), "length"):
+        titles = {target: f"{part[0]['length']:,}: KL {target:g}" for target in TARGETS}
         for name, points in curves(part).items():
-            titles = {f"{part[0]['length']:,}: KL {target:g}": target for target in TARGETS}
-            read = {title: number(density_at(points, target), ".3f") for title, target in titles.items()}
+            read = {title: number(density_at(points, target), ".3f") for target, title in titles.items()}
             entries.append(({"selector": name}, read))
     columns = dict.fromkeys(title for _, read in entries for title in read)
     lines = pivot(entries, columns)
@@ -86,9 +73,7 @@ LEADERBOARD = Table(
     lines=_leaderboard,
     where=lambda row: not row["dense_layers"],
 )
-"""Of each model and text, the density at each KL and length."""
 SINGLES = dataclasses.replace(LEADERBOARD, lines=_singles, caption=_OF + "single settings")
-"""Models and texts that were read with a few settings, no sweeps."""
 
 
 def _chunks(group: list[Row]) -> list[Line]:
@@ -107,11 +92,10 @@ CHUNKS = Table(
     caption=_OF + "{length:,} tokens, KL to dense attention at density",
     lines=_chunks,
 )
-"""What it costs that a chunk's selection sees its own queries alone."""
 
 
 def _sweeps(rows: Iterable[Row]) -> list[list[Row]]:
-    return [group for group in LEADERBOARD.groups(rows) if _is_sweep(group)]
+    return list(filter(_is_sweep, LEADERBOARD.groups(rows)))
 
 
 def plain_sweeps(rows: Iterable[Row]) -> list[list[Row]]:
@@ -147,7 +131,7 @@ def fidelity_summary(rows: Iterable[Row]) -> str:
         "needs. As it comes: density and KL of the usual knob, and the share of positions whose most likely token "
         f"stays the same, on '{_TEXT}'."
     )
-    return paragraphs([caption, markdown(lines), *map(_lost, shown)])
+    return "\n\n".join(filter(None, (caption, markdown(lines), *map(_lost, shown))))
 
 
 def _as_it_comes(group: Sequence[Row]) -> dict[str, Row]:
@@ -165,12 +149,8 @@ def _lost(usual: dict[str, Row]) -> str:
     """What is lost by those that keep more blocks than another selector and are further from dense by both measures."""
     lines = []
     for name, row in usual.items():
-        better = [
-            other
-            for other in usual.values()
-            if other["density"] < row["density"] and other["kl"] < row["kl"] and other["same_top"] > row["same_top"]
-        ]
-        if better:
+        sparser = [other for other in usual.values() if other["density"] < row["density"] and other["kl"] < row["kl"]]
+        if better := [other for other in sparser if other["same_top"] > row["same_top"]]:
             best = min(better, key=lambda other: other["kl"])
             lines.append(
                 f"{name} keeps {row['density']:.1%} of the blocks and another token becomes most likely at "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from bench.attention import Calls, LengthBenchmark
-from bench.check import Reference, no_better_than_zeros, reference, relative_error
+from bench.check import no_better_than_zeros, relative_error
 from bench.peers.base import Peer, foreign_code
-from bench.planning import Plan
 from bench.speed_tables import OURS
 from bench.synthetic import chunk_selection
 from flexprefill_fa import BlockSelection, sparse_prefill_attention
@@ -34,27 +33,21 @@ class PeerBenchmark(LengthBenchmark):
     sparse rows have too), and must be better than zeros; over given blocks it is held against fp64 attention over
     those. A peer gets the same values in its own layout, copied before the clock starts. It may leave threads, default
     dtypes or torch itself changed: take `peer_rows` when `rows` of every length are through.
-
-    Args:
-        plan, length, note: as for `LengthBenchmark`.
     """
 
-    def __init__(self, plan: Plan, length: int, note: Callable[[str], None]) -> None:
-        super().__init__(plan, length, note)
-        self.conditions["kind"] = "peers"
+    kind = "peers"
 
     def random_blocks(self, density: float) -> BlockSelection:
         """As before, one choice for the query heads of a kv head."""
-        batch, heads, _, _ = self.inputs.query.shape
-        kv_heads = self.inputs.key.shape[1]
-        same: Any = {"batch": batch, "device": self.plan.device, "seed": self.plan.seed}
-        chosen = chunk_selection(self.length, self.length, kv_heads, density, **same)
-        lists = [part.repeat_interleave(heads // kv_heads, 1) for part in chosen.lists]
-        return BlockSelection(lists[0], lists[1], lists[2], lists[3], self.length, self.length, chosen.block_size)
+        plan, groups = self.plan, self.plan.heads // self.plan.kv_heads
+        one = chunk_selection(self.length, self.length, plan.kv_heads, density, device=plan.device, seed=plan.seed)
+        count, partial, full_count, full = (part.repeat_interleave(groups, 1) for part in one.lists)
+        return BlockSelection(count, partial, full_count, full, self.length, self.length, one.block_size)
 
-    def selector_rows(self, config: Any, dense: Reference) -> Iterator[Row]:
+    def selector_rows(self, config: Any) -> Iterator[Row]:
         """As before, with `dense_error`."""
-        for row in super().selector_rows(config, dense):
+        dense = self.references[None]
+        for row in super().selector_rows(config):
             row["implementation"] = OURS
             if row["path"] == "sparse" and "error" not in row:
                 out = sparse_prefill_attention(*self.inputs, config, dense="never", backend=row["backend"])
@@ -99,7 +92,7 @@ class PeerBenchmark(LengthBenchmark):
             yield {"settings": call.settings}
         out, ratio = call.check()
         out = self._in_our_layout(out)
-        expected = self._dense_reference if config is None else self.references[config]
+        expected = self.references[config]
         yield {"dense_error": relative_error(out[:, :, expected.positions], expected.dense)}
         if problem := no_better_than_zeros(out, expected):
             raise ValueError(problem)
@@ -127,15 +120,11 @@ class PeerBenchmark(LengthBenchmark):
         del out
         yield self.times({"attend_ms": attend})
 
-    @cached_property
-    def _dense_reference(self) -> Reference:
-        return reference(self.inputs, None)
-
     def _in_our_layout(self, out: Any) -> Tensor:
         """A peer's output as `[B, H, L, D]`."""
         expected = list(self.inputs.query.transpose(1, 2).shape)
-        if not isinstance(out, Tensor) or list(out.shape) != expected:
-            got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if got != expected:
             raise ValueError(f"its output must have shape [B, L, H, D] = {expected}, got {got}")
         if not bool(out.isfinite().all()):
             raise ValueError("its output is not finite")

@@ -35,13 +35,9 @@ def _attention(kernel: str) -> Callable[..., tuple[Tensor, None]]:
     return attend
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Whole prompts need none."""
-
-
 for _kernel in DENSE_KERNELS:
     AttentionInterface.register(implementation(_kernel), _attention(_kernel))
-    AttentionMaskInterface.register(implementation(_kernel), _no_mask)
+    AttentionMaskInterface.register(implementation(_kernel), lambda *_, **__: None)  # whole prompts need no mask
 
 
 @contextmanager

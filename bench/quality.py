@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ _BESIDE = {
 densities of 5 and 10 %."""
 
 
+LAYERS = 6  # of the needle model
 MASS_BLOCK = 64
 """Tokens per block of `Exact.mass`: selections of 64- and of 128-token blocks both are unions of such blocks."""
 
@@ -87,37 +89,28 @@ def sweep() -> str:
     found = []
     for name in selector_names():
         fields = get_selector(name).sweep
-        settings = [
-            "+".join(f"{field}={value}" for field, value in zip(fields, values, strict=True))
-            for values in zip(*fields.values(), strict=True)
-        ]
-        found += [
-            f"{name}:{'+'.join(filter(None, (setting, others)))}"
-            for others in _BESIDE.get(name, [""])
-            for setting in settings
-        ]
+        for others, values in itertools.product(_BESIDE.get(name, [""]), zip(*fields.values(), strict=True)):
+            settings = [f"{field}={value}" for field, value in zip(fields, values, strict=True)]
+            found.append(f"{name}:{'+'.join([*settings, *filter(None, [others])])}")
     return ",".join(found)
 
 
-def quality_rows(
-    plan: Plan, layers: Sequence[int], corrections: Sequence[bool], failed: Callable[[str], None], length: int
-) -> Iterator[Row]:
+def quality_rows(plan: Plan, corrections: Sequence[bool], failed: Callable[[str], None], length: int) -> Iterator[Row]:
     """The rows of one length: every layer, selector and mean correction, over the plan's one backend.
 
     `failed` is called with a line about each setting that raised an error or whose output was wrong, which has no row.
     """
-    captured = needle_layers(length, layers, dtype=plan.dtype, device=plan.device, seed=plan.seed)
-    for layer in layers:
+    captured = needle_layers(length, range(LAYERS), dtype=plan.dtype, device=plan.device, seed=plan.seed)
+    shape = {"batch": 1, "heads": plan.heads, "kv_heads": plan.kv_heads, "head_dim": plan.head_dim}
+    for layer in range(LAYERS):
         inputs = captured.pop(layer)
-        batch, heads, _, head_dim = inputs.query.shape
-        shape = {"batch": batch, "heads": heads, "kv_heads": inputs.key.shape[1], "head_dim": head_dim}
         where = {"workload": "needle", "model_sha256": model_sha256(MODEL_DIR), "layer": layer, "seed": plan.seed}
         conditions = described(KIND, plan.device, plan.dtype, length=length, **shape, **where)
         with torch.no_grad(), plan.on_device():
             exact = exact_attention(*inputs)
             # Of rounding alone. Repeated by hand: in fp32 on a GPU, grouped heads would take a kernel that holds all
             # scores.
-            key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (inputs.key, inputs.value))
+            key, value = (x.repeat_interleave(plan.heads // plan.kv_heads, 1) for x in (inputs.key, inputs.value))
             dense = F.scaled_dot_product_attention(inputs.query, key, value, is_causal=True)
             conditions["dense_error"] = significant(exact.head_errors(dense).mean().item())
             for config in plan.configs:

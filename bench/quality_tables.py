@@ -26,7 +26,7 @@ Point = dict[str, Any]
 
 `density` and `recall` are those of `BlockSelection`; `error` is the relative L2 distance of the output from exact dense
 attention, `corrected` the same with mean correction, None where it was not measured; `worst` and `corrected_worst` are
-those of the worst head. The other fields are those of its rows.
+those of the worst head, `share` is `corrected` / `error`. The other fields are those of its rows.
 """
 
 
@@ -46,9 +46,10 @@ def families(rows: Sequence[Row], length: int) -> dict[str, list[Point]]:
         if not either:
             continue
         point = {**same[0], "density": _mean(either, "density"), "recall": _mean(either, "recall")}
-        point |= {"error": _mean(plain, "error"), "corrected": _mean(corrected, "error")}
-        worst = (max((row["error_max"] for row in part), default=None) for part in (plain, corrected))
-        point |= dict(zip(("worst", "corrected_worst"), worst, strict=True))
+        for part, error, worst in ((plain, "error", "worst"), (corrected, "corrected", "corrected_worst")):
+            point[error], point[worst] = _mean(part, "error"), max((row["error_max"] for row in part), default=None)
+        known = point["error"] and point["corrected"] is not None
+        point["share"] = point["corrected"] / point["error"] if known else None
         swept = get_selector(point["selector"]).sweep
         fixed = {name: value for name, value in point["settings"].items() if name not in swept}
         found.setdefault(method({"selector": point["selector"], "settings": fixed}), []).append(point)
@@ -75,10 +76,9 @@ def _selectors(rows: list[Row]) -> list[Line]:
         found = families(rows, length)
         here = [{"tokens": f"{length:,}", "selector": name} for name in found]
         for (title, (name, choose)), density in itertools.product(_READ.items(), DENSITIES):
-            column = f"{title} at {density:.0%}"
-            for line in here:
-                line[column] = number(at(found[line["selector"]], name, density), ".3f")
-            mark(here, column, choose)
+            for line, points in zip(here, found.values(), strict=True):
+                line[f"{title} at {density:.0%}"] = number(at(points, name, density), ".3f")
+            mark(here, f"{title} at {density:.0%}", choose)
         lines += here
     return lines
 
@@ -92,17 +92,12 @@ def _points(rows: list[Row]) -> list[Line]:
         "recall": "recall:.3f",
         "error": "error:.3f",
         "corrected": "corrected:.3f",
-        "of the error": _ratio,
+        "of the error": "share:.3f",
         "worst head": "worst:.3f",
         "worst head, corrected": "corrected_worst:.3f",
     }
     found = (family for length in values(rows, "length") for family in families(rows, length).values())
     return [cells(point, columns) for family in found for point in family[::-1]]
-
-
-def _ratio(point: Point) -> str:
-    known = point["corrected"] is not None and point["error"]
-    return f"{point['corrected'] / point['error']:.3f}" if known else "-"
 
 
 _OF = "**The needle model (SHA-256 {model_sha256:.10})**: means over heads, layers and prompts; "
@@ -116,13 +111,10 @@ SELECTORS = Table(
     notes=lambda rows: f"Rounding alone gives dense attention an error of {max(values(rows, 'dense_error')):.2g}.",
     told="layer seed",
 )
-"""Recall and output error of every selector at equal densities."""
 SETTINGS = dataclasses.replace(SELECTORS, lines=_points, caption=_OF + "relative output error")
-"""What a run measured."""
 CORRECTION = dataclasses.replace(
     SETTINGS,
     where=lambda row: (
         SELECTORS.where(row) and row["selector"] == "flashprefill" and row["settings"]["alpha"] in CORRECTED
     ),
 )
-"""What mean correction does to flashprefill's output error."""

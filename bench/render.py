@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench import ROOT
 from bench.accuracy_tables import SUMMARY, TASKS, USUAL
 from bench.fidelity_tables import CHUNKS, LEADERBOARD, SINGLES, fidelity_summary, plain_sweeps
 from bench.needle.tables import run_tables
-from bench.paths import ROOT
 from bench.quality_tables import CORRECTION, SELECTORS
 from bench.serve_tables import ENGINES, serve_tables
 from bench.speed_tables import GIVEN, HOST, PEERS, PREFILL, SELECTION, attention_tables, demo_table, shown_first

@@ -2,7 +2,7 @@
 
 The model has the shape of Llama-3.1-8B and random weights, so its attention has no pattern of its own. The sparse
 engine therefore runs its selection in full, throws the result away, and attends over seeded random blocks of a given
-density (`attend_synthetic`). That hook is in the benchmark alone: no setting of the backend reaches it.
+density (`synthetic_attention`). That hook is in the benchmark alone: no setting of the backend reaches it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.models import SHAPES
 from bench.serve_job import EngineError, run_job
 from bench.serve_tables import ENGINES
-from bench.serve_vllm import sparse_layers
-from bench.shapes import SHAPES
 from bench.synthetic import chunk_selection
 from bench.timing import Stopwatch, described
 from flexprefill_fa import BlockSelection, block_sparse_attention, select_blocks
@@ -34,6 +33,8 @@ from flexprefill_fa.tools.rows import Row, package_version
 
 MODEL = SHAPES["llama-3.1-8b"]
 
+_SEED = 0
+_STEP_TOKENS = 8192  # of prompts, at most
 _ANSWER_TOKENS = 16  # room behind the longest prompt
 _DECODE_REQUESTS, _DECODE_PROMPT, _DECODE_TOKENS = 32, 512, 128
 _LONG = 65536  # prompts from which on fewer repeats are enough
@@ -45,16 +46,13 @@ class LoadPlan:
     """What to measure with the engine `name`.
 
     `repeats` are of each prompt below 64K tokens, longer ones get a third; `settings` stand under "sparse_prefill" in
-    the engine's configuration; `density` is of the synthetic blocks, `batched_tokens` the most prompt tokens of a step.
+    the engine's configuration; `density` is of the synthetic blocks.
     """
 
     lengths: Sequence[int]
     settings: dict[str, Any]
     density: float
     repeats: int
-    batched_tokens: int
-    layers: int
-    seed: int = 0
     name: str = "vllm"
 
     def __post_init__(self) -> None:
@@ -68,16 +66,16 @@ class LoadPlan:
         arguments: dict[str, Any] = {"load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16"}
         section = {SECTION: self.settings}
         if self.name == "vllm":
-            arguments |= {"model": folder, "max_model_len": length, "seed": self.seed}
+            arguments |= {"model": folder, "max_model_len": length, "seed": _SEED}
             ours = {"attention_backend": "CUSTOM", "additional_config": section}
         else:
-            arguments |= {"model_path": folder, "context_length": length, "random_seed": self.seed, "log_level": "info"}
+            arguments |= {"model_path": folder, "context_length": length, "random_seed": _SEED, "log_level": "info"}
             ours = {"prefill_attention_backend": "flexprefill", "json_model_override_args": json.dumps(section)}
-        return arguments | {ENGINES[self.name].step_tokens: self.batched_tokens} | (ours if sparse else {})
+        return arguments | {ENGINES[self.name].step_tokens: _STEP_TOKENS} | (ours if sparse else {})
 
     def phases(self) -> list[dict[str, Any]]:
         """One of each length to time the first token, one of several long prompts at once, one of decoding."""
-        draw = random.Random(self.seed)
+        draw = random.Random(_SEED)
 
         def phase(count: int, length: int, **more: Any) -> dict[str, Any]:
             prompts = [[draw.randrange(1000, 120000) for _ in range(length)] for _ in range(count)]
@@ -101,24 +99,21 @@ class LoadPlan:
 def load_rows(plan: LoadPlan, note: Callable[[str], None]) -> Iterator[Row]:
     """The rows of both engines, the default one first, and of the gather; `note` is called with a line before each."""
     shape = {"heads": MODEL["num_attention_heads"], "kv_heads": MODEL["num_key_value_heads"]}
-    shape |= {"layers": plan.layers, "head_dim": MODEL["head_dim"], "model": "Llama-3.1-8B shape, random weights"}
-    step = {ENGINES[plan.name].step_tokens: plan.batched_tokens}
-    conditions = described(plan.name, torch.device("cuda"), torch.bfloat16, **shape, **step, seed=plan.seed)
+    shape |= {"layers": MODEL["num_hidden_layers"], "head_dim": MODEL["head_dim"]}
+    shape |= {"model": "Llama-3.1-8B shape, random weights", ENGINES[plan.name].step_tokens: _STEP_TOKENS}
+    conditions = described(plan.name, torch.device("cuda"), torch.bfloat16, **shape, seed=_SEED)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": plan.layers}))
+        (Path(folder) / "config.json").write_text(json.dumps(MODEL))
         for sparse in (False, True):
             note(f"{ENGINES[plan.name].title} with {'sparse prefill' if sparse else 'its default backend'}")
-            job: dict[str, Any] = {"engine": plan.engine(folder, sparse), "phases": plan.phases()}
-            if sparse:
-                job["synthetic"] = plan.density
-            result = run_job(job, engine=plan.name)
-            versions = _versions(plan.name, result["log"])
-            backend: Row = {"backend": "sparse prefill" if sparse else "default", **versions}
+            job = {"engine": plan.engine(folder, sparse), "phases": plan.phases()}
+            result = run_job(job | ({"synthetic": plan.density} if sparse else {}), engine=plan.name)
+            backend: Row = {"backend": "sparse prefill" if sparse else "default", **_versions(plan.name, result["log"])}
             if sparse:
                 backend |= {"settings": plan.settings, "synthetic_density": plan.density}
             yield from ({**conditions, **backend, **row} for row in _measured(plan, result))
     parts = gather_share(plan)
-    note(f"one layer, a chunk of {plan.batched_tokens} queries over {max(plan.lengths)} keys: {parts}")
+    note(f"one layer, a chunk of {_STEP_TOKENS} queries over {max(plan.lengths)} keys: {parts}")
     same = {"backend": "gather", "measure": "gather", "length": max(plan.lengths), "settings": plan.settings}
     yield {**conditions, **same, **parts}
 
@@ -133,30 +128,16 @@ def _versions(engine: str, log: str) -> Row:
 def _measured(plan: LoadPlan, result: dict[str, Any]) -> Iterator[Row]:
     *singles, together, _, decode = result["phases"]
     for length, phase in zip(plan.lengths, singles, strict=True):
-        seconds = phase["seconds"][1:]
-        yield {
-            "measure": "first token",
-            "length": length,
-            "ttft_ms": round(1000 * statistics.median(seconds), 2),
-            "ttft_min_ms": round(1000 * min(seconds), 2),
-            "ttft_max_ms": round(1000 * max(seconds), 2),
-            "repeats": len(seconds),
-            **_density(phase),
-        }
-    yield {
-        "measure": "prefill",
-        "length": plan.middle,
-        "requests": _TOGETHER,
-        "prompt_tokens_per_s": round(_TOGETHER * plan.middle / together["seconds"][0], 1),
-        **_density(together),
-    }
-    yield {
-        "measure": "decode",
-        "length": _DECODE_PROMPT,
-        "requests": _DECODE_REQUESTS,
-        "tokens_per_s": round(_DECODE_REQUESTS * _DECODE_TOKENS / decode["seconds"][0], 1),
-        **_density(decode),
-    }
+        taken = [1000 * seconds for seconds in phase["seconds"][1:]]
+        times = {"ttft_ms": statistics.median(taken), "ttft_min_ms": min(taken), "ttft_max_ms": max(taken)}
+        row: Row = {name: round(value, 2) for name, value in times.items()}
+        yield {"measure": "first token", "length": length, **row, "repeats": len(taken), **_density(phase)}
+    row = {"measure": "prefill", "length": plan.middle, "requests": _TOGETHER}
+    row["prompt_tokens_per_s"] = round(_TOGETHER * plan.middle / together["seconds"][0], 1)
+    yield row | _density(together)
+    row = {"measure": "decode", "length": _DECODE_PROMPT, "requests": _DECODE_REQUESTS}
+    row["tokens_per_s"] = round(_DECODE_REQUESTS * _DECODE_TOKENS / decode["seconds"][0], 1)
+    yield row | _density(decode)
 
 
 def _density(phase: dict[str, Any]) -> Row:
@@ -168,13 +149,6 @@ def _density(phase: dict[str, Any]) -> Row:
     layers = [layer for layer in everyone if layer["chunks"]]
     density = round(statistics.fmean(layer["density"] for layer in layers), 5) if layers else None
     return {"density": density, "chunks": max((layer["chunks"] for layer in layers), default=0), "failures": 0}
-
-
-def attend_synthetic(worker: Any, density: float) -> None:
-    """Let every sparse layer of a worker select in full and then attend over random blocks instead."""
-    attend = synthetic_attention(density)
-    for impl in sparse_layers(worker):
-        impl.attend = attend
 
 
 def synthetic_attention(density: float) -> Callable[..., tuple[Tensor, BlockSelection]]:
@@ -195,7 +169,7 @@ def synthetic_attention(density: float) -> Callable[..., tuple[Tensor, BlockSele
     return attend
 
 
-def gather_share(plan: LoadPlan, page: int = 16) -> Row:
+def gather_share(plan: LoadPlan) -> Row:
     """Milliseconds of gathering, selecting and attending for one layer's last chunk of the longest prompt.
 
     The gather is all that a block table inside the mask could save.
@@ -203,8 +177,8 @@ def gather_share(plan: LoadPlan, page: int = 16) -> Row:
     device = torch.device("cuda")
     settings = make_settings(plan.settings, "settings")
     heads, kv_heads, dim = MODEL["num_attention_heads"], MODEL["num_key_value_heads"], MODEL["head_dim"]
-    kv_len = max(plan.lengths)
-    q_len = min(plan.batched_tokens, kv_len)
+    kv_len, page = max(plan.lengths), 16
+    q_len = min(_STEP_TOKENS, kv_len)
     pages = -(-kv_len // page)
     cache = torch.randn(pages, 2, page, kv_heads, dim, dtype=torch.bfloat16, device=device)
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).to(device, torch.int32)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.paths import ROOT
+from bench import ROOT
 from flexprefill_fa.tools.loading import UsageError
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1"}
@@ -48,16 +48,8 @@ def run_job(job: dict[str, Any], timeout: float = 600.0, engine: str = "vllm") -
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", f"bench.serve_{engine}", str(out)]
         try:
-            done = subprocess.run(
-                command,
-                input=json.dumps(job),
-                env=environment,
-                cwd=ROOT,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-            )
+            pipes: Any = {"input": json.dumps(job), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            done = subprocess.run(command, env=environment, cwd=ROOT, text=True, timeout=timeout, **pipes)
         except subprocess.TimeoutExpired as error:
             raise EngineError(f"the engine took more than {timeout:.0f} seconds") from error
         if done.returncode or not out.is_file():

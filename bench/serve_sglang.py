@@ -46,11 +46,8 @@ def run_synthetic_scheduler(*args: Any, **kwargs: Any) -> None:
 
 
 def _run_phase(engine: Any, phase: dict[str, Any]) -> dict[str, Any]:
-    sampling = {
-        "temperature": 0.0,
-        "max_new_tokens": phase["max_tokens"],
-        "ignore_eos": phase.get("ignore_eos", False),
-    }
+    sampling = {"temperature": 0.0, "max_new_tokens": phase["max_tokens"]}
+    sampling["ignore_eos"] = phase.get("ignore_eos", False)
     before = statistics_of(engine)
     answers, seconds = timed_batches(phase, lambda batch: engine.generate(input_ids=batch, sampling_params=sampling))
     return {

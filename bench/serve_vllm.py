@@ -18,9 +18,7 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(**job["engine"], worker_extension_cls=_EXTENSION)
     started = time.perf_counter() - start
     if job.get("synthetic"):
-        from bench.serve import attend_synthetic
-
-        llm.collective_rpc(attend_synthetic, args=(job["synthetic"],))
+        llm.collective_rpc(_attend_synthetic, args=(job["synthetic"],))
     llm.collective_rpc("sparse_prefill_statistics", args=(True,))  # without what ran at the start
     memory = _memory if job.get("memory") else None
     at_start = llm.collective_rpc(memory) if memory else None
@@ -31,21 +29,17 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
 def _run_phase(llm: Any, phase: dict[str, Any], memory: Any) -> dict[str, Any]:
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
-    sampling = SamplingParams(
-        temperature=0.0,
-        max_tokens=phase["max_tokens"],
-        ignore_eos=phase.get("ignore_eos", False),
-        detokenize=False,
-    )
+    asked: Any = {"max_tokens": phase["max_tokens"], "ignore_eos": phase.get("ignore_eos", False)}
+    sampling = SamplingParams(temperature=0.0, detokenize=False, **asked)
 
     def generate(batch: list[list[int]]) -> list[Any]:
         return llm.generate([{"prompt_token_ids": ids} for ids in batch], sampling, use_tqdm=False)
 
     if phase.get("fault"):
-        llm.collective_rpc(_break_sparse_attention)
+        llm.collective_rpc(_set_fault, args=(True,))
     answers, seconds = timed_batches(phase, generate)
     if phase.get("fault"):
-        llm.collective_rpc(_mend_sparse_attention)
+        llm.collective_rpc(_set_fault, args=(False,))
     return {
         "outputs": [list(answer.outputs[0].token_ids) for answer in answers],
         "cached": [answer.num_cached_tokens for answer in answers],
@@ -68,18 +62,25 @@ def sparse_layers(worker: Any) -> list[Any]:
     return [impl for impl in found if getattr(impl, "sparse_counter", None) is not None]
 
 
+def _attend_synthetic(worker: Any, density: float) -> None:
+    """Let every sparse layer of a worker select in full and then attend over random blocks instead."""
+    from bench.serve import synthetic_attention
+
+    attend = synthetic_attention(density)
+    for impl in sparse_layers(worker):
+        impl.attend = attend
+
+
 def _fail(*arguments: Any) -> Any:
     raise RuntimeError("sparse attention was made to fail")
 
 
-def _break_sparse_attention(worker: Any) -> None:
+def _set_fault(worker: Any, failing: bool) -> None:
     for impl in sparse_layers(worker):
-        impl.attend, impl.attend_before = _fail, impl.attend
-
-
-def _mend_sparse_attention(worker: Any) -> None:
-    for impl in sparse_layers(worker):
-        impl.attend = impl.attend_before
+        if failing:
+            impl.attend, impl.attend_before = _fail, impl.attend
+        else:
+            impl.attend = impl.attend_before
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench.paths import RESULTS
-from flexprefill_fa.backends import flash_problem, resolve_backend
+from bench import RESULTS
+from flexprefill_fa.backends import flash_problem
 from flexprefill_fa.choice import make_config, selector_spec
 from flexprefill_fa.tools.fidelity.texts import CORPORA
 from flexprefill_fa.tools.loading import UsageError, require_kernels, resolve_device, resolve_dtype, token_count
@@ -97,15 +97,6 @@ def parse_lengths(text: str) -> list[int]:
     return sorted(token_count(item) for item in parse_list("lengths", text))
 
 
-def parse_whole(option: str, text: str, least: int, most: int) -> list[int]:
-    """Whole numbers in [least, most], ascending."""
-    items = parse_list(option, text)
-    for item in items:
-        if not item.isdecimal() or not least <= int(item) <= most:
-            raise UsageError(f"{option} must be whole numbers in [{least}, {most}], got {item!r}")
-    return sorted(map(int, items))
-
-
 def parse_share(option: str, text: str) -> float:
     """A number in (0, 1]."""
     try:
@@ -146,16 +137,3 @@ def backends_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> list
         return ["auto", "FLASH", "TRITON"]
     typer.echo(f"without FLASH: {problem}", err=True)
     return ["auto", "TRITON"]
-
-
-def check_backends(
-    backends: Sequence[str], dtype: torch.dtype, head_dim: int, configs: Sequence[Any], device: torch.device
-) -> None:
-    """Check that each backend can run with each selector here at all."""
-    probe = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
-    for backend in backends:
-        for block_size in {config.block_size for config in configs} or {128}:
-            try:
-                resolve_backend(backend, probe, block_size)
-            except ValueError as error:
-                raise UsageError(str(error)) from error

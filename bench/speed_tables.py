@@ -104,11 +104,8 @@ def _beside_dense(rows: Sequence[Row], time: str, columns: Mapping[str, Any]) ->
     dense = [row for row in rows if row["selector"] is None]
     filled = []
     for row in (row for row in rows if row["selector"] is not None):
-        beside = {
-            other["kernel"]: other["total_ms"]
-            for other in dense
-            if other["length"] == row["length"] and "total_ms" in other
-        }
+        here = [other for other in dense if other["length"] == row["length"] and "total_ms" in other]
+        beside = {other["kernel"]: other["total_ms"] for other in here}
         yardstick = YARDSTICK[row["device"]]
         found = {"best_dense": min(beside.values(), default=None), yardstick: beside.get(yardstick)}
         known = {f"speedup_{name}": ms / row[time] for name, ms in found.items() if ms is not None and time in row}
@@ -138,7 +135,6 @@ ATTENTION = Table(
     lines=_one_method,
     where=lambda row: row["selector"] != "synthetic",
 )
-"""What each length costs with a selector, selection included, and with dense attention."""
 PEERS = Table(
     group_by=_SAME,
     identity=_ONE,
@@ -147,7 +143,6 @@ PEERS = Table(
     where=ATTENTION.where,
     notes=_sources,
 )
-"""This package beside other implementations."""
 GIVEN = Table(
     group_by=_SAME,
     identity=_ONE,
@@ -156,7 +151,6 @@ GIVEN = Table(
     where=lambda row: row["selector"] in (None, "synthetic"),
     notes=_sources,
 )
-"""Attention alone over given blocks, of this package and of others."""
 
 
 def attention_tables(rows: Iterable[Row], device: str, workload: str) -> str:
@@ -179,6 +173,15 @@ def _call(row: Row) -> Line:
     return {"call": row["case"], "kernel": kernel_name(row)}
 
 
+def _replayed(row: Row) -> str:
+    return row["case"] + (', graph="auto"' if row["graph"] == "auto" else "")
+
+
+def _selected_as_it_comes(row: Row) -> bool:
+    shown = row["length"] in (32768, 131072) and (row["workload"], row["head_dim"]) == ("sharpened", 128)
+    return shown and "select_ms" in row and not changed_settings(row["selector"], row["settings"])
+
+
 HOST = Table(
     group_by="length gpu heads kv_heads head_dim dtype",
     identity="case graph",
@@ -186,17 +189,15 @@ HOST = Table(
     lines=lambda rows: pivot((_call(row), {f'graph="{row["graph"]}", µs': field(row, "host_us:,.0f")}) for row in rows),
     where=lambda row: "graph" in row and "host_us" in row,  # others are of whole prefills, or say nothing of graphs
 )
-"""What a call costs the CPU before the GPU has its work."""
 PREFILL = Table(
     group_by="model model_sha256 gpu dtype",
     identity="length case graph",
     caption="**Prefill of the {model} model in transformers, uncompiled**: medians by wall clock, in turns, ms",
     lines=lambda rows: pivot(
-        ({"tokens": f"{row['length']:,}"}, {_prefill(row): field(row, "prefill_ms:.2f")}) for row in rows
+        ({"tokens": f"{row['length']:,}"}, {_replayed(row): field(row, "prefill_ms:.2f")}) for row in rows
     ),
     where=lambda row: "prefill_ms" in row,
 )
-"""Whole prefills of a model so small that it waits for the CPU."""
 SELECTION = Table(
     group_by="gpu heads kv_heads head_dim dtype workload",
     identity="selector settings length",
@@ -204,21 +205,8 @@ SELECTION = Table(
     lines=lambda rows: pivot(
         ({"selector": method(row)}, {f"{row['length']:,} tokens": field(row, "select_ms:ms")}) for row in rows
     ),
-    where=lambda row: (row["workload"], row["head_dim"]) == ("sharpened", 128) and _costs(row),
+    where=_selected_as_it_comes,
 )
-"""What choosing blocks takes: fewer of them are less time only where that is cheap."""
-
-
-def _prefill(row: Row) -> str:
-    return row["case"] + (', graph="auto"' if row["graph"] == "auto" else "")
-
-
-def _costs(row: Row) -> bool:
-    return (
-        "select_ms" in row
-        and row["length"] in (32768, 131072)
-        and not changed_settings(row["selector"], row["settings"])
-    )
 
 
 def demo_table(rows: Sequence[Row]) -> str:
@@ -234,8 +222,8 @@ def demo_table(rows: Sequence[Row]) -> str:
         "speed-up": "speedup:x",
     }
     speedup = {"speedup": row["dense"]["prefill_seconds"] / row["sparse"]["prefill_seconds"]}
-    lines = [{"prefill": "dense"} | cells(row["dense"], columns)]
-    lines += [{"prefill": "sparse"} | cells(row["sparse"] | speedup, columns)]
+    parts = {"dense": row["dense"], "sparse": row["sparse"] | speedup}
+    lines = [{"prefill": name} | cells(part, columns) for name, part in parts.items()]
     fields: Any = get_selector(row["selector"])
     settings = settings_of({one.name: row.get(one.name) for one in dataclasses.fields(fields)})
     return (

@@ -56,10 +56,6 @@ class Table:
         """The latest rows of each table."""
         return group_rows(self.latest(rows), self.group_by)
 
-    def grid(self, group: list[Row]) -> str:
-        """The table of one group, without caption and notes; empty without lines."""
-        return markdown(self.lines(group))
-
     def head(self, group: Sequence[Row]) -> str:
         """The caption of one group, and how its rows were measured."""
         names = dict.fromkeys(f"{self.group_by} {self.told} {_VERSIONS}".split())
@@ -68,7 +64,7 @@ class Table:
 
     def markdown(self, rows: Iterable[Row]) -> str:
         """All of them; empty without rows."""
-        shown = ((group, self.grid(group)) for group in self.groups(rows))
+        shown = ((group, markdown(self.lines(group))) for group in self.groups(rows))
         return paragraphs(paragraphs([self.head(group), grid, self.notes(group)]) for group, grid in shown if grid)
 
 
@@ -93,10 +89,9 @@ def group_rows(rows: Iterable[Row], names: str) -> list[list[Row]]:
 
 def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
     """(rows of dense attention, rows of selectors)."""
-    parts: tuple[list[Row], list[Row]] = [], []
-    for row in rows:
-        parts[row["selector"] is not None].append(row)
-    return parts
+    found = list(rows)
+    dense = [row for row in found if row["selector"] is None]
+    return dense, [row for row in found if row["selector"] is not None]
 
 
 def values(rows: Iterable[Row], name: str) -> list[Any]:
@@ -196,10 +191,8 @@ def conditions(rows: Sequence[Row], names: str) -> str:
 def line_of(row: Row) -> str:
     """A row for a log: what was measured, and the first of its times."""
     who = [f"{row['length']} tokens", f"layer {row['layer']}" if row.get("layer") is not None else ""]
-    if "measure" in row:  # of a serving engine
-        who.append(f"{row['backend']}, {row['measure']}")
-    elif "tile" in row or "case" in row:
-        who.append(row["case"] if "case" in row else f"head_dim {row['head_dim']}, tile {row['tile']}")
+    if "selector" not in row:  # of a serving engine, of calls on the CPU, of tiles
+        who += [str(row[name]) for name in ("backend", "measure", "case", "tile") if name in row]
     elif row["selector"] is None:
         who.append(f"dense {row['kernel']}")
     else:

@@ -1,7 +1,7 @@
 """Time to first token of a model with random weights: `generate` of one token, with dense and with sparse prefill.
 
 Random weights have no attention pattern. Each selector therefore runs in full, and attention is then over seeded random
-blocks of a stated density (`bench.stand_in`).
+blocks of a stated density (`bench.synthetic`).
 """
 
 from __future__ import annotations
@@ -12,107 +12,103 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bench.models import Ranks, build_model, model_config
 from bench.planning import DENSE_KERNELS
 from bench.prefill_kernels import dense_prefill, implementation, timed_attention
-from bench.shapes import FIRST_TOKEN, model_config
 from bench.spec import backends_of, parse_lengths, parse_list, parse_place, parse_selectors, parse_share
-from bench.stand_in import StandIn
+from bench.synthetic import StandIn
 from bench.timing import Timer, described, summarise
-from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa.backends import resolve_backend
 from flexprefill_fa.integrations.hf_mask import MIN_QUERY_TOKENS
 from flexprefill_fa.integrations.transformers import NAME, compile_prefill, enable_sparse_prefill
 from flexprefill_fa.tools.loading import UsageError
 from flexprefill_fa.tools.rows import Row, package_version
 
+_FIRST_TOKEN = 3  # of random prompts; the ids below are special ones in most vocabularies
+
 
 @dataclass(frozen=True)
 class Pass:
     """What a row is about: a prompt, its first token by a dense kernel or by a selector's config.
 
-    `chunk` are the tokens of the prompt that come at a time, None where that is all of it.
+    Tokens of the prompt come `step` at a time, which is all of them where it is not in chunks.
     """
 
     compiled: bool
     length: int
-    chunk: int | None
+    step: int
     kernel: str | None
     config: Any
 
     @property
+    def chunk(self) -> int | None:
+        """`step`, where there are several."""
+        return self.step if self.step < self.length else None
+
+    @property
     def keeps_all(self) -> bool:
         """Whether a selector keeps every block of the first tokens, which then run dense."""
-        return self.config is not None and (self.chunk or self.length) <= self.config.dense_tokens
-
-    @property
-    def shortest(self) -> int:
-        """Tokens of the last chunk."""
-        return (self.length - 1) % (self.chunk or self.length) + 1
-
-    @property
-    def calls(self) -> int:
-        """Of attention in a layer."""
-        return -(-self.length // (self.chunk or self.length))
+        return self.config is not None and self.step <= self.config.dense_tokens
 
 
-@dataclass(frozen=True)
 class TtftPlan:
-    """What to measure: `passes` of a model with random weights and the config of `shape`.
+    """What to measure, from a command's options by their names, checked before any work: `passes` of a model.
 
-    The blocks that take the place of a selector's choice have a density of `density`. Timed are `repeats` passes, or
-    fewer (at least one) where they would take longer than `seconds` together.
+    Every prompt and every chunk of one is to run sparse; `note` is called with a line about what is left out. The
+    blocks that take the place of a selector's choice have a density of `density`. Timed are `repeats` passes, or fewer
+    (at least one) where they would take longer than `seconds` together.
     """
 
-    shape: str
-    config: Any
-    passes: Sequence[Pass]
-    density: float
-    repeats: int
-    seconds: float
-    device: torch.device
-    dtype: torch.dtype
-    seed: int
-
-
-def make_plan(note: Callable[[str], None], **options: Any) -> TtftPlan:
-    """The plan of a command's options by their names, checked before any work; what is left out is noted.
-
-    Every prompt and every chunk of one is to run sparse.
-    """
-    given = SimpleNamespace(**options)
-    config, chunk, density = model_config(given.config, given.layers), given.chunk, given.density
-    parse_share("density", f"{density:g}")
-    device, dtype = parse_place(given.device, given.dtype)
-    modes = sorted(mode == "compiled" for mode in parse_list("modes", given.modes, ("eager", "compiled")))
-    kernels = _kernels(given.dense, chunk, device, dtype, config.head_dim)
-    configs = parse_selectors("selectors", given.selectors)
-    attentions = [(kernel, None) for kernel in kernels] + [(None, found) for found in configs]
-    every = [
-        Pass(compiled, length, chunk if chunk is not None and chunk < length else None, *attention)
-        for compiled, length, attention in itertools.product(modes, parse_lengths(given.lengths), attentions)
-    ]
-    passes = [one for one in every if not one.keeps_all]
-    if not passes:
-        raise UsageError("there is nothing to measure: give dense kernels, or selectors that drop blocks")
-    shortest = min((one.shortest for one in passes if one.config), default=MIN_QUERY_TOKENS)
-    if shortest < MIN_QUERY_TOKENS:
-        raise UsageError(
-            f"prompts and their last chunks must be at least {MIN_QUERY_TOKENS} tokens for selectors to run, got "
-            f"{shortest}"
-        )
-    for length, name in dict.fromkeys((one.length, one.config.name) for one in every if one.keeps_all):
-        note(f"{length} tokens: {name} keeps every block, so this is left out")
-    return TtftPlan(given.config, config, passes, density, given.repeats, given.seconds, device, dtype, given.seed)
+    def __init__(
+        self,
+        note: Callable[[str], None],
+        *,
+        config: str,
+        lengths: str,
+        selectors: str,
+        density: float,
+        dense: str | None,
+        modes: str,
+        chunk: int | None,
+        repeats: int,
+        seconds: float,
+        device: str,
+        dtype: str,
+        seed: int,
+        **_: object,
+    ) -> None:
+        self.shape, self.config = config, model_config(config)
+        self.density = parse_share("density", f"{density:g}")
+        self.repeats, self.seconds, self.seed = repeats, seconds, seed
+        self.device, self.dtype = parse_place(device, dtype)
+        compiled = sorted(mode == "compiled" for mode in parse_list("modes", modes, ("eager", "compiled")))
+        kernels = _kernels(dense, chunk, self.device, self.dtype, self.config.head_dim)
+        attentions = [(kernel, None) for kernel in kernels]
+        attentions += [(None, found) for found in parse_selectors("selectors", selectors)]
+        every = [
+            Pass(mode, length, min(chunk or length, length), *attention)
+            for mode, length, attention in itertools.product(compiled, parse_lengths(lengths), attentions)
+        ]
+        self.passes = [one for one in every if not one.keeps_all]
+        if not self.passes:
+            raise UsageError("there is nothing to measure: give dense kernels, or selectors that drop blocks")
+        last = ((one.length - 1) % one.step + 1 for one in self.passes if one.config)
+        if (shortest := min(last, default=MIN_QUERY_TOKENS)) < MIN_QUERY_TOKENS:
+            raise UsageError(
+                f"prompts and their last chunks must be at least {MIN_QUERY_TOKENS} tokens for selectors to run, got "
+                f"{shortest}"
+            )
+        for length, name in dict.fromkeys((one.length, one.config.name) for one in every if one.keeps_all):
+            note(f"{length} tokens: {name} keeps every block, so this is left out")
 
 
 def _kernels(dense: str | None, chunk: int | None, device: torch.device, dtype: torch.dtype, dim: int) -> list[str]:
@@ -161,6 +157,7 @@ class _ModelBenchmark:
     def __init__(self, plan: TtftPlan, model: PreTrainedModel, ranks: Ranks) -> None:
         self.plan, self.model, self.ranks = plan, model, ranks
         self.cuda = ranks.device.type == "cuda"
+        self.stand_in = functools.cache(lambda config: StandIn(config, plan.density, plan.seed, ranks.device))
         config = plan.config
         sizes = {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
         sizes |= {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
@@ -175,20 +172,16 @@ class _ModelBenchmark:
         probe = torch.empty(1, 1, 1, self._same["head_dim"], dtype=self.plan.dtype, device=self.ranks.device)
         offset = one.compiled and one.chunk is not None
         row |= {"selector": one.config.name, "settings": dataclasses.asdict(one.config)}
-        backend = kernels_of(probe, one.config.block_size, offset_in_graph=offset)
-        return row | {"synthetic_density": self.plan.density, "backend": backend}
-
-    @functools.cache  # noqa: B019 (it lives as long as the command)
-    def _stand_in(self, config: Any) -> StandIn:
-        return StandIn(config, self.plan.density, self.plan.seed, self.ranks.device)
+        row["backend"] = kernels_of(probe, one.config.block_size, offset_in_graph=offset)
+        return row | {"synthetic_density": self.plan.density}
 
     def row(self, one: Pass) -> Row:
         """One row, see `ttft_rows`."""
         plan, row = self.plan, self.conditions(one)
         generator = torch.Generator().manual_seed(plan.seed)
-        tokens = torch.randint(FIRST_TOKEN, plan.config.vocab_size, (1, one.length), generator=generator)
+        tokens = torch.randint(_FIRST_TOKEN, plan.config.vocab_size, (1, one.length), generator=generator)
         tokens = tokens.to(self.ranks.device)
-        timer, stand_in = Timer(self.ranks.device), None if one.config is None else self._stand_in(one.config)
+        timer, stand_in = Timer(self.ranks.device), None if one.config is None else self.stand_in(one.config)
         with ExitStack() as stack:
             if one.kernel is not None:
                 stack.enter_context(dense_prefill(self.model, one.kernel, one.compiled))
@@ -221,7 +214,7 @@ class _ModelBenchmark:
             return row
         row["density"] = round(stand_in.kept_density(), 5) if stand_in.calls else None
         row["select_ms"] = round(statistics.median(selecting), 3)
-        expected = count * plan.config.num_hidden_layers * one.calls
+        expected = count * plan.config.num_hidden_layers * -(-one.length // one.step)
         if stand_in.calls != expected:
             row |= {"ran_sparse": False, "error": f"{stand_in.calls} of {expected} calls of attention ran sparse"}
         return row

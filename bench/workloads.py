@@ -10,7 +10,6 @@ do not depend on the device.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -159,30 +158,29 @@ def structured_inputs(
     head_dim: int,
     *,
     sharpness: float,
-    batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Inputs:
     """Inputs of the archetypes, head h of kind `archetype_of(h)`, as many queries as keys.
 
-    `heads` are a multiple of `kv_heads`, `head_dim` of 16; `sharpness` is the factor on the queries. Each element of
-    the batch has a seed of its own, and the numbers are the same on every device.
+    `heads` are a multiple of `kv_heads`, `head_dim` of 16; `sharpness` is the factor on the queries. The numbers are
+    the same on every device.
     """
-    query = torch.empty(batch, heads, length, head_dim, dtype=dtype, device=device)
-    key, value = (torch.empty(batch, kv_heads, length, head_dim, dtype=dtype, device=device) for _ in range(2))
+    query = torch.empty(1, heads, length, head_dim, dtype=dtype, device=device)
+    key, value = (torch.empty(1, kv_heads, length, head_dim, dtype=dtype, device=device) for _ in range(2))
     per_group = heads // kv_heads
 
-    def fill(element: int, kv_head: int) -> None:
-        group = Group(length, head_dim, (seed * 4096 + element) * 4096 + kv_head)
-        key[element, kv_head] = group.key.to(dtype)
-        value[element, kv_head] = group.value.to(dtype)
+    def fill(kv_head: int) -> None:
+        group = Group(length, head_dim, seed * 4096**2 + kv_head)
+        key[0, kv_head] = group.key.to(dtype)
+        value[0, kv_head] = group.value.to(dtype)
         for head in range(kv_head * per_group, (kv_head + 1) * per_group):
             strength = 0.9 + 0.2 * (head * 0.6180339887 % 1.0)  # spread evenly, so that no two heads are alike
             drawn = group.query(ARCHETYPES[archetype_of(head)], strength)
-            query[element, head] = (drawn * sharpness).to(dtype)
+            query[0, head] = (drawn * sharpness).to(dtype)
 
     # Drawing normal numbers uses one core; a group has a generator of its own.
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(fill, *zip(*itertools.product(range(batch), range(kv_heads)), strict=True)))
+        list(pool.map(fill, range(kv_heads)))
     return Inputs(query, key, value)

@@ -63,10 +63,3 @@ def command(function: Any, *arguments: str) -> Result:
     app = typer.Typer()
     app.command()(function)
     return CliRunner().invoke(app, arguments)
-
-
-def refused(result: Result, *words: str) -> None:
-    assert result.exit_code == 2, result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    assert all(word in lines[0] for word in words), lines[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.paths import ROOT
+from bench import ROOT
 
 
 def run_ranks(function: Callable[..., Any], *arguments: Any, folder: Path, gpus: bool = False, timeout: float) -> list:

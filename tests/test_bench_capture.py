@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from cli_checks import assert_refused
 from hf_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -74,9 +75,7 @@ def test_a_models_layer_is_measured_on_a_text(folder: Path, tmp_path: Path) -> N
     ],
 )
 def test_what_does_not_fit_the_model_is_told_in_one_line(options: tuple[str, ...], message: str, folder: Path) -> None:
-    result = run(folder, "--lengths", "256", *options)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: ") and message in result.stderr and result.stderr.count("\n") == 1
+    assert_refused(run(folder, "--lengths", "256", *options), message)
 
 
 def test_a_text_that_is_too_short_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

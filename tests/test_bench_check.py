@@ -14,12 +14,12 @@ N = 700  # five blocks and a part of one
 
 
 def make(dtype: torch.dtype = torch.float32) -> tuple[Inputs, BlockSelection]:
-    inputs = structured_inputs(N, 4, 2, 32, sharpness=0.5, batch=2, dtype=dtype)
-    return inputs, chunk_selection(N, N, 4, 0.7, batch=2)
+    inputs = structured_inputs(N, 4, 2, 32, sharpness=0.5, dtype=dtype)
+    return inputs, chunk_selection(N, N, 4, 0.7)
 
 
 def attend(inputs: Inputs, selection: BlockSelection | None, dtype: torch.dtype = torch.float64) -> Tensor:
-    ranges = torch.tensor([[0, N], [0, N]])
+    ranges = torch.tensor([[0, N]])
     exact, plain, _ = causal_oracle(inputs.query, inputs.key, inputs.value, selection, ranges=ranges)
     return exact if dtype == torch.float64 else plain
 
@@ -42,7 +42,7 @@ def test_reference_is_the_oracles() -> None:
     assert found.density == pytest.approx(0.7, abs=0.05)
     everything = reference(inputs, None)
     torch.testing.assert_close(everything.expected, everything.dense)
-    torch.testing.assert_close(everything.recall, torch.ones(2, 4, dtype=torch.float64))
+    torch.testing.assert_close(everything.recall, torch.ones(1, 4, dtype=torch.float64))
 
 
 def test_recall_of_every_row_is_the_selections_recall() -> None:
@@ -78,7 +78,7 @@ def test_dense_output_is_caught_even_within_the_allowed_error() -> None:
     found = reference(inputs, selection)
     close = found.expected + 1e-4 * (found.dense - found.expected)
     nearly = type(found)(found.positions, found.expected, close, found.plain, found.recall, found.density)
-    out = torch.zeros(2, 4, N, 32, dtype=torch.float64)
+    out = torch.zeros(1, 4, N, 32, dtype=torch.float64)
     out[:, :, found.positions] = close
     verdict = verify(out, nearly)
     assert verdict["check_error"] < verdict["check_allowed"]
@@ -93,12 +93,12 @@ def test_wrong_outputs_are_caught() -> None:
     found = reference(inputs, selection)
     right = attend(inputs, selection).bfloat16()
     one_head = right.clone()
-    one_head[1, 2] = right[1, 3]
+    one_head[0, 2] = right[0, 3]
     last_row = right.clone()
     last_row[:, :, -1] = 0
     not_a_number = right.clone()
     not_a_number[0, 0, -1, 0] = float("nan")
-    other_blocks = attend(inputs, chunk_selection(N, N, 4, 0.7, batch=2, seed=9)).bfloat16()
+    other_blocks = attend(inputs, chunk_selection(N, N, 4, 0.7, seed=9)).bfloat16()
     for wrong in (one_head, last_row, not_a_number, other_blocks, right * 1.02):
         problem = verify(wrong, found)["error"]
         assert "relative error" in problem and "allowed" in problem

@@ -14,9 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from typer.testing import CliRunner
 
 from bench.cli import app
+from bench.models import Ranks, build_model, model_config
 from bench.prefill_kernels import dense_prefill
-from bench.shapes import model_config
-from bench.ttft_ranks import Ranks, build_model
 from flexprefill_fa.tools.rows import read
 
 
@@ -39,7 +38,7 @@ def layers_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("kernel", ["sdpa", "CPU"])
 @torch.no_grad()
 def test_a_dense_kernel_gives_the_logits_of_sdpa(kernel: str, compiled: bool, layers_run: list[int]) -> None:
-    config: Any = model_config("tiny", 1)
+    config: Any = model_config("tiny")
     config.initializer_range = 0.2
     model = build_model(config, torch.float32, Ranks(0, 1, torch.device("cpu")))
     tokens = torch.randint(3, 500, (1, 300), generator=torch.Generator().manual_seed(0))
@@ -72,7 +71,7 @@ def test_a_row_says_whether_the_model_was_compiled(
     for mode in ("eager", "compiled"):
         layers_run.clear()
         out = tmp_path / f"{mode}.jsonl"
-        plain = "--config tiny --layers 1 --dtype float32 --device cpu --lengths 600 --density 0.5"
+        plain = "--config tiny --dtype float32 --device cpu --lengths 600 --density 0.5"
         more = ("--modes", mode, "--repeats", "1", "--seconds", "1000", "--out", str(out))
         result = CliRunner().invoke(app, ["ttft", *plain.split(), *options, *more])
         assert result.exit_code == 0, result.output

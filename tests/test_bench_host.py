@@ -29,12 +29,10 @@ def test_rows_of_the_cpu_are_printed_alone(tmp_path: Path, monkeypatch: pytest.M
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["case"] for row in rows] == ["sdpa", "dense auto", *selector_names()]
     assert not out.exists(), "a CPU's times are no result"
-    sdpa = rows[0]["host_us"]
     for row in rows:
         assert (row["kind"], row["device"], row["length"], row["heads"]) == ("host", "cpu", 300, 4)
         assert row["graph"] == "never", "there are no graphs on a CPU"
         assert 0 < row["host_us_p20"] <= row["host_us"] <= row["host_us_p80"]
-        assert row["more_than_sdpa_us"] == pytest.approx(row["host_us"] - sdpa, abs=0.11)
     assert (rows[1]["kernel"], {row["kernel"] for row in rows[2:]}) == ("sdpa", {"CPU"})
 
 

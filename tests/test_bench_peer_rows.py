@@ -31,7 +31,7 @@ from bench.check import no_better_than_zeros, reference, relative_error
 from bench.peer_rows import PeerBenchmark, density_of_ratio
 from bench.peers import PEERS as ADAPTERS
 from bench.peers.base import Peer
-from bench.planning import make_plan
+from bench.planning import Plan
 from bench.speed_tables import PEERS
 from bench.tables import line_of
 from flexprefill_fa import FlexPrefillConfig, sparse_prefill_attention
@@ -69,7 +69,7 @@ def check_ours(ours: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def measured() -> tuple[PeerBenchmark, list[dict[str, Any]]]:
     """512 tokens with this package's rows."""
-    plan = make_plan(
+    plan = Plan(
         lengths="512",
         selectors=",".join(SELECTORS),
         backends="CPU",
@@ -78,7 +78,6 @@ def measured() -> tuple[PeerBenchmark, list[dict[str, Any]]]:
         head_dim=32,
         dtype="float32",
         workload="sharpened",
-        layer=0,
         device="cpu",
         seed=0,
         repeats=2,

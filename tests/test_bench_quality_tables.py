@@ -1,13 +1,10 @@
 """Rows of `python -m bench quality` as tables."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.quality_tables import CORRECTION, SELECTORS, at, families
-from bench.render import render_document
-from flexprefill_fa.tools.rows import append
 
 
 def point(density: float, recall: float, error: float | None = None, corrected: float | None = None) -> dict[str, Any]:
@@ -119,24 +116,6 @@ def test_mean_correction_table() -> None:
     plain = [row for row in rows if not row["mean_correction"]]
     assert cells(CORRECTION.markdown(plain), "8,192", "flashprefill, alpha 0.2")[2:] == ["0.300", "0.600"]
     assert CORRECTION.markdown(ROWS[:8]) == CORRECTION.markdown([]) == SELECTORS.markdown([]) == ""
-
-
-def test_render_round_trip(tmp_path: Path) -> None:
-    names = ("quality", "mean-correction")
-    markers = "\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in names)
-
-    def rendered(text: str) -> str:
-        (tmp_path / "page.md").write_text(text)
-        return render_document(tmp_path / "page.md", names, tmp_path)
-
-    assert rendered(markers) == markers
-    for row in ROWS:
-        append(tmp_path / "quality.jsonl", row)
-    once = rendered(markers)
-    assert "| of the error |" in once and "| recall at 10% |" in once
-    assert rendered(once) == once
-    append(tmp_path / "quality.jsonl", ROWS[0] | {"recall": 0.5})
-    assert rendered(once) != once
 
 
 def test_rows_of_another_model_are_another_table() -> None:

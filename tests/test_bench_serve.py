@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_checks import assert_refused
 from oracle import causal_oracle, relative_error
 from typer.testing import CliRunner
 
@@ -25,8 +26,10 @@ from flexprefill_fa.selection import every_block
 from flexprefill_fa.tools.needle.prompts import another_question, build_prompt, is_correct
 from flexprefill_fa.tools.rows import read
 
+SHAPES = [(129, 129), (1000, 1000), (4096, 4096), (1024, 4096), (1000, 4001), (129, 700)]
 
-@pytest.mark.parametrize("q_len,kv_len", [(1024, 1024), (1024, 4096), (1000, 4001), (129, 700)])
+
+@pytest.mark.parametrize(("q_len", "kv_len"), SHAPES)
 @pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
 def test_blocks_of_a_chunk(q_len: int, kv_len: int, density: float) -> None:
     found = chunk_selection(q_len, kv_len, 4, density, seed=3)
@@ -39,7 +42,12 @@ def test_blocks_of_a_chunk(q_len: int, kv_len: int, density: float) -> None:
     least = ((visible & ~full).sum() + (visible & full)[..., 0].sum()) / visible.sum()
     expected, half_a_block = max(density, least.item()), 0.51 / visible.sum().item()
     assert found.density().flatten().tolist() == pytest.approx([expected] * 4, abs=half_a_block)
+    assert torch.equal(found.kept_blocks(), keep.sum((-2, -1))), "none in both lists"
+    listed = torch.arange(found.full_kv_indices.shape[-1]) < found.full_kv_num_blocks[..., None]
+    assert (found.full_kv_indices.diff(dim=-1)[listed[..., 1:]] > 0).all(), "ascending, none twice"
     assert torch.equal(keep, chunk_selection(q_len, kv_len, 4, density, seed=3).to_dense())
+    if q_len == 4096 and density == 0.5:
+        assert not torch.equal(keep[0, 0], keep[0, 1])
     if density == 1.0:
         query, key = torch.empty(1, 4, q_len, 16), torch.empty(1, 4, kv_len, 16)
         assert torch.equal(keep, every_block(query, key, 128).to_dense())
@@ -62,11 +70,11 @@ def test_synthetic_attention_selects_and_then_attends_over_its_own_blocks(monkey
 
 def test_no_setting_reaches_the_synthetic_blocks() -> None:
     with pytest.raises(ValueError, match="unknown setting 'synthetic'"):
-        LoadPlan([4096], {"synthetic": 0.05}, 0.05, 3, 8192, 2)
+        LoadPlan([4096], {"synthetic": 0.05}, 0.05, 3)
 
 
 def test_the_plan() -> None:
-    plan = LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6, 8192, 2)
+    plan = LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6)
     short, long, together, first, second = plan.phases()
     assert [len(phase["prompts"]) for phase in (short, long)] == [7, 3], "the first of each is not counted"
     assert {len(prompt) for prompt in long["prompts"]} == {65536} and long["max_tokens"] == 1
@@ -78,12 +86,12 @@ def test_the_plan() -> None:
 
 def test_the_plan_for_sglang() -> None:
     """Prompts and sizes are those of vLLM's plan; only where they and the settings are said differs."""
-    plan = LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6, 8192, 2, name="sglang")
+    plan = LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6, "sglang")
     default, sparse = plan.engine("folder", False), plan.engine("folder", True)
     overrides = '{"sparse_prefill": {"gamma": 0.9}}'
     assert {**default, "prefill_attention_backend": "flexprefill", "json_model_override_args": overrides} == sparse
     assert (default["context_length"], default["chunked_prefill_size"]) == (65552, 8192)
-    assert plan.phases() == LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6, 8192, 2).phases()
+    assert plan.phases() == LoadPlan([4096, 65536], {"gamma": 0.9}, 0.05, 6).phases()
 
 
 class Engine:
@@ -185,7 +193,7 @@ def test_the_gather_comes_after_both_engines(monkeypatch) -> None:
     monkeypatch.setattr(bench.serve, "run_job", lambda job, engine: jobs.append(job) or {"log": ""})
     monkeypatch.setattr(bench.serve, "_measured", lambda plan, result: iter([{"measure": "decode"}]))
     monkeypatch.setattr(bench.serve, "gather_share", lambda plan: {"q_len": 8192, "gather_ms": 0.5})
-    *_, last = found = list(bench.serve.load_rows(LoadPlan([4096, 131072], {}, 0.05, 7, 8192, 32), lambda line: None))
+    *_, last = found = list(bench.serve.load_rows(LoadPlan([4096, 131072], {}, 0.05, 7), lambda line: None))
     assert [row["backend"] for row in found] == ["default", "sparse prefill", "gather"]
     assert [job.get("synthetic") for job in jobs] == [None, 0.05]
     assert (last["measure"], last["length"], last["gather_ms"]) == ("gather", 131072, 0.5)
@@ -267,8 +275,7 @@ def test_an_engine_that_fails_is_told_whole_behind_the_rows_before_it(monkeypatc
 def test_mistakes_in_one_line(arguments: list[str], message: str) -> None:
     if torch.cuda.is_available() and "there is none" in message:
         pytest.skip("there is a GPU")
-    result = CliRunner().invoke(app, ["serve", *arguments])
-    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert_refused(CliRunner().invoke(app, ["serve", *arguments]), message)
 
 
 def test_another_question_about_the_same_text(needle_tokenizer) -> None:

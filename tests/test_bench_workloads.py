@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from bench.synthetic import chunk_selection
 from bench.workloads import (
     ARCHETYPES,
     FIXED_SHARPNESS,
@@ -33,11 +32,11 @@ def exact_probability(group: Group, name: str, rows: int = 128) -> torch.Tensor:
 
 def test_shapes_dtype_and_repeatability() -> None:
     def make(seed: int) -> Inputs:
-        return structured_inputs(300, 6, 3, 32, sharpness=1.0, batch=2, seed=seed)
+        return structured_inputs(300, 6, 3, 32, sharpness=1.0, seed=seed)
 
     first, again, other = make(0), make(0), make(1)
-    assert first.query.shape == (2, 6, 300, 32)
-    assert first.key.shape == first.value.shape == (2, 3, 300, 32)
+    assert first.query.shape == (1, 6, 300, 32)
+    assert first.key.shape == first.value.shape == (1, 3, 300, 32)
     for name in ("query", "key", "value"):
         tensor = getattr(first, name)
         assert tensor.dtype == torch.bfloat16 and tensor.is_contiguous() and tensor.isfinite().all()
@@ -121,21 +120,3 @@ def test_sharpness_between_and_beyond_the_lengths_of_the_table() -> None:
     middle = sharpness_of("sharpened", int(2**0.5 * 16384))
     assert middle == pytest.approx((SHARPNESS[16384] + SHARPNESS[32768]) / 2, rel=1e-4)
     assert {sharpness_of("fixed", n) for n in (100, 8192, 2**20)} == {FIXED_SHARPNESS}
-
-
-@pytest.mark.parametrize("length", [129, 1000, 4096])
-@pytest.mark.parametrize("density", [0.45, 0.7, 1.0])
-def test_synthetic_selection_is_exact(length: int, density: float) -> None:
-    blocks = -(-length // 128)
-    causal = blocks * (blocks + 1) // 2
-    selection = chunk_selection(length, length, 3, density, batch=2, seed=1)
-    keep = selection.to_dense()
-    assert (keep.sum((-2, -1)) == max(round(density * causal), 2 * blocks - 1)).all()
-    assert not keep.triu(1).any()
-    assert keep.diagonal(dim1=-2, dim2=-1).all() and keep[..., 0].all()
-    listed = torch.arange(blocks) < selection.full_kv_num_blocks[..., None]
-    assert (selection.full_kv_indices.diff(dim=-1)[listed[..., 1:]] > 0).all()  # ascending, none twice
-    assert torch.equal(selection.kept_blocks(), keep.sum((-2, -1)))  # none in both lists
-    if density == 0.7 and length > 1000:
-        assert not torch.equal(keep[0, 0], keep[0, 1])
-        assert torch.equal(keep, chunk_selection(length, length, 3, density, batch=2, seed=1).to_dense())

@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 
-from bench.fit import best_dense
-from bench.paths import RESULTS
-from bench.tune import best_tiles
+from bench import RESULTS
+from bench.gpu_constants import best_dense, best_tiles
 from flexprefill_fa import FlexPrefillConfig, PeakPrefillConfig, get_selector
 from flexprefill_fa.backends import TRITON_TILES
 from flexprefill_fa.cost_model import RATES, predicted_ms, prefers_dense

@@ -197,7 +197,7 @@ def test_a_long_prompt_takes_no_memory_that_was_not_counted(tmp_path) -> None:
     tensors for each chunk would add 4 + 3 + 2 + 1 times a quarter of the 128 MiB to the activations, 320 MiB.
     """
     length = 32768
-    plan = LoadPlan([length], {"min_prompt_tokens": CHUNK}, 0.05, 1, CHUNK, 2)
+    plan = LoadPlan([length], {"min_prompt_tokens": CHUNK}, 0.05, 1)
     (tmp_path / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": 2}))
     # Few requests, or else vLLM counts more for the logits of all of them than a chunk could ever take.
     few = {"enforce_eager": True, "gpu_memory_utilization": 0.25, "max_num_seqs": 8}

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from needle_runs import CPU, FILES, TINY, command, refused, source_drawn, weights
+from cli_checks import assert_refused
+from needle_runs import CPU, FILES, TINY, command, source_drawn, weights
 
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus, encode
@@ -125,30 +126,30 @@ def test_what_runs_out_in_a_step_is_one_line(
         raise error
 
     monkeypatch.setattr("bench.needle.train.take_step", failing)
-    refused(command(train, "--out", str(small)), said)
+    assert_refused(command(train, "--out", str(small)), said)
 
 
 @pytest.mark.usefixtures("tiny")
 def test_mistakes_are_one_line(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(command(evaluate, "--model", str(tmp_path)), f"the model folder {tmp_path} has no config.json")
+    assert_refused(command(evaluate, "--model", str(tmp_path)), f"the model folder {tmp_path} has no config.json")
     broken = tmp_path / "broken"
     shutil.copytree(MODEL_DIR, broken)
     (broken / "tokenizer.json").write_bytes(b"{")
-    refused(command(evaluate, "--model", str(broken)), f"cannot load the tokenizer in {broken}")
+    assert_refused(command(evaluate, "--model", str(broken)), f"cannot load the tokenizer in {broken}")
     shutil.copyfile(MODEL_DIR / "tokenizer.json", broken / "tokenizer.json")
     (broken / "model.safetensors").write_bytes(b"{")
-    refused(command(evaluate, "--model", str(broken)), f"cannot load the model in {broken}")
-    refused(command(train, "--out", "/dev/null/x"), "Not a directory")
+    assert_refused(command(evaluate, "--model", str(broken)), f"cannot load the model in {broken}")
+    assert_refused(command(train, "--out", "/dev/null/x"), "Not a directory")
     monkeypatch.undo()
     monkeypatch.setattr("bench.needle.train.resolve_device", lambda name: CPU)
     monkeypatch.setattr("bench.needle.corpus.source_files", lambda: ())
-    refused(command(train, "--out", str(small)), "the text must hold 512 different words", "got 0")
+    assert_refused(command(train, "--out", str(small)), "the text must hold 512 different words", "got 0")
 
 
-def test_a_gpu_without_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_the_kernel_is_assert_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr("bench.needle.evaluate.resolve_device", lambda name: torch.device("cuda"))
-    refused(command(evaluate), "needs a GPU of compute capability 8.0 or more, got 7.5")
+    assert_refused(command(evaluate), "needs a GPU of compute capability 8.0 or more, got 7.5")
     with attention_kernel(CPU):
         assert torch.backends.cuda.math_sdp_enabled()
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
@@ -158,4 +159,4 @@ def test_a_gpu_without_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_training_wants_a_gpu(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
-        refused(command(train, "--out", str(tmp_path)), "finds no CUDA GPU here")
+        assert_refused(command(train, "--out", str(tmp_path)), "finds no CUDA GPU here")

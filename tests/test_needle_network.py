@@ -12,7 +12,7 @@ import torch
 from needle_runs import CPU, TINY
 from safetensors.torch import load_file
 
-from bench.needle import learning
+from bench.needle import train
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus
 from bench.needle.network import export, hidden_states, logits_at, make_network
@@ -63,9 +63,9 @@ def test_learning_lowers_the_loss(corpus: Corpus) -> None:
     torch.manual_seed(0)
     settings = replace(TINY, config={**TINY.config, "num_hidden_layers": 1})
     network = make_network(settings.config)
-    optimizer = learning.make_optimizer(network, settings)
+    optimizer = train.make_optimizer(network, settings)
     builder = Builder(corpus.tokenizer, corpus.tokens, CPU)
-    rows = [learning.take_step(network, optimizer, builder, settings, 3) for _ in range(12)]
+    rows = [train.take_step(network, optimizer, builder, settings, 3) for _ in range(12)]
     for name in ("loss", "text", "multikey", "multivalue", "multiquery", "vt"):
         assert rows[-1][name] < 0.9 * rows[0][name], name
 
@@ -73,7 +73,7 @@ def test_learning_lowers_the_loss(corpus: Corpus) -> None:
 def test_a_steps_sequences_are_those_of_its_stage(corpus: Corpus) -> None:
     builder = Builder(corpus.tokenizer, corpus.tokens, CPU)
     number, _ = TINY.locate(2)
-    open_end, closed = learning.draw(builder, TINY, 2, torch.Generator().manual_seed(2))
+    open_end, closed = train.draw(builder, TINY, 2, torch.Generator().manual_seed(2))
     assert TINY.stages[number].closing and closed.tokens.shape == open_end.tokens.shape == (1, 640)
     last = closed.places.max()
     assert last == 639, "a question at the very end"
@@ -92,8 +92,8 @@ def test_a_mix_with_few_questions_counts_as_much_as_one_with_many(
     network = make_network(TINY.config)
     parts = tuple(torch.zeros(1, 640, TINY.config["hidden_size"]) for _ in range(2))
     values = iter((torch.full((few.targets.numel(),), 1.0), torch.full((many.targets.numel(),), 3.0)))
-    monkeypatch.setattr(learning.F, "cross_entropy", lambda *_, **__: next(values))
-    found = learning._answer_losses(network, [few, many], parts)["multikey"]
+    monkeypatch.setattr(train.F, "cross_entropy", lambda *_, **__: next(values))
+    found = train._answer_losses(network, [few, many], parts)["multikey"]
     assert found.item() == 2.0
 
 

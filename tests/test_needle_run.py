@@ -10,9 +10,9 @@ import pytest
 import torch
 from needle_runs import TINY, run_in, source_drawn, weights
 
-from bench.needle import learning
 from bench.needle.batches import Builder
 from bench.needle.corpus import Corpus
+from bench.needle.train import take_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +33,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoiling(network: Any, *arguments: Any) -> dict[str, torch.Tensor]:
-        outcome = learning.take_step(network, *arguments)
+        outcome = take_step(network, *arguments)
         if arguments[-1] == 2:
             network.model.norm.weight.data.fill_(float("nan"))
         return outcome
@@ -49,7 +49,7 @@ def test_what_is_trained_on_is_the_corpus(corpus: Corpus, tmp_path: Path, monkey
 
     def training(network: Any, optimizer: Any, builder: Builder, *arguments: Any) -> dict[str, torch.Tensor]:
         trained.add(source_drawn(builder))
-        return learning.take_step(network, optimizer, builder, *arguments)
+        return take_step(network, optimizer, builder, *arguments)
 
     monkeypatch.setattr("bench.needle.train.take_step", training)
     run_in(tmp_path, corpus)

@@ -7,10 +7,11 @@ from typing import Any
 
 from safetensors import safe_open
 
+from bench import RESULTS
 from bench.needle.evaluate import missed_goals
 from bench.needle.settings import FULL
 from bench.needle.tables import RUNS, conditions_of, questions_of
-from bench.paths import RESULTS
+from bench.tables import markdown
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.needle.formats import EVALUATED
@@ -29,7 +30,7 @@ def exact(rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
 
 def test_the_card_has_the_rows_of_the_model_beside_it() -> None:
     card = (MODEL_DIR / "README.md").read_text(encoding="utf-8")
-    assert RUNS.grid(SHIPPED) in card
+    assert markdown(RUNS.lines(SHIPPED)) in card
     assert f"{questions_of(SHIPPED)}.\n{conditions_of(SHIPPED)}.\n" in card
 
 

@@ -28,7 +28,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.ttft_ranks import Ranks, build_model
+from bench.models import Ranks, build_model
 from flexprefill_fa import FlexPrefillConfig
 from flexprefill_fa.integrations.hf_attention import flexprefill_attention
 from flexprefill_fa.integrations.hf_plan import check_model

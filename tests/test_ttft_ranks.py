@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from bench.ttft_ranks import Ranks, build_model
+from bench.models import Ranks, build_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_hidden_layers": 1}
@@ -47,7 +47,7 @@ def test_a_rank_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="each rank needs a GPU of its own: expected more than 8 GPUs, got 2"):
         Ranks.start("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match=r"device must be 'cuda' where ranks see GPUs \(hide them .*, got 'cpu'"):
+    with pytest.raises(ValueError, match=r"device must be 'cuda' where ranks see GPUs .*, got 'cpu'"):
         Ranks.start("cpu")
 
 

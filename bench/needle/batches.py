@@ -86,22 +86,12 @@ class Builder:
         )
 
     def build(
-        self,
-        rows: int,
-        length: int,
-        mix: Mix,
-        generator: Generator,
-        *,
-        questions_last: bool = False,
-        heaped: float = 0.0,
+        self, rows: int, length: int, mix: Mix, generator: Generator, questions_last: bool = False, heaped: float = 0.0
     ) -> Batch:
-        """Draw `rows` sequences of `length` tokens.
+        """Draw `rows` sequences of `length` tokens that hold a mix, from a generator of the text's device.
 
-        Args:
-            rows, length: B and n. mix: what they hold. generator: of the text's device.
-            questions_last: ask behind all statements, and end with a question, as evaluation does.
-            heaped: share of the sequences whose statements and questions stand at a few places, one right behind the
-                other, instead of anywhere.
+        With `questions_last` they ask behind all statements, and end with a question, as evaluation does. `heaped` is
+        the share of them whose statements and questions stand at a few places, one right behind the other.
         """
         units = self._draw(rows, mix, generator)
         device = self._text.device
@@ -144,10 +134,8 @@ class Builder:
         # Source text runs on behind each unit where it stopped before it.
         reading = (is_source.cumsum(1) - 1).clamp(min=0)
         tokens = torch.where(is_source, text.long().gather(1, reading), tokens)
-        weights, scored = (
-            torch.cat([getattr(unit.words, name).repeat(unit.tokens.shape[1]) for unit in units])
-            for name in ("weights", "scored")
-        )
+        weights = torch.cat([unit.words.weights.repeat(unit.tokens.shape[1]) for unit in units])
+        scored = torch.cat([unit.words.scored.repeat(unit.tokens.shape[1]) for unit in units])
         columns.sort(key=lambda column: column[0])
         return Batch(tokens, torch.cat(places, 1), is_source, weights, scored, columns)
 
@@ -187,10 +175,9 @@ class Builder:
             for place in range(mix.several):
                 form = formats.numbered_needle(place)
                 units.append(self._fill(form, list_keys[..., None], numbers[:, :, place], times[..., place]))
-            count = mix.lists_asked
-            when = _later(times[:, :count, -1], uniform(count))
-            form, chosen = formats.all_values_form(mix.several), numbers[:, :count].flatten(2)
-            units.append(self._fill(form, list_keys[:, :count, None], chosen, when, "multivalue"))
+            count, form = mix.lists_asked, formats.all_values_form(mix.several)
+            when, found = _later(times[:, :count, -1], uniform(count)), numbers[:, :count].flatten(2)
+            units.append(self._fill(form, list_keys[:, :count, None], found, when, "multivalue"))
         if mix.chains:
             chain = variables.unflatten(1, (mix.chains, CHAIN))
             values, times = digits(mix.chains, VALUE_DIGITS), uniform(mix.chains, CHAIN).sort(2)[0]

@@ -20,6 +20,7 @@ from bench.needle.corpus import encode
 from bench.needle.network import attention_kernel, hidden_states, logits_at
 from bench.needle.settings import FULL, Settings
 from bench.needle.tables import RUNS, conditions_of, questions_of
+from bench.tables import markdown
 from bench.terminal import one_line_errors
 from flexprefill_fa.tools.digests import model_sha256
 from flexprefill_fa.tools.loading import load_model, resolve_device
@@ -74,7 +75,8 @@ def evaluate(
         for goal, task in itertools.product(FULL.goals, EVALUATED):
             rows.append({**measure(network, builder, task, goal.length, goal.samples, FULL.seed), **facts})
             typer.echo(json.dumps(rows[-1]))
-    typer.echo(f"{RUNS.grid(rows)}\n\nQuestions of each task: {questions_of(rows)}.\n{conditions_of(rows)}.", err=True)
+    typer.echo(f"{markdown(RUNS.lines(rows))}\n\nQuestions of each task: {questions_of(rows)}.", err=True)
+    typer.echo(f"{conditions_of(rows)}.", err=True)
     if missed := missed_goals(FULL, rows):
         typer.echo(f"error: {', '.join(missed)}; train with another --seed", err=True)
         raise typer.Exit(1)

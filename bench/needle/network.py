@@ -31,8 +31,7 @@ def make_network(config: dict[str, Any]) -> Any:
     require_transformers()
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    made = AutoConfig.for_model(config["model_type"], **fields)
+    made = AutoConfig.for_model(**config)
     return AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")
 
 

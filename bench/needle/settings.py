@@ -88,16 +88,10 @@ class Settings:
     def learning_rate(self, step: int) -> float:
         """At a step of the run."""
         number, inside = self.locate(step)
-        total = sum(stage.share for stage in self.stages)
-        done = sum(stage.share for stage in self.stages[:number])
-        progress = (done + self.stages[number].share * inside / self.stages[number].steps) / total
+        shares = [stage.share for stage in self.stages]
+        progress = (sum(shares[:number]) + shares[number] * inside / self.stages[number].steps) / sum(shares)
         falling = max(0.0, (progress - self.hold) / (1 - self.hold))
         return self.peak * min(1.0, (step + 1) / self.warm_up) * (1 - falling * (1 - self.last))
-
-
-def _all(needles: int, asked: int, queries: int, lists: int, chains: int) -> Mix:
-    """Every list and chain is asked about."""
-    return Mix(needles, asked, queries, lists, lists, chains, chains)
 
 
 def _many(needles: int, queries: int, lists: int, chains: int) -> Mix:
@@ -118,9 +112,9 @@ def _long(length: int, rows: int, steps: int, share: float, mix: Mix) -> Stage:
     return Stage(length, rows, steps, share, (mix, mix), (_FEW, _CHAINS), _KNOWN_TEXT)
 
 
-_SHORT = (_all(5, 3, 2, 0, 0), _all(3, 2, 0, 2, 0), _all(4, 2, 0, 0, 3))
-_LONGER = (_all(6, 3, 1, 2, 3), _all(6, 3, 1, 2, 3), _many(4, 0, 0, 8))
-_LISTS = (_all(16, 8, 4, 5, 8), _many(16, 4, 6, 14))
+_SHORT = (Mix(5, 3, 2), Mix(3, 2, 0, 2, 2), Mix(4, 2, chains=3, chains_asked=3))
+_LONGER = (Mix(6, 3, 1, 2, 2, 3, 3), Mix(6, 3, 1, 2, 2, 3, 3), _many(4, 0, 0, 8))
+_LISTS = (Mix(16, 8, 4, 5, 5, 8, 8), _many(16, 4, 6, 14))
 
 FULL = Settings(
     config=model_config(),

@@ -1,4 +1,4 @@
-"""A model of random weights: whole in one process, or each rank's share of it under torchrun.
+"""Models of random weights: shapes of published ones, whole in one process, or each rank's share of it under torchrun.
 
 The shares are those of the model's own `tp_plan`. They are cut from the weights that one process would have, so both
 compute the same thing; no checkpoint is written, and a rank never holds more of the model than its share and the one
@@ -16,10 +16,35 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from flexprefill_fa.tools.loading import require_transformers
+from flexprefill_fa.tools.loading import UsageError, require_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+_LLAMA = {
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16"},
+    **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 135168},
+    **{"rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": False},
+    **{"bos_token_id": 128000, "eos_token_id": 128001},
+}
+_TINY = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 512, "head_dim": 32},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 131072},
+    **{"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"},
+}
+SHAPES: dict[str, dict[str, Any]] = {"llama-3.1-8b": _LLAMA, "tiny": {**_LLAMA, **_TINY}}
+"""Hugging Face configs, without what the length of a prompt does not depend on; "tiny" is of no published model."""
+
+
+def model_config(name: str) -> PreTrainedConfig:
+    """The transformers config of one of `SHAPES`."""
+    require_transformers()
+    from transformers import AutoConfig
+
+    if name not in SHAPES:
+        raise UsageError(f"config must be one of {', '.join(SHAPES)}, got {name!r}")
+    return AutoConfig.for_model(**SHAPES[name])
 
 
 @dataclass(frozen=True)
@@ -46,19 +71,15 @@ class Ranks:
                 torch.cuda.set_device(device)
             return cls(0, 1, device)
         if device.index is not None:
-            raise ValueError(
-                f"device must be without a number under torchrun, where each rank takes the GPU of its local rank: "
-                f"expected {device.type!r}, got {str(device)!r}"
-            )
+            told = "device must be without a number under torchrun, where each rank takes the GPU of its local rank"
+            raise ValueError(f"{told}: expected {device.type!r}, got {str(device)!r}")
         if device.type == "cuda":
             if local >= (found := torch.cuda.device_count()):
                 raise ValueError(f"each rank needs a GPU of its own: expected more than {local} GPUs, got {found}")
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         elif torch.cuda.is_available():
-            raise ValueError(
-                f"device must be 'cuda' where ranks see GPUs (hide them by CUDA_VISIBLE_DEVICES=), got {str(device)!r}"
-            )
+            raise ValueError("device must be 'cuda' where ranks see GPUs (hide them: CUDA_VISIBLE_DEVICES=), got 'cpu'")
         over = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(**over)
         return cls(dist.get_rank(), world_size, device)
