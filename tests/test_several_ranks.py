@@ -102,7 +102,7 @@ def shared(folder: Path, **options: Any) -> Any:
 
 def command_on_a_rank(folder: Path) -> tuple[int, str]:
     """`python -m bench ttft`, dense: `prefills` has sparse attention. The ranks stay together: they join once."""
-    shape = ("--config", "tiny", "--layers", "1", "--dtype", "float32", "--device", "cpu", "--lengths", "600")
+    shape = ("--config", "tiny", "--dtype", "float32", "--device", "cpu", "--lengths", "600")
     what = ("--selectors", "", "--dense", "sdpa", "--modes", "eager", "--repeats", "1")
     with patch("torch.distributed.destroy_process_group"):
         result = CliRunner().invoke(app, ["ttft", *shape, *what, "--out", str(folder / ROWS)])
