@@ -33,7 +33,7 @@ from bench.tables import paragraphs
 from bench.terminal import Recorder, one_line_errors
 from bench.ttft_tables import FIRST_TOKEN
 from flexprefill_fa import selector_names
-from flexprefill_fa.tools.loading import UsageError, require_transformers
+from flexprefill_fa.tools.loading import UsageError, first_line, require_transformers
 from flexprefill_fa.tools.rows import Row, read
 
 
@@ -152,8 +152,8 @@ def serve(
     """
     try:
         chosen = json.loads(settings)
-    except ValueError:
-        chosen = None
+    except ValueError as error:
+        raise UsageError(f"settings must be a JSON object, got {settings!r}: {first_line(error)}") from error
     if not isinstance(chosen, dict):
         raise UsageError(f"settings must be a JSON object, got {settings!r}")
     share = parse_share("density", f"{density:g}")

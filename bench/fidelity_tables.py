@@ -7,7 +7,20 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from bench.tables import Line, Table, cells, conditions, group_rows, mark, markdown, method, number, pivot, usual_knob
+from bench.tables import (
+    Line,
+    Table,
+    cells,
+    conditions,
+    group_rows,
+    mark,
+    markdown,
+    method,
+    number,
+    paragraphs,
+    pivot,
+    usual_knob,
+)
 from flexprefill_fa.tools.fidelity.plot import curves
 from flexprefill_fa.tools.rows import Row
 
@@ -131,7 +144,7 @@ def fidelity_summary(rows: Iterable[Row]) -> str:
         "needs. As it comes: density and KL of the usual knob, and the share of positions whose most likely token "
         f"stays the same, on '{_TEXT}'."
     )
-    return "\n\n".join(filter(None, (caption, markdown(lines), *map(_lost, shown))))
+    return paragraphs([caption, markdown(lines), *map(_lost, shown)])
 
 
 def _as_it_comes(group: Sequence[Row]) -> dict[str, Row]:

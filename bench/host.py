@@ -89,8 +89,8 @@ def prefill_rows(device: torch.device, dtype: torch.dtype, repeats: int, length:
             if not given or length > given[0].dense_tokens:
                 cases[name, graph] = partial(enable_sparse_prefill, model, *given, graph=graph)
     times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for (case, graph), made in list(cases.items()) * ROUNDS:
-        if (case, graph) not in cases:
+    for (case, graph), made in list(cases.items()) * ROUNDS:  # in turns
+        if (case, graph) not in cases:  # it went without the graph that was asked for, see below
             continue
         release_graphs()
         with made():

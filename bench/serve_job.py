@@ -48,8 +48,16 @@ def run_job(job: dict[str, Any], timeout: float = 600.0, engine: str = "vllm") -
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", f"bench.serve_{engine}", str(out)]
         try:
-            pipes: Any = {"input": json.dumps(job), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            done = subprocess.run(command, env=environment, cwd=ROOT, text=True, timeout=timeout, **pipes)
+            done = subprocess.run(
+                command,
+                input=json.dumps(job),
+                env=environment,
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+            )
         except subprocess.TimeoutExpired as error:
             raise EngineError(f"the engine took more than {timeout:.0f} seconds") from error
         if done.returncode or not out.is_file():

@@ -29,8 +29,8 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
 def _run_phase(llm: Any, phase: dict[str, Any], memory: Any) -> dict[str, Any]:
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
-    asked: Any = {"max_tokens": phase["max_tokens"], "ignore_eos": phase.get("ignore_eos", False)}
-    sampling = SamplingParams(temperature=0.0, detokenize=False, **asked)
+    ignore_eos = phase.get("ignore_eos", False)
+    sampling = SamplingParams(temperature=0.0, max_tokens=phase["max_tokens"], ignore_eos=ignore_eos, detokenize=False)
 
     def generate(batch: list[list[int]]) -> list[Any]:
         return llm.generate([{"prompt_token_ids": ids} for ids in batch], sampling, use_tqdm=False)

@@ -130,9 +130,10 @@ def _draw(
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int, int]:
     """The lists of one shape, cut to their longest rows; how many blocks a head keeps, and how many are causal."""
     found = chunk_selection(q_len, kv_len, heads, density, block_size=block_size, device=device, seed=seed)
-    count, partial, full_count, full = found.lists
+    count, indices, full_count, full_indices = found.lists
     partial, full = (
-        indices[..., : max(1, int(used.max()))].contiguous() for used, indices in ((count, partial), (full_count, full))
+        listed[..., : max(1, int(used.max()))].contiguous()
+        for used, listed in ((count, indices), (full_count, full_indices))
     )
     causal = int(visible_blocks(found.grid, found.ranges).sum())
     return (count, partial, full_count, full), int(found.kept_blocks()[0, 0]), causal

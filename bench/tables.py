@@ -192,7 +192,8 @@ def line_of(row: Row) -> str:
     """A row for a log: what was measured, and the first of its times."""
     who = [f"{row['length']} tokens", f"layer {row['layer']}" if row.get("layer") is not None else ""]
     if "selector" not in row:  # of a serving engine, of calls on the CPU, of tiles
-        who += [str(row[name]) for name in ("backend", "measure", "case", "tile") if name in row]
+        who += [str(row[name]) for name in ("backend", "measure", "case") if name in row]
+        who += [f"head_dim {row['head_dim']}, tile {row['tile']}"] if "tile" in row else []
     elif row["selector"] is None:
         who.append(f"dense {row['kernel']}")
     else:

@@ -93,8 +93,7 @@ def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:
         line = {"tokens": f"{row['length']:,}", "blocks kept": f"{kept:.1%}"}
         times = {"attention": (dense, [row], "total_ms"), "first token": (beside, first, "ttft_ms")}
         for title, (before, after, name) in times.items():
-            same = ([one for one in part if one["length"] == row["length"] and name in one] for part in (before, after))
-            slow, fast = (min((one[name] for one in part), default=None) for part in same)
+            slow, fast = (_least(part, row["length"], name) for part in (before, after))
             if slow is None or fast is None:
                 break
             line[f"{title}: dense"], line[f"{title}: sparse"] = f"{number(slow, 'ms')} ms", f"{number(fast, 'ms')} ms"
@@ -111,3 +110,8 @@ def speed_summary(attention: Iterable[Row], ttft: Iterable[Row]) -> str:
         f"{conditions([*beside, *first], 'repeats')}; selection in full, then attention over "
         f"{conditions(first, 'synthetic_density transformers commit date')}.\n\n{markdown(lines)}"
     )
+
+
+def _least(rows: Iterable[Row], length: int, name: str) -> float | None:
+    """Of a field, among rows of a length."""
+    return min((row[name] for row in rows if row["length"] == length and name in row), default=None)

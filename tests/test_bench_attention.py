@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 import bench.attention
 from bench.cli import app
 from bench.spec import parse_lengths, parse_selector
+from bench.tables import line_of
 from bench.timing import Stopwatch, significant, summarise
 from flexprefill_fa import FlexPrefillConfig
 from flexprefill_fa.tools.loading import UsageError
@@ -167,6 +168,11 @@ def test_specs_that_parse() -> None:
     assert parse_lengths("8192, 512") == [512, 8192]
     with pytest.raises(UsageError):
         parse_lengths("")
+
+
+def test_a_tile_in_a_log() -> None:
+    row = {"length": 4096, "head_dim": 64, "tile": "128x64", "attend_ms": 0.5}
+    assert "head_dim 64, tile 128x64" in line_of(row)
 
 
 def test_percentiles() -> None:

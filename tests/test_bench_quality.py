@@ -22,6 +22,7 @@ from bench.workloads import Inputs
 from flexprefill_fa import FlexPrefillConfig, get_selector, select_blocks, selector_names
 from flexprefill_fa.selection import every_block
 from flexprefill_fa.tools.digests import model_sha256
+from flexprefill_fa.tools.loading import load_config
 from flexprefill_fa.tools.needle import MODEL_DIR
 from flexprefill_fa.tools.rows import read
 
@@ -99,7 +100,8 @@ def test_small_run(out: Path) -> None:
     result = run(*options, "--out", str(out), "--json")
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert read(out) == rows and [row["layer"] for row in rows] == list(range(6))
+    layers = load_config(MODEL_DIR).num_hidden_layers
+    assert read(out) == rows and [row["layer"] for row in rows] == list(range(layers)), "all of the needle model"
     row = rows[1]
     shape = {"length": 900, "batch": 1, "heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "float32"}
     what = {"kind": "quality", "workload": "needle", "layer": 1, "seed": 0, "device": "cpu", "backend": "CPU"}

@@ -146,7 +146,7 @@ def test_mistakes_are_one_line(tmp_path: Path, small: Path, monkeypatch: pytest.
     assert_refused(command(train, "--out", str(small)), "the text must hold 512 different words", "got 0")
 
 
-def test_a_gpu_without_the_kernel_is_assert_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr("bench.needle.evaluate.resolve_device", lambda name: torch.device("cuda"))
     assert_refused(command(evaluate), "needs a GPU of compute capability 8.0 or more, got 7.5")

@@ -47,7 +47,8 @@ def test_a_rank_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="each rank needs a GPU of its own: expected more than 8 GPUs, got 2"):
         Ranks.start("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match=r"device must be 'cuda' where ranks see GPUs .*, got 'cpu'"):
+    told = r"device must be 'cuda' where ranks see GPUs \(hide them: CUDA_VISIBLE_DEVICES=\), got 'cpu'"
+    with pytest.raises(ValueError, match=told):
         Ranks.start("cpu")
 
 
