@@ -41,8 +41,8 @@ class PeerBenchmark(LengthBenchmark):
         """As before, one choice for the query heads of a kv head."""
         plan, groups = self.plan, self.plan.heads // self.plan.kv_heads
         one = chunk_selection(self.length, self.length, plan.kv_heads, density, device=plan.device, seed=plan.seed)
-        count, partial, full_count, full = (part.repeat_interleave(groups, 1) for part in one.lists)
-        return BlockSelection(count, partial, full_count, full, self.length, self.length, one.block_size)
+        count, indices, full_count, full_indices = (part.repeat_interleave(groups, 1) for part in one.lists)
+        return BlockSelection(count, indices, full_count, full_indices, self.length, self.length, one.block_size)
 
     def selector_rows(self, config: Any) -> Iterator[Row]:
         """As before, with `dense_error`."""

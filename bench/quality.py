@@ -102,9 +102,10 @@ def quality_rows(plan: Plan, corrections: Sequence[bool], failed: Callable[[str]
     """
     captured = needle_layers(length, range(LAYERS), dtype=plan.dtype, device=plan.device, seed=plan.seed)
     shape = {"batch": 1, "heads": plan.heads, "kv_heads": plan.kv_heads, "head_dim": plan.head_dim}
+    model = {"workload": "needle", "model_sha256": model_sha256(MODEL_DIR)}
     for layer in range(LAYERS):
         inputs = captured.pop(layer)
-        where = {"workload": "needle", "model_sha256": model_sha256(MODEL_DIR), "layer": layer, "seed": plan.seed}
+        where = {**model, "layer": layer, "seed": plan.seed}
         conditions = described(KIND, plan.device, plan.dtype, length=length, **shape, **where)
         with torch.no_grad(), plan.on_device():
             exact = exact_attention(*inputs)
